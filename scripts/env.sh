@@ -1,0 +1,46 @@
+# Sourced by the other scripts: makes or reuses .venv in the repository and leaves its interpreter in $VENV_PYTHON.
+# Call it as `lamina_environment EXTRA`, EXTRA being a group of [project.optional-dependencies].
+
+TORCH="torch==2.13.0"
+
+say() { printf '%s\n' "lamina: $*" >&2; }
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3.13 python3.14 python3 python; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+            printf '%s\n' "$candidate"
+            return
+        fi
+    done
+    say "no Python 3.11 or newer found: install one, or name it as PYTHON=/path/to/python3"
+    return 1
+}
+
+pip_install() { "$VENV_PYTHON" -m pip install -qq --disable-pip-version-check "$@"; }
+
+lamina_environment() {
+    local extra=$1 stamp wanted python
+    VENV_PYTHON=$PWD/.venv/bin/python
+    # The stamp is written last, so an environment whose making was interrupted is completed, not trusted.
+    stamp=.venv/.lamina-$extra
+    wanted="$PWD $TORCH $(cksum < pyproject.toml)"
+    if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && "$VENV_PYTHON" -c '' 2>/dev/null; then
+        return
+    fi
+    if ! "$VENV_PYTHON" -c '' 2>/dev/null; then
+        python=$(find_python)
+        say "making .venv with $("$python" --version)"
+        "$python" -m venv --clear .venv || {
+            say "'$python -m venv' failed (on Debian and Ubuntu: apt install python3-venv)"
+            return 1
+        }
+    fi
+    # First and pinned, so that a CPU-only build (2.13.0+cpu) wins wherever pip is told of one, by PIP_FIND_LINKS or
+    # PIP_EXTRA_INDEX_URL; the plain name would take the newest from PyPI, with gigabytes of CUDA libraries.
+    say "installing $TORCH into .venv (once; some minutes on a slow line)"
+    pip_install "$TORCH"
+    say "installing lamina[$extra]"
+    pip_install -e ".[$extra]"
+    printf '%s\n' "$wanted" > "$stamp"
+}
