@@ -1,0 +1,212 @@
+"""A safetensors header, checked once at the door and trusted from then on.
+
+The checks follow safetensors' own (`Metadata::validate` in safetensors/src/tensor.rs): tensors lie one behind
+the other and fill the file to its last byte. In two places this is stricter: a name that occurs twice and a
+name that is not valid Unicode are refused.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import Any, NamedTuple
+
+from lamina.checkpoint.extent import DTYPE_BITS, Extent, TensorEntry
+from lamina.checkpoint.strict import parse_object, quote, refuse_other_content
+from lamina.errors import CheckpointError, HeaderError, MissingShardError, TruncatedError
+
+PREFIX_BYTES = 8
+"""A file begins with the length of its header, a little-endian u64."""
+
+MAX_HEADER_BYTES = 100_000_000
+"""safetensors' own cap."""
+
+_MAX_INT = 2**63 - 1
+
+
+class Fingerprint(NamedTuple):
+    """What tells that a file is still the one that was opened: bytes, and time of change in nanoseconds."""
+
+    size: int
+    mtime_ns: int
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, TensorEntry]:
+    """The tensors of one safetensors file, in the order of its header.
+
+    Reads the header alone, never the weights.
+
+    Args:
+        path: the file; the extents hold it as an absolute path.
+
+    Raises:
+        MissingShardError: there is no such file.
+        TruncatedError: the file ends before its header or its tensors do.
+        HeaderError: the header says something that cannot be true.
+        CheckpointError: not a regular file, not readable, a Git LFS pointer or a web page.
+        UnsupportedError: a GGUF or PyTorch file under a safetensors name.
+    """
+    return read_header_and_fingerprint(path)[0]
+
+
+def read_header_and_fingerprint(path: str | os.PathLike[str]) -> tuple[dict[str, TensorEntry], Fingerprint]:
+    """`read_header`, and the fingerprint of the very file that was read. Raises what `read_header` raises."""
+    file = os.path.abspath(path)
+    try:
+        # Looked at before it is opened, because opening a pipe would wait for ever.
+        mode = os.stat(file).st_mode
+        if stat.S_ISDIR(mode):
+            raise CheckpointError(f"{file} is a folder where a weights file was expected: fetch the model again")
+        if not stat.S_ISREG(mode):
+            raise CheckpointError(f"{file} is not a regular file, so its weights cannot be read in place")
+        with open(file, "rb", buffering=0) as handle:
+            status = os.fstat(handle.fileno())
+            prefix = handle.read(32)
+            length = header_length(prefix, status.st_size, file)
+            raw = os.pread(handle.fileno(), length, PREFIX_BYTES)
+            if len(raw) != length:
+                raise TruncatedError(f"{file} became shorter while its header was read: fetch it again")
+    except FileNotFoundError:
+        raise MissingShardError(missing_file(file)) from None
+    except PermissionError:
+        raise CheckpointError(f"{file} may not be read by this user: change its permissions") from None
+    except (OSError, ValueError) as exc:
+        raise CheckpointError(f"{file} cannot be read: {getattr(exc, 'strerror', None) or exc}") from exc
+    return parse_header(raw, status.st_size, file), Fingerprint(status.st_size, status.st_mtime_ns)
+
+
+def missing_file(file: str) -> str:
+    """The line for a path that leads nowhere, which tells a broken link from nothing at all."""
+    if os.path.islink(file):
+        return f"{file} is a broken link to {os.readlink(file)}: fetch the model again"
+    return f"there is no file {file}: fetch the model again"
+
+
+def header_length(prefix: bytes, file_size: int, file: str) -> int:
+    """Bytes of the JSON header that follows the first `PREFIX_BYTES` bytes.
+
+    Args:
+        prefix: the first bytes of the file: eight are needed, more help to tell what else it could be.
+        file_size: bytes of the whole file.
+        file: its name in an error.
+
+    Raises:
+        TruncatedError: the file is shorter than that.
+        HeaderError: the length cannot be one.
+        CheckpointError, UnsupportedError: the file begins like something else.
+    """
+    name = os.path.basename(file)
+    refuse_other_content(prefix, name)
+    if file_size < PREFIX_BYTES or len(prefix) < PREFIX_BYTES:
+        what = "is empty" if file_size == 0 else f"has {file_size} bytes, fewer than any safetensors file"
+        raise TruncatedError(f"{name} {what}: the download is incomplete, fetch it again")
+    length = int.from_bytes(prefix[:PREFIX_BYTES], "little")
+    if length > MAX_HEADER_BYTES:
+        raise HeaderError(
+            f"{name} claims a header of {length} bytes, at most {MAX_HEADER_BYTES} are allowed: "
+            "it is damaged or no safetensors file, fetch it again"
+        )
+    if PREFIX_BYTES + length > file_size:
+        raise TruncatedError(
+            f"the header of {name} ends at byte {PREFIX_BYTES + length}, the file at {file_size}: "
+            "the download is incomplete, fetch it again"
+        )
+    return length
+
+
+def parse_header(raw: bytes, file_size: int, file: str) -> dict[str, TensorEntry]:
+    """The tensors that a header describes, in its order.
+
+    Args:
+        raw: the JSON header, without the eight bytes before it.
+        file_size: bytes of the whole file.
+        file: what the extents hold as their file; errors give its last part.
+
+    Raises:
+        HeaderError: the header says something that cannot be true.
+        TruncatedError: a tensor ends behind the end of the file.
+    """
+    where = os.path.basename(file)
+    header = parse_object(raw, f"the header of {where}", HeaderError)
+    _check_metadata(header.pop("__metadata__", None), where)
+    data_start = PREFIX_BYTES + len(raw)
+    tensors = {name: _entry(name, info, data_start, file, where) for name, info in header.items()}
+    _check_layout(tensors, data_start, file_size, where)
+    return tensors
+
+
+def _check_metadata(metadata: object, where: str) -> None:
+    if metadata is None:
+        return
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise HeaderError(f"__metadata__ in {where} is not an object of text: the file is damaged, fetch it again")
+
+
+def _entry(name: str, info: Any, data_start: int, file: str, where: str) -> TensorEntry:
+    if not isinstance(info, dict):
+        raise _fault(name, where, f"is described by a {type(info).__name__}, not an object")
+    if not name.isascii():
+        try:
+            name.encode("utf-8")
+        except UnicodeEncodeError:
+            raise _fault(name, where, "has a name that is not valid Unicode") from None
+    try:
+        dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    except KeyError as exc:
+        raise _fault(name, where, f"has no {exc.args[0]}") from None
+    if not isinstance(dtype, str):
+        raise _fault(name, where, f"has a {type(dtype).__name__} as dtype, not text")
+    if (bits := DTYPE_BITS.get(dtype)) is None:
+        raise _fault(name, where, f"has the dtype {quote(dtype)}, which safetensors does not know")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise _fault(name, where, "has data_offsets that are not two whole numbers from 0 to 2^63-1")
+    begin, end = offsets
+    if begin > end:
+        raise _fault(name, where, f"begins at {begin}, behind its end at {end}")
+    if not isinstance(shape, list) or not all(map(_is_size, shape)):
+        raise _fault(name, where, "has a shape that is not a list of whole numbers from 0 to 2^63-1")
+    length = _tensor_bytes(name, shape, bits, where)
+    if length != end - begin:
+        raise _fault(name, where, f"takes {length} bytes by dtype and shape, {end - begin} by its offsets")
+    return TensorEntry(name, dtype, tuple(shape), Extent(file, data_start + begin, length))
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value <= _MAX_INT
+
+
+def _tensor_bytes(name: str, shape: list[int], bits: int, where: str) -> int:
+    total = bits
+    for size in shape:
+        total *= size
+        if total > 8 * _MAX_INT:
+            raise _fault(name, where, "has a shape of more than 2^63 bytes")
+    if total % 8:
+        raise _fault(name, where, f"has {total} bits, which is no whole number of bytes")
+    return total // 8
+
+
+def _check_layout(tensors: dict[str, TensorEntry], data_start: int, file_size: int, where: str) -> None:
+    """Tensors fill the file from the header to its last byte, with neither overlap nor hole."""
+    position, previous = data_start, ""
+    for entry in sorted(tensors.values(), key=lambda entry: (entry.extent.offset, entry.extent.length)):
+        offset = entry.extent.offset
+        if offset < position:
+            raise _fault(entry.name, where, f"begins at byte {offset}, inside tensor {quote(previous)}")
+        if offset > position:
+            raise _fault(entry.name, where, f"begins at byte {offset}, after a hole that begins at {position}")
+        position, previous = offset + entry.extent.length, entry.name
+    if position > file_size:
+        raise TruncatedError(
+            f"tensor {quote(previous)} in {where} ends at byte {position}, the file at {file_size}: "
+            "the download is incomplete, fetch it again"
+        )
+    if position < file_size:
+        raise HeaderError(
+            f"the tensors in {where} end at byte {position}, the file at {file_size}: "
+            "the file is damaged or was written to, fetch it again"
+        )
+
+
+def _fault(name: str, where: str, what: str) -> HeaderError:
+    return HeaderError(f"tensor {quote(name)} in {where} {what}: the file is damaged, fetch it again")
