@@ -1,0 +1,311 @@
+"""Checkpoints to measure with: a random Llama of any shape, as a user's folder would hold it.
+
+    python benchmarks/checkpoints.py .cache/bench/llama-3b                          # 6.03 GB of bfloat16
+    python benchmarks/checkpoints.py .cache/bench/llama-3b --gguf                   # and the same for llama.cpp
+    python benchmarks/checkpoints.py .cache/bench/llama-70b --shape 70b --sparse    # takes no room on disk
+    python benchmarks/checkpoints.py .cache/bench/odd --layers 4 --hidden 512 --ffn 1536 --heads 8 --kv-heads 2
+
+--sparse writes holes in place of weights: they read as zeros at memory speed, yet every byte moves through the engine.
+That proves a memory promise and says nothing about speed. --gguf writes DIR.gguf (BF16) with the permuted query and key
+rows of llama.cpp and a vocabulary of made-up tokens, so that both files compute the same function of token ids.
+"""
+
+import argparse
+import json
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+SHARD_BYTES = 2 * 10**9
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a Llama."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    vocab: int
+
+    @property
+    def head(self) -> int:
+        return self.hidden // self.heads
+
+
+SHAPES = {
+    "tiny": Shape(4, 256, 768, 8, 4, 1000),
+    "3b": Shape(28, 3072, 8192, 24, 8, 32000),
+    "8b": Shape(32, 4096, 14336, 32, 8, 128256),
+    "70b": Shape(80, 8192, 28672, 64, 8, 32000),
+    "405b": Shape(126, 16384, 53248, 128, 8, 128256),
+}
+
+
+def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """The tensors of a Llama without tied embeddings, in the order of a forward pass."""
+    wide, narrow = shape.heads * shape.head, shape.kv_heads * shape.head
+    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab, shape.hidden)}
+    for i in range(shape.layers):
+        layer = f"model.layers.{i}."
+        tensors |= {
+            layer + "input_layernorm.weight": (shape.hidden,),
+            layer + "self_attn.q_proj.weight": (wide, shape.hidden),
+            layer + "self_attn.k_proj.weight": (narrow, shape.hidden),
+            layer + "self_attn.v_proj.weight": (narrow, shape.hidden),
+            layer + "self_attn.o_proj.weight": (shape.hidden, wide),
+            layer + "post_attention_layernorm.weight": (shape.hidden,),
+            layer + "mlp.gate_proj.weight": (shape.ffn, shape.hidden),
+            layer + "mlp.up_proj.weight": (shape.ffn, shape.hidden),
+            layer + "mlp.down_proj.weight": (shape.hidden, shape.ffn),
+        }
+    return tensors | {"model.norm.weight": (shape.hidden,), "lm_head.weight": (shape.vocab, shape.hidden)}
+
+
+def nbytes(shape: tuple[int, ...]) -> int:
+    return 2 * int(np.prod(shape, dtype=np.int64))
+
+
+def write_config(folder: Path, shape: Shape) -> None:
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "torch_dtype": "bfloat16",
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.ffn,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head,
+        "vocab_size": shape.vocab,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def split_into_shards(tensors: dict[str, tuple[int, ...]]) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, shape in tensors.items():
+        if shards[-1] and size + nbytes(shape) > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += nbytes(shape)
+    return shards
+
+
+def random_weights(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Normal with deviation 0.02 for matrices, ones for norms, as transformers would begin."""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+
+
+def write_checkpoint(folder: Path, shape: Shape, sparse: bool = False, seed: int = 0) -> int:
+    """Write config, shards and index into `folder`; the bytes of weights it stands for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = tensor_shapes(shape)
+    shards = split_into_shards(tensors)
+    weight_map = {}
+    for i, names in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= dict.fromkeys(names, file)
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        at = 0
+        for name in names:
+            end = at + nbytes(tensors[name])
+            header[name] = {"dtype": "BF16", "shape": tensors[name], "data_offsets": [at, end]}
+            at = end
+        raw = json.dumps(header).encode()
+        raw += b" " * (-len(raw) % 8)
+        with open(folder / file, "wb") as out:
+            out.write(struct.pack("<Q", len(raw)) + raw)
+            if sparse:
+                out.truncate(8 + len(raw) + at)
+                continue
+            for name in names:
+                out.write(random_weights(tensors[name], generator).view(torch.int16).numpy().data)
+    total = sum(map(nbytes, tensors.values()))
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}) + "\n")
+    write_config(folder, shape)  # last: a folder with a config is whole
+    return total
+
+
+def write_tokenizer(folder: Path, vocab: int) -> None:
+    """A word-level tokenizer of made-up words `t0 t1 ...`, for peers that will not load a folder without one."""
+    vocabulary = {f"t{i}": i for i in range(vocab)}
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "t0"},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer) + "\n")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "t0", "bos_token": "t1", "eos_token": "t2"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings) + "\n")
+
+
+def read_tensors(folder: Path, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """The named bfloat16 tensors as uint16 arrays, one at a time, without keeping them."""
+    weight_map: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+    headers: dict[str, tuple[int, dict[str, dict[str, list[int]]]]] = {}
+    for name in names:
+        file = weight_map[name]
+        with open(folder / file, "rb") as source:
+            if file not in headers:
+                (size,) = struct.unpack("<Q", source.read(8))
+                headers[file] = (8 + size, json.loads(source.read(size)))
+            base, header = headers[file]
+            begin, end = header[name]["data_offsets"]
+            source.seek(base + begin)
+            data = np.frombuffer(source.read(end - begin), dtype=np.uint16)
+        yield name, data.reshape(header[name]["shape"])
+
+
+def gguf_names(layers: int) -> dict[str, str]:
+    """From a tensor's name in transformers to its name in llama.cpp."""
+    parts = {
+        "input_layernorm": "attn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "post_attention_layernorm": "ffn_norm",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }
+    names = {"model.embed_tokens.weight": "token_embd.weight"}
+    for i in range(layers):
+        names |= {f"model.layers.{i}.{ours}.weight": f"blk.{i}.{theirs}.weight" for ours, theirs in parts.items()}
+    return names | {"model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
+
+
+def permute_heads(weight: np.ndarray, heads: int) -> np.ndarray:
+    """The rows of a query or key matrix reordered from transformers' halves to llama.cpp's interleaved rotary pairs."""
+    rows, columns = weight.shape
+    return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+
+
+def write_gguf(folder: Path, out: Path) -> None:
+    """Write the weights of `folder` as a BF16 GGUF file, one tensor in memory at a time."""
+    import gguf
+
+    config = json.loads((folder / "config.json").read_text())
+    layers, heads, kv_heads = (
+        config[key] for key in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    )
+    shape = Shape(layers, config["hidden_size"], config["intermediate_size"], heads, kv_heads, config["vocab_size"])
+    tensors, names = tensor_shapes(shape), gguf_names(layers)
+
+    writer = gguf.GGUFWriter(str(out) + ".part", "llama")
+    writer.add_name(folder.name)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_block_count(layers)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(shape.hidden)
+    writer.add_feed_forward_length(shape.ffn)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_rope_dimension_count(shape.head)
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(shape.vocab)
+    add_vocabulary(writer, shape.vocab)
+    for name, dims in tensors.items():
+        norm = len(dims) == 1  # llama.cpp multiplies norms in float32
+        size = nbytes(dims) * (2 if norm else 1)
+        dtype = np.dtype(np.float32 if norm else np.uint16)
+        kind = gguf.GGMLQuantizationType.F32 if norm else gguf.GGMLQuantizationType.BF16
+        writer.add_tensor_info(names[name], dims, dtype, size, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, data in read_tensors(folder, list(tensors)):
+        if data.ndim == 1:
+            data = (data.astype(np.uint32) << 16).view(np.float32)
+        elif "q_proj" in name or "k_proj" in name:
+            data = permute_heads(data, heads if "q_proj" in name else kv_heads)
+        writer.write_tensor_data(np.ascontiguousarray(data))
+    writer.close()
+    os.replace(str(out) + ".part", out)
+
+
+def add_vocabulary(writer: object, size: int) -> None:
+    """A sentencepiece-like vocabulary: the three specials, the 256 bytes that llama.cpp asks for, made-up words."""
+    import gguf
+
+    assert isinstance(writer, gguf.GGUFWriter)
+    specials = ["<unk>", "<s>", "</s>"]
+    tokens = specials + [f"<0x{byte:02X}>" for byte in range(256)]
+    kinds = [gguf.TokenType.UNKNOWN] + [gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.BYTE] * 256
+    tokens += [f"t{i}" for i in range(len(tokens), size)]
+    kinds += [gguf.TokenType.NORMAL] * (size - len(kinds))
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens[:size])
+    writer.add_token_scores([0.0 if i < 259 else -float(i) for i in range(size)])
+    writer.add_token_types(kinds[:size])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--shape", choices=SHAPES, default="3b")
+    parser.add_argument("--sparse", action="store_true", help="holes in place of weights: no room on disk, zeros")
+    parser.add_argument("--gguf", action="store_true", help="also write FOLDER.gguf for llama.cpp (not for --sparse)")
+    parser.add_argument("--seed", type=int, default=0)
+    for name in Shape.__dataclass_fields__:
+        parser.add_argument("--" + name.replace("_", "-"), type=int, help="in place of the named shape's")
+    arguments = parser.parse_args()
+    if arguments.sparse and arguments.gguf:
+        parser.error("--gguf copies every byte: not with --sparse")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    given = {name: getattr(arguments, name) for name in Shape.__dataclass_fields__}
+    base = SHAPES[arguments.shape]
+    shape = Shape(**{name: getattr(base, name) if value is None else value for name, value in given.items()})
+    if (arguments.folder / "config.json").exists():
+        print(f"{arguments.folder} is there already: kept")
+    else:
+        total = write_checkpoint(arguments.folder, shape, sparse=arguments.sparse, seed=arguments.seed)
+        print(f"{arguments.folder}: {total / 1e9:.2f} GB of weights{' (sparse)' if arguments.sparse else ''}")
+    if not (arguments.folder / "tokenizer.json").exists():
+        write_tokenizer(arguments.folder, shape.vocab)
+    if arguments.gguf:
+        out = arguments.folder.with_name(arguments.folder.name + ".gguf")
+        if not out.exists():
+            write_gguf(arguments.folder, out)
+        print(f"{out}: {out.stat().st_size / 1e9:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()
