@@ -1,0 +1,144 @@
+"""`run`, `plan` and `bench`: one request, one result. `chat` has a file of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from lamina.cli import engine, report
+from lamina.cli.generation import encode, encode_chat, generate, read_prompt
+from lamina.cli.live import stdio
+from lamina.cli.options import ModelArgument, ModelOptions, Sampling, Verbosity, parse_prompt_ids
+from lamina.cli.progress import Progress
+from lamina.errors import RequestError
+
+PromptIds = Annotated[str | None, typer.Option(metavar="IDS", help="Token ids instead of text, e.g. 1,2,3.")]
+Json = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout.")]
+
+
+def run(
+    model: ModelArgument,
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="The text to continue; standard input where omitted or -.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, help="The longest answer.")
+    ] = 64,
+    prompt_ids: PromptIds = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt as a question, with the chat template.")] = False,
+    json: Json = False,
+    *,
+    sampling: Sampling,
+    options: ModelOptions,
+    verbosity: Verbosity,
+) -> None:
+    """Continue a prompt; the text streams to stdout as it is made.
+
+    \b
+    Examples:
+      lamina run ./model "The capital of France is" --memory 4GB
+      lamina run org/model "Why is the sky blue?" --chat -n 200
+      lamina run ./model --json < prompt.txt > answer.json
+    """
+    request = read_prompt(prompt, prompt_ids)
+    if chat and isinstance(request, list):
+        raise RequestError("--chat needs the prompt as text, not as --prompt-ids")
+    terminal = stdio(json=json, quiet=verbosity.quiet)
+    progress = Progress(max_new_tokens)
+    with _stdout_for_the_result(json), terminal.showing(progress.describe):
+        with engine.opened(model, options, progress.report) as loaded:
+            progress.watch(loaded)
+            if chat:
+                inputs = encode_chat(loaded, model, [{"role": "user", "content": str(request)}])
+            else:
+                inputs = encode(loaded, request)
+            tokens, text = generate(
+                loaded,
+                inputs,
+                sampling,
+                max_new_tokens,
+                _nowhere if json else terminal.write,
+                tokenizer=_tokenizer(loaded, needed=prompt_ids is None),
+                count=progress.count,
+            )
+            stats = engine.as_dict(loaded.lamina.stats)
+        if not json:
+            terminal.write("\n")
+    if json:
+        typer.echo(report.as_json({"text": text, "tokens": tokens, "stats": stats}))
+    if not verbosity.quiet:
+        typer.echo(report.summary(stats, len(tokens)), err=True)
+
+
+def plan(
+    model: ModelArgument,
+    json: Json = False,
+    *,
+    options: ModelOptions,
+    verbosity: Verbosity,
+) -> None:
+    """Say what would live where, from the headers alone.
+
+    No weight is read or downloaded.
+
+    \b
+    Examples:
+      lamina plan ./model --memory 4GB
+      lamina plan org/model --memory 8GB --context 8192 --json
+    """
+    with _stdout_for_the_result(True):
+        planned = engine.plan(model, options)
+    typer.echo(report.as_json(planned) if json else report.plan_table(planned))
+
+
+def bench(
+    model: ModelArgument,
+    prompt_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Length of the prompt.")] = 16,
+    new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens to generate.")] = 8,
+    prompt_ids: PromptIds = None,
+    json: Json = False,
+    *,
+    options: ModelOptions,
+    verbosity: Verbosity,
+) -> None:
+    """Measure a generation beside what the disk can give.
+
+    The ceiling is the same bytes of the same files, read with nothing else going on.
+
+    \b
+    Examples:
+      lamina bench ./model --memory 4GB
+      lamina bench ./model --memory 4GB --prompt-tokens 128 --new-tokens 16 --json
+    """
+    ids = None if prompt_ids is None else parse_prompt_ids(prompt_ids)
+    progress = Progress(new_tokens)
+    with _stdout_for_the_result(True), stdio(json=True, quiet=verbosity.quiet).showing(progress.describe):
+        result = engine.bench(
+            model, options, progress.report, prompt_tokens=prompt_tokens, new_tokens=new_tokens, prompt_ids=ids
+        )
+    typer.echo(report.as_json(result) if json else report.bench_table(result))
+
+
+@contextlib.contextmanager
+def _stdout_for_the_result(alone: bool) -> Iterator[None]:
+    """Whatever a library prints meanwhile goes to stderr, so that stdout holds the result and nothing else."""
+    with contextlib.redirect_stdout(sys.stderr) if alone else contextlib.nullcontext():
+        yield
+
+
+def _tokenizer(model: Any, *, needed: bool) -> Any | None:
+    """The model's tokenizer; None where it has none and the prompt did not need one."""
+    try:
+        return model.tokenizer
+    except RequestError:
+        if needed:
+            raise
+        return None
+
+
+def _nowhere(piece: str) -> None:
+    del piece

@@ -1,0 +1,69 @@
+"""The door from the command line to the model: everything heavy is imported here, and only when asked for.
+
+`library` is the one seam: tests put an in-memory double in its place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from lamina.cli.options import ModelOptions
+
+Report = Callable[[str, int, int], None]
+
+
+def library(options: ModelOptions) -> Any:
+    """`lamina.model`, with the process set up as `options` say."""
+    # Read by their libraries once, at import. The user's own setting wins.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if options.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    module = importlib.import_module("lamina.model")
+    if options.threads is not None:
+        importlib.import_module("torch").set_num_threads(options.threads)
+    return module
+
+
+@contextmanager
+def opened(model: str, options: ModelOptions, report: Report | None = None) -> Iterator[Any]:
+    """The model, ready to generate; its stream is closed at the end, whatever happens."""
+    loaded = library(options).AutoModel.from_pretrained(model, progress=report, **options.as_kwargs())
+    with loaded.lamina:
+        yield loaded
+
+
+def plan(model: str, options: ModelOptions) -> dict[str, Any]:
+    """What would live where, from the headers alone."""
+    return as_dict(library(options).plan_model(model, **options.as_kwargs()))
+
+
+def bench(model: str, options: ModelOptions, report: Report | None, **request: Any) -> dict[str, Any]:
+    """What was measured while generating, with the disk's own ceiling beside it."""
+    return as_dict(library(options).bench_model(model, progress=report, **options.as_kwargs(), **request))
+
+
+def as_dict(record: Any) -> dict[str, Any]:
+    """A frozen record of the library as a plain dict."""
+    if isinstance(record, Mapping):
+        return dict(record)
+    if hasattr(record, "as_dict"):
+        return dict(record.as_dict())
+    return dataclasses.asdict(record)
+
+
+def token_inputs(model: Any, ids: list[int]) -> dict[str, Any]:
+    """Token ids as the inputs of `generate`: one row, all of it attended to."""
+    torch = importlib.import_module("torch")
+    row = torch.tensor([ids], device=model.device)
+    return {"input_ids": row, "attention_mask": torch.ones_like(row)}
+
+
+def set_seed(seed: int) -> None:
+    """Make the sampling that follows repeatable."""
+    importlib.import_module("torch").manual_seed(seed)

@@ -1,0 +1,112 @@
+"""One answer: from a prompt to text that appears as it is made. What `run` and `chat` share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from lamina.cli import engine
+from lamina.cli.options import Sampling, parse_prompt_ids
+from lamina.cli.text import TextStream, TokenStream
+from lamina.errors import RequestError
+
+
+def read_prompt(prompt: str | None, prompt_ids: str | None) -> str | list[int]:
+    """The prompt as text or token ids: from the arguments, or from standard input where none or `-` is given.
+
+    Raises:
+        RequestError: there is no prompt, more than one, or one that cannot be read.
+    """
+    if prompt_ids is not None:
+        if prompt is not None:
+            raise RequestError("a prompt and --prompt-ids were given: give one of them")
+        return parse_prompt_ids(prompt_ids)
+    if prompt is None or prompt == "-":
+        if sys.stdin is None or sys.stdin.isatty():
+            raise RequestError("no prompt: write one after the model, pipe one in, or give --prompt-ids")
+        try:
+            prompt = sys.stdin.read().removesuffix("\n").removesuffix("\r")
+        except UnicodeDecodeError as error:
+            raise RequestError(f"the prompt on standard input is not {error.encoding} text") from error
+    if not prompt:
+        raise RequestError("the prompt is empty")
+    return prompt
+
+
+def encode(model: Any, prompt: str | list[int]) -> dict[str, Any]:
+    """The inputs of `generate` for a prompt taken as it is."""
+    if isinstance(prompt, list):
+        return engine.token_inputs(model, prompt)
+    return dict(model.tokenizer(prompt, return_tensors="pt").to(model.device))
+
+
+def encode_chat(model: Any, name: str, messages: list[dict[str, str]]) -> dict[str, Any]:
+    """The inputs of `generate` for a conversation, written as the model's chat template says.
+
+    Raises:
+        RequestError: the model has no chat template, or it refuses the conversation.
+    """
+    tokenizer = model.tokenizer
+    if not getattr(tokenizer, "chat_template", None):
+        raise RequestError(f"{name} has no chat template: it completes text, use 'lamina run' without --chat")
+    try:
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+    except Exception as error:
+        # Templates say no with their own raise_exception; jinja2's tree is no dependency of ours.
+        if type(error).__module__.partition(".")[0] != "jinja2":
+            raise
+        raise RequestError(f"the chat template of {name} refuses this conversation: {error}") from error
+    return dict(inputs.to(model.device))
+
+
+def generate(
+    model: Any,
+    inputs: dict[str, Any],
+    sampling: Sampling,
+    max_new_tokens: int,
+    write: Callable[[str], None],
+    *,
+    tokenizer: Any | None,
+    count: Callable[[int], None],
+    stopped: Callable[[], bool] | None = None,
+) -> tuple[list[int], str | None]:
+    """Generate from one prompt, handing each piece of text to `write` and each number of new tokens to `count`.
+
+    Args:
+        tokenizer: turns the tokens into text; None writes their numbers instead.
+        stopped: asked after every token; True ends the answer there.
+
+    Returns:
+        The new tokens, and their text, which is None without a tokenizer.
+    """
+    if sampling.seed is not None:
+        engine.set_seed(sampling.seed)
+    tokens: list[int] = []
+    pieces: list[str] = []
+    text = None if tokenizer is None else TextStream(tokenizer, inputs["input_ids"][0].tolist())
+
+    def show(piece: str) -> None:
+        if piece:
+            pieces.append(piece)
+            write(piece)
+
+    def receive(ids: list[int]) -> None:
+        separator = "," if tokens else ""
+        tokens.extend(ids)
+        count(len(ids))
+        show(text.push(ids) if text else separator + ",".join(map(str, ids)))
+
+    model.generate(
+        **inputs,
+        **sampling.as_kwargs(),
+        max_new_tokens=max_new_tokens,
+        streamer=TokenStream(receive),
+        stopping_criteria=[lambda ids, scores, **_: stopped()] if stopped else None,
+    )
+    if text is None:
+        return tokens, None
+    show(text.finish())
+    return tokens, "".join(pieces)

@@ -1,0 +1,122 @@
+"""A sign of life: one status line on the terminal, drawn at the cursor and taken away before anything else is written.
+
+Text that streams to the same terminal stays whole: the line is drawn only where it fits beside what already stands
+on the current row, and both go through one lock. Without a terminal on stderr nothing is drawn.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO
+
+_INTERVAL_S = 0.25
+_SAVE, _RESTORE_AND_CLEAR = "\x1b7", "\x1b8\x1b[K"
+_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+
+
+class Terminal:
+    """Where text and the status line meet: `write` for the one, `describe` asked four times a second for the other.
+
+    Only the command line draws, so its clock is here too: a daemon thread that touches nothing but the terminal.
+    """
+
+    def __init__(self, text: IO[str], status: IO[str], *, shown: bool) -> None:
+        self._text = text
+        self._status = status
+        self._shared = text.isatty()  # the text's cursor is then the one that the status is drawn at
+        self._shown = shown and _is_terminal(status)
+        self._lock = threading.Lock()
+        self._drawn = False
+        self._column = 0
+
+    def write(self, piece: str) -> None:
+        """Write text at once; it is never mixed up with the status."""
+        with self._lock:
+            self._clear()
+            self._text.write(piece)
+            self._text.flush()
+            if self._shared:
+                from rich.cells import cell_len
+
+                line = piece.rpartition("\n")[2]
+                self._column = cell_len(line) + (0 if "\n" in piece else self._column)
+
+    @contextmanager
+    def showing(self, describe: Callable[[], list[str]]) -> Iterator[None]:
+        """Keep the status line up to date with `describe()`, most important part first, while the block runs."""
+        if not self._shown:
+            yield
+            return
+        ended = threading.Event()
+
+        def tick() -> None:
+            while not ended.wait(_INTERVAL_S):
+                with self._lock:
+                    if not ended.is_set():
+                        self._draw(describe())
+
+        clock = threading.Thread(target=tick, name="lamina-status", daemon=True)
+        clock.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            clock.join()
+            with self._lock:
+                self._clear()
+
+    def _draw(self, parts: list[str]) -> None:
+        self._clear()
+        line = fit(parts, self._width(), self._column)
+        if line:
+            self._status.write(f"{_SAVE}{_DIM}{line}{_PLAIN}")
+            self._status.flush()
+            self._drawn = True
+
+    def _clear(self) -> None:
+        if self._drawn:
+            self._status.write(_RESTORE_AND_CLEAR)
+            self._status.flush()
+            self._drawn = False
+
+    def _width(self) -> int:
+        from rich.console import Console
+
+        return Console(file=self._status).width
+
+
+def fit(parts: list[str], width: int, column: int) -> str:
+    """As many of `parts` as fit between `column` and the end of the row; nothing where a row is just full."""
+    position = column % width
+    if column and position == 0:  # the terminal may or may not have wrapped yet
+        return ""
+    lead = "  " if position else ""
+    room = width - position - 1
+    while parts:
+        line = lead + " · ".join(parts)
+        if len(line) <= room:
+            return line
+        parts = parts[:-1]
+    return ""
+
+
+def _is_terminal(stream: IO[str]) -> bool:
+    if not stream.isatty():
+        return False
+    from rich.console import Console
+
+    return not Console(file=stream).is_dumb_terminal
+
+
+def now() -> float:
+    """Seconds on a clock that only goes forward."""
+    return time.monotonic()
+
+
+def stdio(*, json: bool, quiet: bool) -> Terminal:
+    """The terminal of this process: text on stdout, or nowhere near it when stdout is for one JSON object."""
+    return Terminal(sys.stderr if json else sys.stdout, sys.stderr, shown=not quiet)

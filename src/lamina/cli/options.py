@@ -1,0 +1,150 @@
+"""The options that several commands share, each declared once.
+
+A command takes them as frozen dataclasses; `expand` shows typer one option for each field. The dataclasses check
+what can be checked without looking at a model, so that a mistyped size is answered before torch is imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from lamina.errors import RequestError
+from lamina.sizes import parse_size
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder or file, or a Hugging Face id.")]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How to open the model: what `AutoModel.from_pretrained` is given."""
+
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory for the whole process, e.g. 4GB. Default: what is free.")
+    ] = None
+    device_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory on the accelerator, e.g. 4GB. Default: what is free.")
+    ] = None
+    device: Annotated[str | None, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1. Default: auto.")] = None
+    context: Annotated[int | None, typer.Option(metavar="N", min=1, help="Tokens of context to keep memory for.")] = (
+        None
+    )
+    compression: Annotated[
+        str | None, typer.Option(metavar="CODEC", help="How the weights are stored: 8bit, 4bit, lossless.")
+    ] = None
+    draft: Annotated[
+        str | None, typer.Option(metavar="DRAFT", help="How tokens are drafted: none, auto, lookup, self or a model.")
+    ] = None
+    dtype: Annotated[
+        str | None, typer.Option(metavar="NAME", help="auto, bfloat16, float16, float32. Default: as stored.")
+    ] = None
+    attn_implementation: Annotated[
+        str | None, typer.Option(metavar="NAME", help="transformers' attention: sdpa, eager, ...")
+    ] = None
+    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads for the arithmetic.")] = None
+    revision: Annotated[str | None, typer.Option(metavar="REF", help="Branch, tag or commit on the hub.")] = None
+    cache_dir: Annotated[str | None, typer.Option(metavar="DIR", help="Where hub downloads are kept.")] = None
+    token: Annotated[
+        str | None, typer.Option(metavar="TOKEN", help="Hub token. Default: HF_TOKEN or the saved login.")
+    ] = None
+    offline: Annotated[bool, typer.Option("--offline", help="Use only what is already on this machine.")] = False
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model.")
+    ] = False
+
+    def __post_init__(self) -> None:
+        for name in ("memory", "device_memory"):
+            if (value := getattr(self, name)) is not None:
+                parse_size(value, what="--" + name.replace("_", "-"))
+
+    def as_kwargs(self) -> dict[str, Any]:
+        """What was asked for, under the names of `from_pretrained`; what was not is left to its defaults."""
+        names = [field.name for field in fields(self) if field.name not in ("threads", "offline", "trust_remote_code")]
+        kwargs = {name: value for name in names if (value := getattr(self, name)) is not None}
+        for name in ("memory", "device_memory"):
+            if name in kwargs:
+                kwargs[name] = parse_size(kwargs[name])
+        if self.offline:
+            kwargs["local_files_only"] = True
+        if self.trust_remote_code:
+            kwargs["trust_remote_code"] = True
+        return kwargs
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: the likeliest one, unless an option asks for chance."""
+
+    temperature: Annotated[
+        float | None, typer.Option(metavar="T", min=0.0, help="Sample at this temperature. Default: no sampling.")
+    ] = None
+    top_p: Annotated[
+        float | None, typer.Option(metavar="P", min=0.0, max=1.0, help="Sample from the likeliest, up to this share.")
+    ] = None
+    top_k: Annotated[int | None, typer.Option(metavar="K", min=1, help="Sample from the K likeliest tokens.")] = None
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Makes sampling repeatable.")] = None
+
+    def as_kwargs(self) -> dict[str, Any]:
+        """The arguments of `generate`. A temperature of 0 means no sampling."""
+        chosen = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        given = {name: value for name, value in chosen.items() if value is not None}
+        if not given or self.temperature == 0:
+            # None overrides what the model's generation_config says, which would be warned about.
+            return {"do_sample": False, **dict.fromkeys(chosen)}
+        return {"do_sample": True, **given}
+
+
+@dataclass(frozen=True)
+class Verbosity:
+    """What is shown beside the result."""
+
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary on stderr.")] = False
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False
+
+
+def parse_prompt_ids(text: str) -> list[int]:
+    """`"1,2,3"` as `[1, 2, 3]`.
+
+    Raises:
+        RequestError: something in it is not a token id.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        raise RequestError(f"--prompt-ids {text!r} is not a list of token ids: write for example 1,2,3")
+    return [int(part) for part in parts]
+
+
+def expand(command: Callable[..., None]) -> Callable[..., None]:
+    """Let `command` take options as dataclasses: typer sees one option for each of their fields."""
+    parameters = inspect.signature(command, eval_str=True).parameters.values()
+    groups: dict[str, Any] = {p.name: p.annotation for p in parameters if is_dataclass(p.annotation)}
+
+    @functools.wraps(command)
+    def call(**values: Any) -> None:
+        grouped = {
+            name: group(**{field.name: values.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        command(**values, **grouped)
+
+    shown: list[inspect.Parameter] = []
+    for parameter in parameters:
+        if parameter.name in groups:
+            group = groups[parameter.name]
+            hints = get_type_hints(group, include_extras=True)
+            shown += [_parameter(field, hints[field.name]) for field in fields(group)]
+        else:
+            shown.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+    call.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
+    return call
+
+
+def _parameter(field: Field[Any], annotation: Any) -> inspect.Parameter:
+    default = inspect.Parameter.empty if field.default is MISSING else field.default
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

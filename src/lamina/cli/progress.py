@@ -1,0 +1,78 @@
+"""What the status line says: the stage of loading, then the pass that is under way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lamina.cli.live import now
+from lamina.sizes import format_rate, format_size
+
+
+class Progress:
+    """Gathers the numbers: `report` is called while loading, `watch` gives the model whose passes then count."""
+
+    def __init__(self, max_new_tokens: int) -> None:
+        self._max_new_tokens = max_new_tokens
+        self._stage: tuple[str, int, int] = ("starting", 0, 0)
+        self._stage_began = now()
+        self._model: Any = None
+        self._tokens = 0
+        self._pass = -1
+        self._pass_began = now()
+        self.note: str | None = None  # said instead of the numbers while it is set
+
+    def report(self, stage: str, done: int, total: int) -> None:
+        """The `progress` argument of `from_pretrained`: bytes done of `total` in `stage`."""
+        if stage != self._stage[0]:
+            self._stage_began = now()
+        self._stage = (stage, done, total)
+
+    def watch(self, model: Any) -> None:
+        """From here on, passes of this model are what is shown."""
+        self._model = model
+
+    def begin(self) -> None:
+        """A new answer begins."""
+        self._tokens = 0
+
+    def count(self, tokens: int) -> None:
+        """So many new tokens have come."""
+        self._tokens += tokens
+
+    def describe(self) -> list[str]:
+        """The parts of the status line, most important first."""
+        if self.note is not None:
+            return [self.note]
+        if self._model is None:
+            stage, done, total = self._stage
+            return _moving(stage, done, total, now() - self._stage_began)
+        stats = self._model.lamina.stats
+        if stats.passes != self._pass:
+            self._pass, self._pass_began = stats.passes, now()
+        name = f"token {self._tokens + 1}" if self._tokens else "reading the prompt"
+        elapsed = now() - self._pass_began
+        parts = _moving(name, stats.pass_bytes_done, stats.bytes_read_per_pass, elapsed)
+        if self._tokens and stats.seconds_per_token:
+            left = (self._max_new_tokens - self._tokens) * stats.seconds_per_token
+            parts += [f"{stats.seconds_per_token:.2f} s/token", f"{format_seconds(left)} at most"]
+        return parts
+
+
+def _moving(name: str, done: int, total: int, elapsed: float) -> list[str]:
+    if total <= 0:
+        return [name]
+    parts = [f"{name} {min(done / total, 1):.0%}", f"{format_size(done)} of {format_size(total)}"]
+    if done > 0 and elapsed > 0.5:
+        rate = done / elapsed
+        parts += [format_rate(rate), f"{format_seconds(max(total - done, 0) / rate)} left"]
+    return parts
+
+
+def format_seconds(seconds: float) -> str:
+    """`95` as `"1 min 35 s"`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

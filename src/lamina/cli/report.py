@@ -1,0 +1,117 @@
+"""Records of the library as people read them: one-line summaries and two-column tables, or one JSON object."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lamina.sizes import format_rate, format_size
+
+
+def as_json(record: Mapping[str, Any]) -> str:
+    """One JSON object on one line. What JSON has no number for (no pass yet, no disk read) is null."""
+    return json.dumps(_plain(record), allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def summary(stats: Mapping[str, Any], tokens: int) -> str:
+    """What an answer took, in one line. Numbers that were not measured are left out."""
+    parts = [f"{tokens} token" + ("" if tokens == 1 else "s")]
+    if per_token := stats.get("seconds_per_token"):
+        parts.append(f"{per_token:.3g} s/token")
+    if (per_pass := stats.get("tokens_per_pass")) and per_pass > 1:
+        parts.append(f"{per_pass:.2f} tokens a pass")
+    if (rate := stats.get("read_bytes_per_second")) and stats.get("bytes_read"):
+        parts.append(format_rate(rate))
+        parts.append(f"{stats.get('seconds_waiting_for_disk') or 0:.1f} s waiting for the disk")
+    if peak := stats.get("peak_rss_bytes"):
+        budget = stats.get("memory_budget_bytes")
+        parts.append(f"peak {format_size(peak)}" + (f" of {format_size(budget)}" if budget else ""))
+    return " · ".join(parts)
+
+
+_PLAN_ROWS = {
+    "model_bytes": "weights",
+    "parameters": "parameters",
+    "memory_budget_bytes": "memory budget",
+    "minimum_memory_bytes": "least memory that is enough",
+    "resident_bytes": "stays in memory",
+    "ring_bytes": "window for the rest",
+    "kv_cache_bytes": "KV cache",
+    "activation_bytes": "activations",
+    "overhead_bytes": "Python and its libraries",
+    "bytes_read_per_pass": "read for each pass",
+    "units": "units moved as one",
+    "predicted_seconds_per_token": "predicted time a token",
+}
+
+_BENCH_ROWS = {
+    "seconds_per_token": "time a token (median)",
+    "time_to_first_token_seconds": "time to the first token",
+    "load_seconds": "time to load",
+    "tokens_per_pass": "tokens a pass",
+    "bytes_read_per_pass": "read for each pass",
+    "read_bytes_per_second": "read at",
+    "disk_bytes_per_second": "the disk alone gives",
+    "disk_fraction": "share of the disk reached",
+    "peak_rss_bytes": "peak memory",
+    "memory_budget_bytes": "memory budget",
+    "resident_bytes": "stays in memory",
+    "model_bytes": "weights",
+}
+
+
+def plan_table(plan: Mapping[str, Any]) -> str:
+    """What would live where, as two columns."""
+    rows = _rows(plan, _PLAN_ROWS)
+    if (context := plan.get("context_tokens")) and "KV cache" in rows:
+        rows["KV cache"] += f" for {context} tokens"
+    return _table(rows)
+
+
+def bench_table(result: Mapping[str, Any]) -> str:
+    """What was measured, as two columns."""
+    return _table(_rows(result, _BENCH_ROWS))
+
+
+def _rows(record: Mapping[str, Any], labels: Mapping[str, str]) -> dict[str, str]:
+    return {label: _show(key, record[key]) for key, label in labels.items() if record.get(key) is not None}
+
+
+def _show(key: str, value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return str(len(value))
+    if key.endswith("bytes_per_second"):
+        return format_rate(value)
+    if key.endswith("fraction"):
+        return f"{value:.0%}"
+    if "seconds" in key:
+        return f"{value:.3g} s"
+    if "bytes" in key:
+        return format_size(value)
+    if key == "parameters":
+        return f"{value:,}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    width = max(map(len, rows), default=0)
+    return "\n".join(f"{label:<{width}}  {value}" for label, value in rows.items())
