@@ -1,0 +1,204 @@
+"""Tiny random checkpoints of every causal-LM family, written in the layout of their original hub checkpoints.
+
+A family is a transformers ``model_type``. ``tiny_config`` shrinks the family's default config by one generic
+routine (each field name has a tiny value); what that cannot derive is a row in ``_OVERRIDES``. ``write_tiny``
+builds the family's own class, gives every tensor seeded random values, and lets ``save_pretrained`` write the
+checkpoint: transformers reverses its load-time conversions there, so the files look like the published ones.
+
+This module knows nothing of Lamina: it only makes inputs for the tests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+FAMILIES: tuple[str, ...] = tuple(
+    """
+    apertus arcee bamba biogpt bloom codegen cohere cohere2 dbrx deepseek_v2 deepseek_v3 doge dots1 ernie4_5
+    ernie4_5_moe exaone4 falcon falcon_h1 falcon_mamba flex_olmo gemma gemma2 gemma3_text glm glm4 glm4_moe gpt2
+    gpt_bigcode gpt_neox gpt_oss granite granitemoe helium hunyuan_v1_dense hunyuan_v1_moe internlm3 jamba lfm2 llama
+    llama4_text longcat_flash mamba2 minimax minimax_m2 mistral mixtral mpt nemotron olmo olmo2 olmo3 olmoe opt phi
+    phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next seed_oss smollm3 stablelm starcoder2 vaultgemma
+    """.split()
+)
+
+# The families of the list above with experts.
+MOE: frozenset[str] = frozenset(
+    """
+    dbrx deepseek_v2 deepseek_v3 dots1 ernie4_5_moe flex_olmo glm4_moe gpt_oss granitemoe hunyuan_v1_moe jamba
+    llama4_text longcat_flash minimax minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe qwen3_next
+    """.split()
+)
+
+VOCAB = 256
+HIDDEN = 64
+LAYERS = 4
+HEADS = 4
+KV_HEADS = 2
+HEAD_DIM = HIDDEN // HEADS
+INTERMEDIATE = 96
+EXPERTS = 4
+TOP_K = 2
+PAD, BOS, EOS = 0, 1, 2
+FIRST_WORD = 3  # token ids below this one are special
+
+
+# The tiny value of every config field that is a size; a field is set only where the family's config has it.
+_TINY: Mapping[str, Any] = MappingProxyType(
+    {
+        name: value
+        for value, names in (
+            (VOCAB, "vocab_size"),
+            (HIDDEN, "hidden_size n_embd d_model word_embed_proj_dim"),
+            (LAYERS, "num_hidden_layers n_layer n_layers num_layers"),
+            (HEADS, "num_attention_heads n_head n_heads"),
+            (KV_HEADS, "num_key_value_heads num_kv_heads"),
+            (HEAD_DIM, "head_dim v_head_dim mamba_d_head linear_key_head_dim linear_value_head_dim"),
+            (INTERMEDIATE, "intermediate_size ffn_dim ffn_hidden_size n_inner intermediate_size_mlp"),
+            (EXPERTS, "num_experts num_local_experts n_routed_experts moe_num_experts linear_num_value_heads"),
+            (TOP_K, "num_experts_per_tok moe_k moe_topk moe_top_k num_experts_per_token linear_num_key_heads"),
+            (1, "n_shared_experts moe_num_shared_experts num_shared_experts first_k_dense_replace n_group topk_group"),
+            (8, "qk_rope_head_dim qk_nope_head_dim rotary_dim mamba_n_heads time_step_rank mamba_dt_rank"),
+            (8, "sliding_window attention_chunk_size mamba_chunk_size chunk_size block_size query_pre_attn_scalar"),
+            (16, "kv_lora_rank state_size ssm_state_size mamba_d_state"),
+            (32, "moe_intermediate_size expert_ffn_hidden_size q_lora_rank"),
+            (48, "shared_expert_intermediate_size shared_intermediate_size"),
+            (512, "max_position_embeddings n_positions n_ctx max_seq_len keep_window_size"),
+            (PAD, "pad_token_id"),
+            (BOS, "bos_token_id"),
+            (EOS, "eos_token_id"),
+        )
+        for name in names.split()
+    }
+)
+
+# Sizes that mean "off" where the default is None or 0: left as they are.
+_KEEP_WHEN_OFF = frozenset({"sliding_window", "q_lora_rank", "n_shared_experts", "rotary_dim", "num_shared_experts"})
+
+_OVERRIDES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "bamba": {"attn_layer_indices": [1, 3]},
+        "cohere": {"logit_scale": 1.0},
+        "cohere2": {"logit_scale": 1.0},
+        "deepseek_v3": {"n_group": 2, "topk_group": 1},
+        "dbrx": {
+            "attn_config": {"kv_n_heads": KV_HEADS, "clip_qkv": 8.0, "rope_theta": 500000.0},
+            "ffn_config": {
+                "hidden_size": HIDDEN,
+                "ffn_hidden_size": INTERMEDIATE,
+                "moe_num_experts": EXPERTS,
+                "moe_top_k": TOP_K,
+            },
+        },
+        "dots1": {"n_shared_experts": 1},
+        "ernie4_5_moe": {"moe_layer_end_index": LAYERS - 1},
+        "falcon_h1": {"mamba_d_ssm": 128},
+        "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+        "lfm2": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+        "longcat_flash": {"num_layers": 2, "zero_expert_num": 2, "head_dim": 8},
+        "mamba2": {"num_heads": 8, "n_groups": 2},
+    }
+)
+
+
+def tiny_config(family: str) -> PreTrainedConfig:
+    """The family's config with tiny sizes, every kind of layer present at least once, and special tokens 0, 1, 2."""
+    default = CONFIG_MAPPING[family]()
+    fields = default.to_dict()
+    sizes = {name: value for name, value in _TINY.items() if name in fields and _wanted(name, fields[name])}
+    if "qk_rope_head_dim" in fields:
+        sizes.pop("head_dim", None)  # latent attention derives it
+    overrides = dict(_OVERRIDES.get(family, {}))
+    config = CONFIG_MAPPING[family](**(sizes | overrides))
+    for name in ("layer_types", "mlp_layer_types"):
+        if name not in overrides and (kinds := _every_kind(fields.get(name), getattr(config, name, None))):
+            overrides[name] = kinds
+    return CONFIG_MAPPING[family](**(sizes | overrides))
+
+
+def _wanted(name: str, default: object) -> bool:
+    return not (name in _KEEP_WHEN_OFF and not default)
+
+
+def _every_kind(default: Iterable[str] | None, shrunk: list[str] | None) -> list[str] | None:
+    """A per-layer list of the shrunk length with each kind of the default one, or None where that is so already."""
+    if not default or not shrunk or set(default) <= set(shrunk):
+        return None
+    kinds = list(dict.fromkeys(default))
+    return [kinds[i % len(kinds)] for i in range(len(shrunk))]
+
+
+def write_tiny(
+    family: str,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    tie: bool | None = None,
+    max_shard_size: str | int | None = None,
+) -> None:
+    """Write a tiny random checkpoint of ``family`` into ``folder``, as ``save_pretrained`` lays it out.
+
+    ``tie`` sets ``tie_word_embeddings`` (None: the family's default); ``max_shard_size`` such as ``"200KB"`` gives
+    several shards and an index.
+    """
+    shards = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+    tiny_model(family, dtype=dtype, seed=seed, tie=tie).save_pretrained(folder, **shards)
+
+
+def tiny_model(
+    family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, tie: bool | None = None
+) -> PreTrainedModel:
+    """The model that ``write_tiny`` saves, in evaluation mode, its own random state untouched by the caller's."""
+    config = tiny_config(family)
+    if tie is not None:
+        config.tie_word_embeddings = tie
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    _enliven(model, torch.Generator().manual_seed(seed))
+    return model.eval()
+
+
+@torch.no_grad()
+def _enliven(model: PreTrainedModel, generator: torch.Generator) -> None:
+    """Give every tensor of the checkpoint values that show in the logits.
+
+    Matrices get unit gain. Whatever transformers starts at a meaningful value (norm weights at one or zero, ``A_log``,
+    ``dt_bias``, biases, router corrections) keeps it, plus noise.
+    """
+    words, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    saved = model.state_dict()
+    biases = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("bias") and name in saved]
+    for name, tensor in (*model.named_parameters(), *biases):
+        noise = torch.randn(tensor.shape, generator=generator)
+        start = tensor.float()
+        if not start.isfinite().all():
+            raise ValueError(f"{name} is not initialised by transformers")
+        if _is_matrix(start):
+            # Small embeddings: where they are tied, large ones would make each token predict itself.
+            gain = 0.2 if tensor is words is head else 1.0 if tensor is words or tensor is head else 2.0
+            tensor.copy_(noise * gain / math.sqrt(tensor.shape[-1]))
+        else:
+            tensor.copy_(start + 0.1 * noise)
+    head[:FIRST_WORD] *= 0.01  # special tokens do not win, so that generation runs to its full length
+
+
+def _is_matrix(start: torch.Tensor) -> bool:
+    """Whether a freshly initialised tensor is a zero-mean sample: a matrix that mixes, not a scale or an offset."""
+    return start.ndim >= 2 and bool(start.mean().abs() < 0.3 * start.std())
+
+
+def input_ids(config: PreTrainedConfig, length: int = 8, batch: int = 1, seed: int = 0) -> torch.LongTensor:
+    """Random token ids of shape ``(batch, length)``, without the special ones."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(FIRST_WORD, config.get_text_config().vocab_size, (batch, length), generator=generator)
+    return ids  # type: ignore[return-value]
