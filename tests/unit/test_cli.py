@@ -1,0 +1,291 @@
+"""The command line over a double of the library: what reaches it, what comes out, and with which exit code."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+import lamina
+from cli_double import Library, Model, Tokenizer
+from lamina.cli import engine
+from lamina.cli.main import main
+from lamina.errors import BudgetError, CheckpointError, LaminaError, ReadError, RequestError, UnsupportedError
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Library:
+    double = Library()
+    monkeypatch.setattr(engine, "library", lambda options: double)
+    monkeypatch.setattr(engine, "token_inputs", lambda model, ids: {"input_ids": np.array([ids])})
+    return double
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    def call(*arguments: str, stdin: str = "") -> Result:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        captured = capsys.readouterr()
+        return Result(int(ended.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+def one_line(result: Result) -> str:
+    """The error line, once it is sure that there is only one and nothing else."""
+    lines = [line for line in result.err.splitlines() if line != "a library prints to stdout"]
+    assert len(lines) == 1 and lines[0].startswith("lamina: "), result.err
+    assert "Traceback" not in result.err
+    return lines[0]
+
+
+def test_run_writes_the_continuation_to_stdout_and_the_summary_to_stderr(run: Run, library: Library) -> None:
+    result = run("run", "m", "The capital of France is", "--memory", "640MB")
+    assert result.code == 0
+    assert result.out.endswith(" Paris.\n")
+    assert library.model.prompts == ["The capital of France is"]
+    assert library.opened == [{"model": "m", "memory": 640_000_000}]
+    assert "7 tokens · 0.5 s/token" in result.err
+    assert "peak 612 MB of 640 MB" in result.err
+    assert library.model.lamina.closed
+
+
+def test_json_makes_stdout_one_object(run: Run, library: Library) -> None:
+    result = run("run", "m", "Hi", "--json")
+    answer = json.loads(result.out)
+    assert answer["text"] == " Paris."
+    assert answer["tokens"] == list(b" Paris.")
+    assert answer["stats"]["peak_rss_bytes"] == 612_000_000
+    assert answer["stats"]["read_bytes_per_second"] is None, "NaN is not JSON"
+    assert "a library prints to stdout" in result.err
+
+
+@pytest.mark.parametrize("command", ["plan", "bench"])
+def test_plan_and_bench_print_a_table_or_one_object(run: Run, library: Library, command: str) -> None:
+    table = run(command, "m")
+    assert table.code == 0
+    assert len(table.out.splitlines()) >= 3
+    parsed = json.loads(run(command, "m", "--json").out)
+    assert parsed.keys() >= ({"model_bytes"} if command == "plan" else {"disk_fraction"})
+
+
+def test_bench_hands_on_what_to_generate(run: Run, library: Library) -> None:
+    run("bench", "m", "--prompt-ids", "5,6", "--new-tokens", "3")
+    assert library.opened == [{"model": "m", "prompt_tokens": 16, "new_tokens": 3, "prompt_ids": [5, 6]}]
+
+
+def test_every_option_reaches_from_pretrained_under_its_own_name(run: Run, library: Library) -> None:
+    options = {
+        "device_memory": "2GiB",
+        "device": "cpu",
+        "context": "512",
+        "compression": "8bit",
+        "draft": "none",
+        "dtype": "float32",
+        "attn_implementation": "eager",
+        "revision": "v1",
+        "cache_dir": "/c",
+        "token": "t",
+    }
+    flat = [part for name, value in options.items() for part in ("--" + name.replace("_", "-"), value)]
+    assert run("run", "m", "Hi", *flat, "--offline", "--trust-remote-code").code == 0
+    wanted: dict[str, Any] = {**options, "device_memory": 2 * 2**30, "context": 512}
+    assert library.opened == [{"model": "m", **wanted, "local_files_only": True, "trust_remote_code": True}]
+
+
+def test_sampling_is_off_until_asked_for(run: Run, library: Library) -> None:
+    run("run", "m", "Hi")
+    assert library.model.generate_kwargs["do_sample"] is False
+    assert library.model.generate_kwargs["temperature"] is None
+    run("run", "m", "Hi", "--temperature", "0")
+    assert library.model.generate_kwargs["do_sample"] is False
+    run("run", "m", "Hi", "--temperature", "0.7", "--top-k", "5")
+    assert library.model.generate_kwargs.items() >= {"do_sample": True, "temperature": 0.7, "top_k": 5}.items()
+    assert "top_p" not in library.model.generate_kwargs
+
+
+@pytest.mark.parametrize("arguments", [(), ("-",)])
+def test_the_prompt_comes_from_a_pipe(run: Run, library: Library, arguments: tuple[str, ...]) -> None:
+    assert run("run", "m", *arguments, stdin="two\nlines\n").code == 0
+    assert library.model.prompts == ["two\nlines"]
+
+
+def test_without_a_prompt_a_terminal_is_not_read(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stdin = io.StringIO()
+    stdin.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stdin", stdin)
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", "m"])
+    assert "no prompt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("run", "m", ""),
+        ("run", "m"),
+        ("run", "m", "Hi", "--prompt-ids", "1"),
+        ("run", "m", "--prompt-ids", ""),
+        ("run", "m", "--prompt-ids", "1,,2"),
+        ("run", "m", "--prompt-ids", "1,x"),
+        ("run", "m", "--prompt-ids", "-1"),
+        ("run", "m", "--prompt-ids", "1", "--chat"),
+        ("bench", "m", "--prompt-ids", "1;2"),
+        ("run", "m", "Hi", "--memory", "4XB"),
+        ("plan", "m", "--device-memory", "0"),
+        ("run", "m", "Hi", "--max-new-tokens", "0"),
+        ("run", "m", "Hi", "--temperature", "-1"),
+        ("run", "m", "Hi", "--threads", "few"),
+        ("run", "m", "Hi", "--no-such-option"),
+        ("run",),
+        ("no-such-command",),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_exit_2(run: Run, library: Library, arguments: tuple[str, ...]) -> None:
+    result = run(*arguments)
+    assert result.code == 2
+    assert result.out == ""
+    assert one_line(result)
+    assert library.opened == [], "it is answered before anything is opened"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (RequestError("no"), 2),
+        (UnsupportedError("compression='8bit' is not there yet"), 2),
+        (BudgetError("needs 400 MB", minimum_bytes=400), 2),
+        (LaminaError("no"), 1),
+        (CheckpointError("header\nof two lines"), 1),
+        (ReadError("the disk is gone"), 1),
+        (ValueError("a bug"), 1),
+        (AssertionError(), 1),
+        (MemoryError(), 1),
+    ],
+)
+@pytest.mark.parametrize("command", [("run", "m", "Hi"), ("run", "m", "Hi", "--json"), ("plan", "m"), ("bench", "m")])
+def test_an_error_is_one_line_and_its_exit_code(
+    run: Run, library: Library, error: Exception, code: int, command: tuple[str, ...]
+) -> None:
+    library.error = error
+    result = run(*command)
+    assert result.code == code
+    assert " ".join(str(error).split()) in one_line(result)
+    assert "--debug" in result.err or isinstance(error, LaminaError)
+
+
+def test_debug_shows_the_traceback(run: Run, library: Library) -> None:
+    library.error = ReadError("the disk is gone")
+    result = run("run", "m", "Hi", "--debug")
+    assert result.code == 1
+    assert "Traceback" in result.err
+    assert result.err.splitlines()[-1] == "lamina: the disk is gone"
+
+
+def test_ctrl_c_is_one_line_and_exit_130(run: Run, library: Library) -> None:
+    def press(index: int) -> None:
+        if index == 2:
+            raise KeyboardInterrupt
+
+    library.model.before_token = press
+    result = run("run", "m", "Hi")
+    assert result.code == 130
+    assert one_line(result) == "lamina: interrupted"
+    assert library.model.lamina.closed
+
+
+def test_token_ids_need_no_tokenizer(run: Run, library: Library) -> None:
+    library.model = Model(answer="ab", tokenizer_or_error=RequestError("m has no tokenizer"))
+    result = run("run", "m", "--prompt-ids", "65,66", "--quiet")
+    assert result.out.splitlines()[-1] == "97,98"
+    answer = json.loads(run("run", "m", "--prompt-ids", "65,66", "--json").out)
+    assert answer["text"] is None
+    assert answer["tokens"] == [97, 98]
+    assert library.model.prompts == ["AB", "AB"]
+
+
+def test_a_text_prompt_needs_one(run: Run, library: Library) -> None:
+    library.model = Model(tokenizer_or_error=RequestError("m has no tokenizer"))
+    result = run("run", "m", "Hi")
+    assert result.code == 2
+    assert "no tokenizer" in one_line(result)
+
+
+def test_the_chat_template_is_applied_only_when_asked_for(run: Run, library: Library) -> None:
+    run("run", "m", "Hi", "--chat")
+    run("run", "m", "Hi")
+    assert library.model.prompts == ["user:Hi", "Hi"]
+
+
+def test_chat_without_a_template_is_a_wrong_request(run: Run, library: Library) -> None:
+    library.model = Model(tokenizer_or_error=Tokenizer(chat_template=None))
+    for command in (["run", "m", "Hi", "--chat"], ["chat", "m"]):
+        result = run(*command)
+        assert result.code == 2
+        assert "no chat template" in result.err
+
+
+def test_quiet_leaves_stderr_empty(run: Run, library: Library) -> None:
+    assert run("run", "m", "Hi", "--quiet", "--json").err == "a library prints to stdout\n"
+
+
+def test_no_arguments_show_the_help(run: Run) -> None:
+    result = run()
+    assert result.code == 0
+    assert "Commands:" in result.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["run", "--help"], 0),
+        (["chat", "--help"], 0),
+        (["plan", "--help"], 0),
+        (["bench", "--help"], 0),
+        (["run"], 2),
+        (["run", "m", "Hi", "--memory", "nonsense"], 2),
+        (["run", "m", "--prompt-ids", "x"], 2),
+    ],
+)
+def test_help_and_mistakes_are_answered_without_torch(arguments: list[str], code: int) -> None:
+    script = (
+        "import sys\n"
+        "from lamina.cli.main import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "finally:\n    print({'torch', 'transformers', 'numpy', 'huggingface_hub', 'rich'} & set(sys.modules))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(lamina.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == code, done.stderr
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_every_command_shows_examples(run: Run) -> None:
+    for command in ("run", "chat", "plan", "bench"):
+        help_text = run(command, "--help").out
+        assert help_text.count(f"  lamina {command} ") >= 2, command

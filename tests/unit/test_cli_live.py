@@ -1,0 +1,125 @@
+"""The status line never harms the text that it shares a terminal with."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from cli_double import Stats
+from lamina.cli.live import Terminal, fit
+from lamina.cli.progress import Progress, format_seconds
+
+
+class Screen(io.StringIO):
+    """A terminal of one row: understands save, restore and clear-to-the-end as a real one does."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def shown(self) -> str:
+        row, cursor, saved = "", 0, 0
+        rest = self.getvalue().replace("\x1b[2m", "").replace("\x1b[0m", "")
+        while rest:
+            for code in ("\x1b7", "\x1b8", "\x1b[K"):
+                if rest.startswith(code):
+                    rest = rest.removeprefix(code)
+                    break
+            else:
+                row = row[:cursor] + rest[0] + row[cursor + 1 :]
+                cursor, rest = cursor + 1, rest[1:]
+                continue
+            saved = cursor if code == "\x1b7" else saved
+            cursor = saved if code == "\x1b8" else cursor
+            row = row[:cursor] if code == "\x1b[K" else row
+        return row
+
+
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "60")
+    return Screen()
+
+
+def test_text_written_over_a_status_is_whole(screen: Screen) -> None:
+    terminal = Terminal(screen, screen, shown=True)
+    for word in ("The", " capital", " of", " France"):
+        terminal._draw(["token 3 50%"])
+        terminal.write(word)
+    assert screen.shown() == "The capital of France"
+    terminal._draw(["token 3 50%"])
+    assert screen.shown() == "The capital of France  token 3 50%"
+
+
+def test_the_status_is_gone_when_the_block_ends(screen: Screen) -> None:
+    terminal = Terminal(screen, screen, shown=True)
+    with terminal.showing(lambda: ["loading"]):
+        terminal._draw(["loading"])
+        assert screen.shown() == "loading"
+    assert screen.shown() == ""
+
+
+def test_the_status_is_drawn_by_itself_while_the_block_runs(screen: Screen, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lamina.cli.live._INTERVAL_S", 0.001)
+    import threading
+
+    asked = threading.Event()
+
+    def describe() -> list[str]:
+        asked.set()
+        return ["loading"]
+
+    with Terminal(screen, screen, shown=True).showing(describe):
+        assert asked.wait(timeout=60)
+    assert screen.shown() == ""
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_without_a_terminal_nothing_is_drawn(shown: bool) -> None:
+    status = io.StringIO() if shown else Screen()
+    with Terminal(io.StringIO(), status, shown=shown).showing(lambda: ["loading"]):
+        pass
+    assert status.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("column", "line"),
+    [
+        (0, "aaaa · bbbb · cccc"),
+        (5, "  aaaa · bbbb"),
+        (12, "  aaaa"),
+        (14, ""),
+        (20, ""),  # the row is just full: the terminal may or may not have wrapped
+        (20 + 12, "  aaaa"),
+    ],
+)
+def test_only_what_fits_on_the_row_is_shown(column: int, line: str) -> None:
+    assert fit(["aaaa", "bbbb", "cccc"], width=20, column=column) == line
+
+
+class _Model:
+    def __init__(self, stats: Any) -> None:
+        self.lamina = self
+        self.stats = stats
+
+
+def test_progress_tells_the_stage_then_the_pass_then_the_time_left() -> None:
+    progress = Progress(max_new_tokens=10)
+    assert progress.describe() == ["starting"]
+    progress.report("reading weights", 25, 100)
+    assert progress.describe()[:2] == ["reading weights 25%", "25 B of 100 B"]
+    model = _Model(Stats())
+    progress.watch(model)
+    assert progress.describe()[:2] == ["reading the prompt 50%", "500 kB of 1.00 MB"]
+    progress.count(4)
+    assert progress.describe()[-2:] == ["0.50 s/token", "3 s at most"]
+    model.stats = replace(Stats(), bytes_read_per_pass=0, pass_bytes_done=0)
+    assert progress.describe()[0] == "token 5", "nothing is streamed when all of it is resident"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59, "59 s"), (95, "1 min 35 s"), (7260, "2 h 1 min")])
+def test_times_are_written_for_people(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
