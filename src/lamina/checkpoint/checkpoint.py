@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from lamina.checkpoint.choose import INDEX_ENDING, check_subfolder, choose_weights, other_format, parse_index
 from lamina.checkpoint.extent import TensorEntry
 from lamina.checkpoint.header import MAX_HEADER_BYTES, Fingerprint, missing_file, read_header_and_fingerprint
-from lamina.checkpoint.strict import parse_object, quote, refuse_other_content
+from lamina.checkpoint.strict import quote
 from lamina.errors import (
     ChangedError,
     CheckpointError,
@@ -21,21 +21,6 @@ from lamina.errors import (
     RequestError,
     UnsupportedError,
 )
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-
-_OTHER_FORMATS = {
-    ".gguf": "GGUF",
-    ".bin": "PyTorch pickles",
-    ".pt": "PyTorch pickles",
-    ".pth": "PyTorch pickles",
-    ".ckpt": "PyTorch pickles",
-    ".h5": "TensorFlow weights",
-    ".msgpack": "Flax weights",
-}
-_ADAPTER_FILE = "adapter_model.safetensors"
-_SHARD_NUMBER = re.compile(r"(.*)-(\d{1,6})-of-(\d{1,6})(.*)\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -68,10 +53,8 @@ class Checkpoint:
         for file, opened in self.fingerprints.items():
             try:
                 status = os.stat(file)
-            except OSError as exc:
-                raise ChangedError(
-                    f"{file} is gone since it was opened ({exc.strerror}): load the model again"
-                ) from None
+            except OSError:
+                raise ChangedError(f"{file} is gone since it was opened: load the model again") from None
             if status.st_size != opened.size:
                 change = f"had {opened.size} bytes when it was opened and has {status.st_size} now"
             elif status.st_mtime_ns != opened.mtime_ns:
@@ -88,7 +71,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, variant: str | None = None,
     its shards; after these the loose `*.safetensors` of the folder. Links, as the hub's cache has them, are followed.
 
     Args:
-        path: a folder, or one `.safetensors` file.
+        path: a folder, one `.safetensors` file, or one index.
         variant: as transformers has it; `"fp16"` stands for `model.fp16.safetensors`.
         subfolder: where in the folder the weights are.
 
@@ -105,51 +88,14 @@ def open_checkpoint(path: str | os.PathLike[str], *, variant: str | None = None,
     if not _is_folder(root):
         return _open_file(root)
     if subfolder:
-        _check_subfolder(subfolder)
-        root = os.path.join(root, subfolder)
+        root = os.path.join(root, check_subfolder(subfolder))
         if not os.path.isdir(root):
             raise RequestError(f"there is no folder {root}: leave subfolder out, or name one that exists")
     names = _list_folder(root)
-    single, index = (add_variant(name, variant) for name in (SINGLE_FILE, INDEX_FILE))
-    if single in names:
-        return _open_shards(root, [single])
-    if index in names:
-        return _open_indexed(root, index, names)
-    return _open_shards(root, _loose_files(root, names, variant))
-
-
-def add_variant(name: str, variant: str | None) -> str:
-    """`model.safetensors` of variant `fp16` as transformers writes it, `model.fp16.safetensors`."""
-    stem, ending = name.rsplit(".", 1)
-    return f"{stem}.{variant}.{ending}" if variant else name
-
-
-def parse_index(raw: bytes, name: str) -> dict[str, str]:
-    """The weight map of an index: which file holds each tensor, both by name.
-
-    Args:
-        raw: the JSON text.
-        name: how errors call the index.
-
-    Raises:
-        CheckpointError: not an index, or one that names files outside its folder.
-    """
-    refuse_other_content(raw[:32], name)
-    weight_map = parse_object(raw, name, CheckpointError).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{name} has no weight_map that says which file holds which tensor: fetch it again")
-    for tensor, file in weight_map.items():
-        if not isinstance(file, str):
-            raise CheckpointError(f"{name} gives tensor {quote(tensor)} a file that is not text: fetch it again")
-    for file in set(weight_map.values()):
-        if not _is_plain_name(file):
-            raise CheckpointError(
-                f"{name} names the file {quote(file)}, which is not a plain name in its own folder: "
-                "do not trust this checkpoint"
-            )
-        if not file.endswith(".safetensors"):
-            raise CheckpointError(f"{name} names the file {quote(file)}, which is no safetensors file: fetch it again")
-    return weight_map
+    chosen = choose_weights(names, variant, root)
+    if chosen[0].endswith(".json"):
+        return _open_indexed(root, chosen[0], names)
+    return _open_shards(root, chosen)
 
 
 def check_index(weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry], index: str) -> None:
@@ -174,11 +120,12 @@ def merge_tensors(shards: Iterable[Mapping[str, TensorEntry]]) -> dict[str, Tens
     """
     merged: dict[str, TensorEntry] = {}
     for shard in shards:
-        if twice := next((name for name in shard if name in merged), None):
+        twice = next((name for name in shard if name in merged), None)
+        if twice is not None:
             first, second = (os.path.basename(each[twice].extent.file) for each in (merged, shard))
             raise CheckpointError(
                 f"tensor {quote(twice)} is both in {first} and in {second}: "
-                "keep one of the files, or add the index that says which to take"
+                "keep the files of one model only, or fetch it again"
             )
         merged.update(shard)
     return merged
@@ -198,22 +145,15 @@ def _is_folder(path: str) -> bool:
         ) from None
 
 
-def _check_subfolder(subfolder: str) -> None:
-    if os.path.isabs(subfolder) or ".." in subfolder.split("/") or "\0" in subfolder:
-        raise RequestError(f"subfolder {quote(subfolder)} must be a folder inside the model's own")
-
-
 def _open_file(path: str) -> Checkpoint:
-    name = os.path.basename(path)
+    root, name = os.path.split(path)
     if name.endswith(".safetensors"):
-        return _open_shards(os.path.dirname(path), [name])
-    if name.endswith(".safetensors.index.json"):
-        root = os.path.dirname(path)
+        return _open_shards(root, [name])
+    if name.endswith(INDEX_ENDING):
         return _open_indexed(root, name, _list_folder(root))
-    form = _OTHER_FORMATS.get(os.path.splitext(name)[1].lower())
-    if form is None:
-        raise UnsupportedError(f"{path} is no weights file: give the folder of a model, or a .safetensors file")
-    raise UnsupportedError(f"{path} holds {form}, which cannot be streamed yet: convert it to safetensors")
+    if form := other_format(name):
+        raise UnsupportedError(f"{path} holds {form}, which cannot be streamed yet: convert it to safetensors")
+    raise UnsupportedError(f"{path} is no weights file: give the folder of a model, or a .safetensors file")
 
 
 def _list_folder(root: str) -> list[str]:
@@ -232,7 +172,7 @@ def _open_shards(root: str, names: Iterable[str]) -> Checkpoint:
 
 
 def _open_indexed(root: str, index: str, names: list[str]) -> Checkpoint:
-    weight_map = parse_index(_read_index(os.path.join(root, index)), index)
+    weight_map = parse_index(read_index(os.path.join(root, index)), index)
     shards = sorted(set(weight_map.values()))
     missing = sorted(set(shards).difference(names)) or [each for each in shards if _is_broken_link(root, each)]
     if missing:
@@ -248,7 +188,8 @@ def _is_broken_link(root: str, name: str) -> bool:
     return os.path.islink(path) and not os.path.exists(path)
 
 
-def _read_index(path: str) -> bytes:
+def read_index(path: str) -> bytes:
+    """The text of an index. Raises CheckpointError where it cannot be read or is too big to be one."""
     try:
         if not os.path.isfile(path):
             raise CheckpointError(f"{path} is not a file" if os.path.exists(path) else missing_file(path))
@@ -260,41 +201,3 @@ def _read_index(path: str) -> bytes:
         raise CheckpointError(f"{path} may not be read by this user: change its permissions") from None
     except OSError as exc:
         raise CheckpointError(f"{path} cannot be read: {exc.strerror}") from exc
-
-
-def _is_plain_name(name: str) -> bool:
-    return name.isprintable() and os.path.basename(name) == name and "\\" not in name and name not in ("", ".", "..")
-
-
-def _loose_files(root: str, names: list[str], variant: str | None) -> list[str]:
-    """The weight files of a folder that has none of the usual names."""
-    loose = [name for name in names if name.endswith(".safetensors") and not name.startswith(".")]
-    if variant:
-        found = [name for name in loose if re.search(rf"\.{re.escape(variant)}[-.]", name)]
-        if loose and not found:
-            raise RequestError(f"{root} has no variant {quote(variant)}, only {', '.join(loose[:4])}")
-        loose = found
-    if loose == [_ADAPTER_FILE]:
-        raise UnsupportedError(f"{root} holds an adapter, not a model: give the model that it belongs to")
-    if not loose:
-        raise _no_weights(root, names)
-    _check_numbering(root, loose)
-    return loose
-
-
-def _check_numbering(root: str, names: list[str]) -> None:
-    """Without an index, only `-00001-of-00003` tells that a shard is missing."""
-    matches = [match for name in names if (match := _SHARD_NUMBER.fullmatch(name))]
-    for stem, digits, count, ending in {(each[1], len(each[2]), each[3], each[4]) for each in matches}:
-        shards = (f"{stem}-{number:0{digits}d}-of-{count}{ending}.safetensors" for number in range(1, int(count) + 1))
-        if missing := next((shard for shard in shards if shard not in names), None):
-            raise MissingShardError(f"{root} lacks {missing}, which the names of the others call for: fetch it again")
-
-
-def _no_weights(root: str, names: list[str]) -> CheckpointError | UnsupportedError:
-    for name in names:
-        if form := _OTHER_FORMATS.get(os.path.splitext(name)[1].lower()):
-            return UnsupportedError(
-                f"{root} holds {form} only ({name}), which cannot be streamed yet: convert them to safetensors"
-            )
-    return CheckpointError(f"there are no weights in {root}: it needs {SINGLE_FILE}, or {INDEX_FILE} and its shards")

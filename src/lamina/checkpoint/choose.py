@@ -1,0 +1,170 @@
+"""Which files of a folder or a hub repository make up its model: names only, nothing is opened.
+
+The order is that of transformers: `model.safetensors`, then `model.safetensors.index.json` and its shards.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection
+
+from lamina.checkpoint.strict import parse_object, quote, refuse_other_content
+from lamina.errors import CheckpointError, LaminaError, MissingShardError, RequestError, UnsupportedError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+INDEX_ENDING = ".safetensors.index.json"
+
+_OTHER_FORMATS = {
+    ".gguf": "GGUF",
+    ".bin": "PyTorch pickles",
+    ".pt": "PyTorch pickles",
+    ".pth": "PyTorch pickles",
+    ".ckpt": "PyTorch pickles",
+    ".h5": "TensorFlow weights",
+    ".msgpack": "Flax weights",
+}
+_ADAPTER_FILE = "adapter_model.safetensors"
+_SHARD_NUMBER = re.compile(r"(.*)-(\d{1,6})-of-(\d{1,6})(.*)\.safetensors")
+_VARIANT = re.compile(r"model(?:-\d+-of-\d+)?\.(\w+)(?:-\d+-of-\d+)?\.safetensors")
+_SMALL_ENDINGS = (".json", ".model", ".txt", ".jinja", ".tiktoken")
+_TEMPLATE_FOLDER = "additional_chat_templates/"
+_NEVER_CODE = ("original/", "examples/")
+
+
+def add_variant(name: str, variant: str | None) -> str:
+    """`model.safetensors` of variant `fp16` as transformers writes it, `model.fp16.safetensors`."""
+    stem, ending = name.rsplit(".", 1)
+    return f"{stem}.{variant}.{ending}" if variant else name
+
+
+def choose_weights(names: Collection[str], variant: str | None, where: str) -> list[str]:
+    """The weight files of a folder, or the one index that names them (it ends with `.json`).
+
+    Args:
+        names: what the folder holds, without its own path.
+        variant: as transformers has it, or None.
+        where: how errors name the folder.
+
+    Raises:
+        RequestError: no such variant, or a choice of variants and none asked for.
+        UnsupportedError: weights in another format only, or an adapter.
+        MissingShardError: `-00002-of-00003` is there and another of the three is not.
+        CheckpointError: no weights at all.
+    """
+    for wanted in (add_variant(SINGLE_FILE, variant), add_variant(INDEX_FILE, variant)):
+        if wanted in names:
+            return [wanted]
+    loose = sorted(name for name in names if name.endswith(".safetensors") and not name.startswith("."))
+    if not loose:
+        raise _no_weights(names, where)
+    if loose == [_ADAPTER_FILE]:
+        raise UnsupportedError(f"{where} holds an adapter, not a model: give the model that it belongs to")
+    chosen = _of_variant(loose, variant, where)
+    # Mistral repositories hold the same weights once more, in a layout that transformers does not read.
+    chosen = [name for name in chosen if not name.startswith("consolidated")] or chosen
+    _check_numbering(chosen, where)
+    return chosen
+
+
+def _of_variant(loose: list[str], variant: str | None, where: str) -> list[str]:
+    variants = {name: match[1] for name in loose if (match := _VARIANT.fullmatch(name))}
+    if variant:
+        chosen = [name for name in loose if variants.get(name) == variant]
+        if not chosen:
+            raise RequestError(f"{where} has no variant {quote(variant)}, only {', '.join(loose[:4])}")
+        return chosen
+    chosen = [name for name in loose if name not in variants] or loose
+    if chosen is loose and len(set(variants.values())) > 1:
+        raise RequestError(f"{where} has only the variants {', '.join(sorted(set(variants.values())))}: choose one")
+    return chosen
+
+
+def _check_numbering(names: list[str], where: str) -> None:
+    """Without an index, only `-00001-of-00003` tells that a shard is missing."""
+    matches = [match for name in names if (match := _SHARD_NUMBER.fullmatch(name))]
+    for stem, digits, count, ending in {(each[1], len(each[2]), each[3], each[4]) for each in matches}:
+        shards = (f"{stem}-{number:0{digits}d}-of-{count}{ending}.safetensors" for number in range(1, int(count) + 1))
+        if missing := next((shard for shard in shards if shard not in names), None):
+            raise MissingShardError(f"{where} lacks {missing}, which the names of the others call for: fetch it again")
+
+
+def _no_weights(names: Collection[str], where: str) -> LaminaError:
+    for name in sorted(names):
+        if form := other_format(name):
+            return UnsupportedError(
+                f"{where} holds {form} only ({name}), which cannot be streamed yet: convert them to safetensors"
+            )
+    return CheckpointError(f"there are no weights in {where}: it needs {SINGLE_FILE}, or {INDEX_FILE} and its shards")
+
+
+def other_format(name: str) -> str | None:
+    """What a weight file of another format is called, by the end of its name; None for any other file."""
+    return _OTHER_FORMATS.get(os.path.splitext(name)[1].lower())
+
+
+def small_files(names: Collection[str], subfolder: str, trust_remote_code: bool) -> list[str]:
+    """The files of a repository that a model needs besides its weights: config, tokenizer, chat templates.
+
+    Args:
+        names: every file of the repository.
+        subfolder: where the model is; files beside it at the top are taken too.
+        trust_remote_code: take Python files as well.
+    """
+    tops = {"", f"{subfolder}/" if subfolder else ""}
+    chosen = []
+    for name in names:
+        folder = name[: name.rfind("/") + 1]
+        if name.endswith(".py"):
+            wanted = trust_remote_code and not name.startswith(_NEVER_CODE)
+        elif folder in {top + _TEMPLATE_FOLDER for top in tops}:
+            wanted = name.endswith(".jinja")
+        else:
+            wanted = folder in tops and name.endswith(_SMALL_ENDINGS) and not name.endswith(".index.json")
+        if wanted:
+            chosen.append(name)
+    return chosen
+
+
+def parse_index(raw: bytes, name: str) -> dict[str, str]:
+    """The weight map of an index: which file holds each tensor, both by name.
+
+    Args:
+        raw: the JSON text.
+        name: how errors call the index.
+
+    Raises:
+        CheckpointError: not an index, or one that names files outside its folder.
+    """
+    refuse_other_content(raw[:32], name)
+    weight_map = parse_object(raw, name, CheckpointError).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{name} has no weight_map that says which file holds which tensor: fetch it again")
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str):
+            raise CheckpointError(f"{name} gives tensor {quote(tensor)} a file that is not text: fetch it again")
+    for file in sorted(set(weight_map.values())):
+        if not _is_plain_name(file):
+            raise CheckpointError(
+                f"{name} names the file {quote(file)}, which is not a plain name in its own folder: "
+                "do not trust this checkpoint"
+            )
+        if not file.endswith(".safetensors"):
+            raise CheckpointError(f"{name} names the file {quote(file)}, which is no safetensors file: fetch it again")
+    return weight_map
+
+
+def _is_plain_name(name: str) -> bool:
+    return name.isprintable() and "/" not in name and "\\" not in name and name not in ("", ".", "..")
+
+
+def check_subfolder(subfolder: str) -> str:
+    """The subfolder without slashes at its end.
+
+    Raises:
+        RequestError: it leads out of the model's own folder.
+    """
+    if os.path.isabs(subfolder) or ".." in subfolder.split("/") or not subfolder.isprintable():
+        raise RequestError(f"subfolder {quote(subfolder)} must be a folder inside the model's own")
+    return subfolder.strip("/")
