@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from report import MeasuringError, parse_size
+from report import MeasuringError, parse_size, run_main
 
 _numbers = itertools.count()
 
@@ -263,11 +263,6 @@ def wait_until_ended(pid: int, cgroup: MemoryCgroup | None, timeout: float | Non
     return anonymous
 
 
-def end_on_signal(number: int, _frame: object) -> None:
-    """Leave through the `finally` clauses, so that the cgroup goes too."""
-    sys.exit(128 + number)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=parse_size, help="memory the command may have, e.g. 3GB; default: only counted")
@@ -278,7 +273,6 @@ def main() -> None:
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
     if not command:
         parser.error("no command: put one after --")
-    signal.signal(signal.SIGTERM, end_on_signal)
     run = run_capped(command, arguments.limit, drop=not arguments.keep_caches, timeout=arguments.timeout)
     sys.stderr.write(run.stderr)
     sys.stdout.write(run.stdout)
@@ -288,4 +282,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

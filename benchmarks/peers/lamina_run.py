@@ -15,7 +15,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--memory", help="the budget; default: what Lamina finds free under the cap")
     given, more = arguments.parse_known_args()
-    command = [sys.executable, "-m", "lamina.cli.main", "bench", str(given.checkpoint)]
+    command = [sys.executable, "-c", "from lamina.cli.main import main; main()", "bench", str(given.checkpoint)]
     command += ["--memory", given.memory] if given.memory else []
     command += ["--prompt-ids", given.prompt_ids, "--new-tokens", str(given.new_tokens), "--json", *more]
     os.execv(sys.executable, command)

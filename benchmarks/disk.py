@@ -1,0 +1,143 @@
+"""The ceiling: how fast this drive gives a checkpoint's bytes, with O_DIRECT, by block size and number of threads.
+
+    python benchmarks/disk.py .cache/bench/llama-3b
+    python benchmarks/disk.py .cache/bench/llama-3b --blocks 8 --threads 1,8 --runs 3 --bytes 6GB
+
+Threads take the next block from one counter, as a reader would; each has one aligned buffer to read into again and
+again. Settings alternate, so that a slow spell of a shared drive meets all of them; each run goes on where the last one
+ended, so that a cache behind the drive helps little. One row per setting: GB/s, median (least - greatest).
+"""
+
+import argparse
+import itertools
+import json
+import mmap
+import os
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from report import BENCH, make_checkpoint, parse_size, record, run_main, stamp, table
+
+ALIGNMENT = 4096
+Block = tuple[int, int, int]  # file descriptor, offset, length
+
+
+def blocks_of(descriptors: list[int], size: int) -> list[Block]:
+    """Every whole aligned block of the files, in order."""
+    return [
+        (descriptor, at, size)
+        for descriptor in descriptors
+        for at in range(0, os.fstat(descriptor).st_size - size + 1, size)
+    ]
+
+
+def read_blocks(blocks: Iterator[Block], lock: threading.Lock, buffer: mmap.mmap, failed: list[OSError]) -> None:
+    """Read until there are no more blocks; `preadv` releases the GIL."""
+    view = memoryview(buffer)
+    while True:
+        with lock:
+            block = next(blocks, None)
+        if block is None:
+            return
+        descriptor, at, size = block
+        try:
+            got = os.preadv(descriptor, [view[:size]], at)
+            if got != size:
+                raise OSError(f"read {got} of {size} bytes at {at}")
+        except OSError as error:
+            failed.append(error)
+            return
+
+
+def read_rate(blocks: list[Block], buffers: list[mmap.mmap]) -> float:
+    """Bytes per second of reading `blocks` with one thread per buffer."""
+    source, lock = iter(blocks), threading.Lock()
+    failed: list[OSError] = []
+    threads = [threading.Thread(target=read_blocks, args=(source, lock, buffer, failed)) for buffer in buffers]
+    began = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[0]
+    return sum(size for _, _, size in blocks) / (time.perf_counter() - began)
+
+
+def touched_buffer(size: int) -> mmap.mmap:
+    """A page-aligned buffer whose pages are there already."""
+    buffer = mmap.mmap(-1, size)
+    buffer[::ALIGNMENT] = b"\1" * len(range(0, size, ALIGNMENT))
+    return buffer
+
+
+def open_direct(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+
+
+def measure(
+    files: list[Path], blocks: list[int], threads: list[int], total: int, runs: int
+) -> dict[tuple[int, int], list[float]]:
+    """Rates for each (block bytes, threads), `runs` of each, in turns."""
+    descriptors = [open_direct(path) for path in files]
+    rates: dict[tuple[int, int], list[float]] = {setting: [] for setting in itertools.product(blocks, threads)}
+    at = dict.fromkeys(blocks, 0)
+    try:
+        for _ in range(runs):
+            for block, count in rates:
+                ring = blocks_of(descriptors, block)
+                begin, need = at[block], max(1, total // block)
+                taken = [ring[(begin + i) % len(ring)] for i in range(min(need, len(ring)))]
+                at[block] = (begin + len(taken)) % len(ring)
+                rates[block, count].append(read_rate(taken, [touched_buffer(block) for _ in range(count)]))
+                print(f"{block >> 20} MiB x {count}: {rates[block, count][-1] / 1e9:.2f} GB/s", file=sys.stderr)
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+    return rates
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, nargs="?", default=BENCH / "llama-3b")
+    parser.add_argument("--blocks", type=numbers, default=[1, 4, 8, 16], help="MiB, comma-separated")
+    parser.add_argument("--threads", type=numbers, default=[1, 2, 4, 8, 16], help="comma-separated")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--bytes", type=parse_size, default=2 * 10**9, help="read in each run")
+    given = parser.parse_args()
+    files = sorted(make_checkpoint(given.checkpoint, "3b").glob("*.safetensors"))
+    rates = measure(files, [size << 20 for size in given.blocks], given.threads, given.bytes, given.runs)
+    rows, settings = [], []
+    for block in given.blocks:
+        row = [f"{block} MiB"]
+        for count in given.threads:
+            found = [rate / 1e9 for rate in rates[block << 20, count]]
+            row.append(f"{statistics.median(found):.2f} ({min(found):.2f} - {max(found):.2f})")
+            settings.append(
+                {
+                    "block_bytes": block << 20,
+                    "threads": count,
+                    "bytes_per_second": {
+                        "median": statistics.median(found) * 1e9,
+                        "min": min(found) * 1e9,
+                        "max": max(found) * 1e9,
+                    },
+                }
+            )
+        rows.append(row)
+    print(table(rows, ["GB/s", *(f"{count} threads" for count in given.threads)]))
+    line = stamp() | {"bytes": given.bytes, "runs": given.runs, "settings": settings}
+    record("disk", line)
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    run_main(main)

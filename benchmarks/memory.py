@@ -1,0 +1,113 @@
+"""Whether Lamina keeps its memory promise, with the kernel as the witness.
+
+    python benchmarks/memory.py                                        # needs root for the caps
+    python benchmarks/memory.py --parts ladder --small .cache/bench/llama-3b
+
+70b      a 70B shape (141 GB, sparse) with --memory 2GB, in a cgroup of 2 GiB that counts page cache
+405b     a 405B shape (812 GB, sparse) with --memory 4GB, in a cgroup of 4 GiB
+ladder   a small model at budgets from `lamina plan`'s minimum to all of it, each in a cgroup of that size and the same
+         share more: every budget has to be kept, and every budget has to give the same tokens
+
+A sparse checkpoint reads as zeros, but every byte passes through the engine. A run passes if it ends well, nothing was
+killed, and the peak resident memory of the process is at most the budget. The cgroup's own peak is shown too: it counts
+page cache and the kernel's own pages, of which the kernel takes back what it can before it kills anything.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import lamina_cli
+from report import BENCH, gigabytes, make_checkpoint, parse_size, record, run_main, stamp, table, versions
+
+SLACK = 2**30 / 10**9  # what a container of N GiB has over a budget of N GB
+
+
+def proof(name: str, checkpoint: Path, budget: int, new_tokens: int, timeout: float) -> dict[str, object]:
+    """One generation under one budget, in a cgroup of a little more."""
+    print(f"memory.py: {name} at {gigabytes(budget)}", file=sys.stderr)
+    line = lamina_cli.generate(checkpoint, budget, new_tokens, cap=int(budget * SLACK), timeout=timeout)
+    peaks = [line["process_peak_bytes"], line["cgroup_anonymous_bytes"]]
+    peak = max(peak for peak in peaks if isinstance(peak, int))
+    kept = line["failure"] is None and peak <= budget
+    return {"proof": name, "budget_bytes": budget, "peak_bytes": peak, "kept": kept} | line
+
+
+def giant(shape: str, folder: Path, budget: int, given: argparse.Namespace) -> Iterator[dict[str, object]]:
+    checkpoint = make_checkpoint(folder, shape, sparse=True)
+    yield proof(shape, checkpoint, budget, given.new_tokens, given.timeout)
+
+
+def ladder(given: argparse.Namespace) -> Iterator[dict[str, object]]:
+    checkpoint = make_checkpoint(given.small, "3b")
+    told = lamina_cli.plan(checkpoint)
+    least = int(lamina_cli.number(told, "minimum_memory_bytes"))
+    whole = least + int(lamina_cli.number(told, "model_bytes"))
+    first: object = None
+    for rung in range(given.rungs):
+        budget = least + (whole - least) * rung // max(1, given.rungs - 1)
+        line = proof(f"rung {rung}", checkpoint, budget, given.ladder_tokens, given.timeout)
+        first = first or line["tokens"]
+        yield line | {"same_tokens": line["tokens"] == first}
+
+
+def proofs(given: argparse.Namespace) -> Iterator[dict[str, object]]:
+    for part in given.parts:
+        if part == "ladder":
+            yield from ladder(given)
+        elif part == "70b":
+            yield from giant("70b", given.folder / "llama-70b", given.memory_70b, given)
+        else:
+            yield from giant("405b", given.folder / "llama-405b", given.memory_405b, given)
+
+
+def arguments() -> argparse.Namespace:
+    parts = ("ladder", "70b", "405b")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=BENCH, help="where the sparse checkpoints are or are made")
+    parser.add_argument("--small", type=Path, default=BENCH / "llama-3b", help="made (3B shape) if it is not there")
+    parser.add_argument("--memory-70b", type=parse_size, default=2 * 10**9)
+    parser.add_argument("--memory-405b", type=parse_size, default=4 * 10**9)
+    parser.add_argument("--rungs", type=int, default=5, help="budgets from the minimum to all of the model")
+    parser.add_argument("--ladder-tokens", type=int, default=3)
+    parser.add_argument("--new-tokens", type=int, default=2, help="of the giants")
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds for one run")
+    parser.add_argument("--parts", default=",".join(parts), help="comma-separated")
+    given = parser.parse_args()
+    given.parts = given.parts.split(",")
+    if unknown := set(given.parts) - set(parts):
+        parser.error(f"no part named {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
+    return given
+
+
+def main() -> None:
+    given = arguments()
+    said = stamp() | {"packages": versions()}
+    lines = []
+    for line in proofs(given):
+        lines.append(line)
+        record("memory", said | line)
+    rows = [
+        (
+            line["proof"],
+            gigabytes(line["budget_bytes"]),
+            gigabytes(line["peak_bytes"]),
+            gigabytes(line["cap_bytes"]),
+            gigabytes(line["cgroup_peak_bytes"]),
+            f"{line['wall_seconds']} s",
+            "kept"
+            if line["kept"] and line.get("same_tokens", True)
+            else f"BROKEN: {line['failure'] or 'see the peak'}",
+        )
+        for line in lines
+    ]
+    print(table(rows, ("proof", "budget", "peak RSS", "cgroup cap", "cgroup peak", "wall", "promise")))
+    passed = all(line["kept"] and line.get("same_tokens", True) for line in lines)
+    print(json.dumps(said | {"passed": passed, "proofs": lines}))
+    sys.exit(0 if passed else 1)
+
+
+if __name__ == "__main__":
+    run_main(main)
