@@ -1,4 +1,4 @@
-"""gguf_to_folder.py FILE.gguf FOLDER: write a quantised GGUF as an ordinary bf16 Hugging Face folder, tokenizer and all.
+"""gguf_to_folder.py FILE.gguf FOLDER: write a quantised GGUF as an ordinary bf16 folder, tokenizer and all.
 
 The folder appears whole or not at all. The weights are the GGUF's, unpacked: close to the original's, not equal.
 """
