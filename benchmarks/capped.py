@@ -44,7 +44,7 @@ class Run:
     peak_rss_bytes: int  # of the largest process, mapped files included
     limit_hits: int | None  # times the cap made the kernel take pages back: ordinary for page cache
     oom_kills: int | None
-    read_bytes: int | None  # fetched from the block device
+    read_bytes: int | None  # fetched from block devices
     cpu_seconds: float
     stdout: str
     stderr: str
@@ -179,15 +179,6 @@ def drop_caches() -> bool:
     return True
 
 
-def read_bytes_of(pid: int) -> int | None:
-    """Bytes that a process and its ended children fetched from block devices; also of one that has just ended."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/io").read_text().splitlines():
-            if line.startswith("read_bytes:"):
-                return int(line.split()[1])
-    return None
-
-
 def run_capped(
     command: list[str],
     limit: int | None = None,
@@ -221,7 +212,6 @@ def run_capped(
         try:
             anonymous = wait_until_ended(process.pid, cgroup, timeout, every)
             wall = time.perf_counter() - started
-            read = read_bytes_of(process.pid)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -241,7 +231,7 @@ def run_capped(
             peak_rss_bytes=usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
             limit_hits=cgroup.limit_hits if cgroup else None,
             oom_kills=cgroup.oom_kills if cgroup else None,
-            read_bytes=read,
+            read_bytes=usage.ru_inblock * 512 if sys.platform == "linux" else None,
             cpu_seconds=usage.ru_utime + usage.ru_stime,
             stdout=out.read().decode(errors="replace"),
             stderr=err.read().decode(errors="replace"),
@@ -249,7 +239,7 @@ def run_capped(
 
 
 def wait_until_ended(pid: int, cgroup: MemoryCgroup | None, timeout: float | None, every: float) -> int | None:
-    """Wait without reaping, so that /proc still tells; the most anonymous memory seen on the way."""
+    """Wait, and leave the reaping to `wait4`, which tells the costs; the most anonymous memory seen on the way."""
     deadline = None if timeout is None else time.monotonic() + timeout
     anonymous = None
     while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:

@@ -125,7 +125,7 @@ def write_checkpoint(folder: Path, shape: Shape, sparse: bool = False, seed: int
     generator = torch.Generator().manual_seed(seed)
     tensors = tensor_shapes(shape)
     shards = split_into_shards(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, names in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(names, file)
@@ -153,7 +153,7 @@ def write_checkpoint(folder: Path, shape: Shape, sparse: bool = False, seed: int
 def write_tokenizer(folder: Path, vocab: int) -> None:
     """A word-level tokenizer of made-up words `t0 t1 ...`, for peers that will not load a folder without one."""
     vocabulary = {f"t{i}": i for i in range(vocab)}
-    tokenizer = {
+    tokenizer: dict[str, object] = {
         "version": "1.0",
         "added_tokens": [],
         "normalizer": None,

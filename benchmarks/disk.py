@@ -13,14 +13,14 @@ import itertools
 import json
 import mmap
 import os
-import statistics
+import random
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from report import BENCH, make_checkpoint, parse_size, record, run_main, stamp, table
+from report import BENCH, make_checkpoint, parse_size, record, run_main, spread, stamp, table
 
 ALIGNMENT = 4096
 Block = tuple[int, int, int]  # file descriptor, offset, length
@@ -85,20 +85,28 @@ def measure(
     """Rates for each (block bytes, threads), `runs` of each, in turns."""
     descriptors = [open_direct(path) for path in files]
     rates: dict[tuple[int, int], list[float]] = {setting: [] for setting in itertools.product(blocks, threads)}
-    at = dict.fromkeys(blocks, 0)
+    at = {block: random.randrange(10**6) for block in blocks}
     try:
-        for _ in range(runs):
+        for run in range(runs):
+            if runs > 1:
+                print(f"disk.py: run {run + 1} of {runs}", file=sys.stderr)
             for block, count in rates:
                 ring = blocks_of(descriptors, block)
                 begin, need = at[block], max(1, total // block)
                 taken = [ring[(begin + i) % len(ring)] for i in range(min(need, len(ring)))]
                 at[block] = (begin + len(taken)) % len(ring)
                 rates[block, count].append(read_rate(taken, [touched_buffer(block) for _ in range(count)]))
-                print(f"{block >> 20} MiB x {count}: {rates[block, count][-1] / 1e9:.2f} GB/s", file=sys.stderr)
     finally:
         for descriptor in descriptors:
             os.close(descriptor)
     return rates
+
+
+def rate_now(checkpoint: Path, total: int = 10**9) -> float:
+    """Bytes per second at this moment, eight threads with 8 MiB each: what a run's figure can be held against."""
+    files = sorted(checkpoint.glob("*.safetensors"))
+    (rates,) = measure(files, [8 << 20], [8], total, 1).values()
+    return rates[0]
 
 
 def numbers(text: str) -> list[int]:
@@ -119,21 +127,12 @@ def main() -> None:
     for block in given.blocks:
         row = [f"{block} MiB"]
         for count in given.threads:
-            found = [rate / 1e9 for rate in rates[block << 20, count]]
-            row.append(f"{statistics.median(found):.2f} ({min(found):.2f} - {max(found):.2f})")
-            settings.append(
-                {
-                    "block_bytes": block << 20,
-                    "threads": count,
-                    "bytes_per_second": {
-                        "median": statistics.median(found) * 1e9,
-                        "min": min(found) * 1e9,
-                        "max": max(found) * 1e9,
-                    },
-                }
-            )
+            found = spread(rates[block << 20, count])
+            low, middle, high = (found[part] / 1e9 for part in ("min", "median", "max"))
+            row.append(f"{middle:.2f} ({low:.2f} - {high:.2f})")
+            settings.append({"block_bytes": block << 20, "threads": count, "bytes_per_second": found})
         rows.append(row)
-    print(table(rows, ["GB/s", *(f"{count} threads" for count in given.threads)]))
+    print(table(rows, ["GB/s", *(f"{count} thread{'s' * (count > 1)}" for count in given.threads)]))
     line = stamp() | {"bytes": given.bytes, "runs": given.runs, "settings": settings}
     record("disk", line)
     print(json.dumps(line))

@@ -6,6 +6,7 @@
 The engines take turns, so that a slow spell of the disk meets all of them; the page cache is dropped before each run
 and counts against the cap. Same weights, same prompt ids, greedy, no early end. One JSON line per run goes to
 benchmarks/results/first_reading.jsonl; the table shows medians, spread and the ratio to Lamina; the last line is JSON.
+"disk" is what the drive gave raw, right before each run; "same" is how many first tokens agree with Lamina's.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from capped import run_capped
+from disk import rate_now
 from lamina_cli import cost
 from report import (
     BENCH,
@@ -55,7 +57,7 @@ class Engine:
 
 
 def airllm_split(given: argparse.Namespace) -> Path:
-    return given.airllm_split or given.checkpoint.with_name(given.checkpoint.name + "-airllm")
+    return Path(given.airllm_split) if given.airllm_split else Path(f"{given.checkpoint}-airllm")
 
 
 ENGINES = {
@@ -70,8 +72,9 @@ ENGINES = {
 
 def measure(engine: Engine, given: argparse.Namespace) -> dict[str, object]:
     """One run of one engine: what it says of itself and what the cgroup says of it."""
+    before = rate_now(given.checkpoint)
     run = run_capped(engine.command(given), given.cap, timeout=given.timeout)
-    line: dict[str, object] = {"engine": engine.name, **cost(run)}
+    line: dict[str, object] = {"engine": engine.name, **cost(run), "disk_before_bytes_per_second": before}
     if run.failure is None:
         line |= run.last_json() | {"engine": engine.name}
     return line
@@ -84,7 +87,14 @@ def summarize(lines: list[dict[str, object]]) -> dict[str, dict[str, object]]:
         own = [line for line in lines if line["engine"] == name]
         good = [line for line in own if line["failure"] is None]
         summary[name] = {"runs": len(own), "failed": len(own) - len(good)}
-        for key in ("seconds_per_token", "time_to_first_token_seconds", "load_seconds", "peak_rss_bytes", "read_bytes"):
+        for key in (
+            "seconds_per_token",
+            "time_to_first_token_seconds",
+            "load_seconds",
+            "peak_rss_bytes",
+            "read_bytes",
+            "disk_before_bytes_per_second",
+        ):
             values = [value for line in good if isinstance(value := line.get(key), int | float)]
             if values:
                 summary[name][key] = spread(values)
@@ -124,11 +134,24 @@ def show(summary: dict[str, dict[str, object]]) -> str:
                 seconds(figure("load_seconds")),
                 gigabytes(figure("peak_rss_bytes")),
                 gigabytes(figure("read_bytes")),
+                f"{gigabytes(figure('disk_before_bytes_per_second'))}/s",
                 row["same_first_tokens"],
                 f"{row['failed']}/{row['runs']}",
             )
         )
-    head = ("engine", "s/token", "spread", "x Lamina", "first token s", "load s", "peak RSS", "read", "same", "failed")
+    head = (
+        "engine",
+        "s/token",
+        "spread",
+        "x Lamina",
+        "first token s",
+        "load s",
+        "peak RSS",
+        "read",
+        "disk",
+        "same",
+        "failed",
+    )
     return table(rows, head)
 
 

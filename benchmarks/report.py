@@ -87,7 +87,7 @@ def stamp() -> dict[str, object]:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(word).name if word.startswith("/") else word for word in sys.argv],
     }
 
 

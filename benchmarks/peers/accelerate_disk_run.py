@@ -20,8 +20,9 @@ def main() -> None:
     arguments.add_argument("--plain", action="store_true", help="no offload: plain transformers, all in memory")
     given = arguments.parse_args()
     clock = TokenClock()
+    budget = int(given.cpu_memory) if given.cpu_memory.isdigit() else given.cpu_memory  # as accelerate takes it
     with tempfile.TemporaryDirectory() as folder:
-        placed = {} if given.plain else {"device_map": "auto", "max_memory": {"cpu": given.cpu_memory}}
+        placed = {} if given.plain else {"device_map": "auto", "max_memory": {"cpu": budget}}
         if placed:
             placed["offload_folder"] = folder
         model = AutoModelForCausalLM.from_pretrained(given.checkpoint, dtype="auto", **placed)
