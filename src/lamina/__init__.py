@@ -1,1 +1,54 @@
 """Run language models that are bigger than memory: the weights stay on disk and stream through a small window."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lamina.errors import (
+    BudgetError,
+    ChangedError,
+    CheckpointError,
+    ClosedError,
+    HeaderError,
+    LaminaError,
+    MissingShardError,
+    MissingTensorError,
+    ModelNotFoundError,
+    ReadError,
+    RequestError,
+    TruncatedError,
+    UnsupportedError,
+)
+
+if TYPE_CHECKING:
+    from lamina.model import AutoModel, plan_model
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AutoModel",
+    "BudgetError",
+    "ChangedError",
+    "CheckpointError",
+    "ClosedError",
+    "HeaderError",
+    "LaminaError",
+    "MissingShardError",
+    "MissingTensorError",
+    "ModelNotFoundError",
+    "ReadError",
+    "RequestError",
+    "TruncatedError",
+    "UnsupportedError",
+    "__version__",
+    "plan_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """`AutoModel` and `plan_model` bring torch and transformers: they are imported when they are asked for."""
+    if name in ("AutoModel", "plan_model"):
+        import lamina.model
+
+        return getattr(lamina.model, name)
+    raise AttributeError(f"module 'lamina' has no attribute {name!r}")

@@ -1,0 +1,241 @@
+"""`AutoModel`: from a name and a number of bytes to a transformers model that streams."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from lamina.checkpoint import Checkpoint, Extent, open_checkpoint
+from lamina.errors import RequestError, UnsupportedError
+from lamina.model.budget import default_context, make_budget
+from lamina.model.build import Request, build
+from lamina.model.engine import Engine
+from lamina.model.handle import Lamina
+from lamina.model.tokenizer import LazyTokenizer, load_tokenizer
+from lamina.model.trace import Trace, trace
+from lamina.model.weights import Weights, describe
+from lamina.plan.planner import Hardware, Plan, make_plan
+from lamina.stream.probe import measure_disk
+from lamina.stream.readers import Readers
+
+Progress = Callable[[str, int, int], None]
+HUB = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
+IGNORED = ("max_seq_len", "device_map", "max_memory", "offload_folder", "low_cpu_mem_usage", "use_safetensors")
+PROBED_BYTES = 256 << 20  # read for the forecast
+
+
+class AutoModel:
+    """Loads any causal language model that transformers knows, inside a memory budget."""
+
+    def __init__(self) -> None:
+        raise RequestError("AutoModel is made with AutoModel.from_pretrained(model)")
+
+    @staticmethod
+    def from_pretrained(
+        model: str,
+        *,
+        memory: int | str | None = None,
+        device_memory: int | str | None = None,
+        device: str | torch.device = "auto",
+        compression: str | None = None,
+        draft: str | None = None,
+        layer_shards_saving_path: str | None = None,
+        hf_token: str | None = None,
+        prefetching: bool = True,
+        delete_original: bool = False,
+        profiling_mode: bool = False,
+        context: int | None = None,
+        progress: Progress | None = None,
+        **transformers_kwargs: Any,
+    ) -> PreTrainedModel:
+        """A transformers model whose weights stay on disk as far as the memory does not hold them.
+
+        Args:
+            model: hub id, local folder, or one `.safetensors` file in a folder with its config.
+            memory: most resident memory of the process, in bytes or as text ("4GB", "4GiB"). Default: 90% of
+                what is free, seen through cgroup limits.
+            device_memory: the same for the accelerator.
+            device: "auto" (an accelerator where there is one), "cpu", "cuda", "cuda:1", "mps", "xpu".
+            compression, layer_shards_saving_path, delete_original: of a split; not available yet.
+            draft: only None, "none" and "auto" so far: no speculation.
+            hf_token: token of the hub; the same as transformers' `token`.
+            prefetching: accepted for AirLLM's sake; reading ahead is always on.
+            profiling_mode: accepted for AirLLM's sake; `model.lamina.stats` always counts.
+            context: tokens, prompt and answer together, to keep room for. Default 2048 or what the model takes.
+            progress: told ("download" or "load", bytes done, bytes in all).
+            transformers_kwargs: `dtype`, `revision`, `cache_dir`, `token`, `trust_remote_code`,
+                `attn_implementation`, and whatever else the model's config takes.
+
+        Returns:
+            The model's own transformers class, in evaluation mode, with `model.lamina` and `model.tokenizer`.
+
+        Raises:
+            ModelNotFoundError: no such model.
+            BudgetError: the memory is too small; the error carries `minimum_bytes`.
+            CheckpointError: the checkpoint is damaged or incomplete.
+            UnsupportedError: it cannot be streamed yet.
+        """
+        began = time.perf_counter()
+        _check_faces(compression, draft, layer_shards_saving_path, delete_original)
+        options = dict(transformers_kwargs)
+        if hf_token is not None:
+            options.setdefault("token", hf_token)
+        prepared = _prepare(model, memory, device_memory, device, context, options, progress)
+        readers = Readers()
+        engine = Engine(prepared.model, prepared.weights, prepared.plan, prepared.device, readers)
+        try:
+            engine.start(prepared.model, progress)
+        except BaseException:
+            engine.close()
+            raise
+        streamed = prepared.model
+        streamed.lamina = Lamina(streamed, engine, time.perf_counter() - began)
+        streamed.lamina.attach()
+        hub = {key: options[key] for key in HUB if key in options}
+        request = prepared.request
+        lazy = LazyTokenizer(streamed, lambda: load_tokenizer(request.folder, request.trust_remote_code, **hub))
+        object.__setattr__(streamed, "tokenizer", lazy)  # nn.Module would look at its class, and so load it
+        return streamed
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model that is built, traced and planned; nothing of it is read yet."""
+
+    model: PreTrainedModel
+    weights: Weights
+    plan: Plan
+    trace: Trace
+    request: Request
+    checkpoint: Checkpoint
+    device: torch.device
+
+
+def plan_model(
+    model: str,
+    *,
+    memory: int | str | None = None,
+    device_memory: int | str | None = None,
+    device: str | torch.device = "auto",
+    context: int | None = None,
+    compression: str | None = None,
+    draft: str | None = None,
+    progress: Progress | None = None,
+    **transformers_kwargs: Any,
+) -> Plan:
+    """What `AutoModel.from_pretrained` would do, from the config and the headers alone.
+
+    For a model on the hub only its small files and the headers of its weight files are fetched.
+    Arguments and errors are those of `AutoModel.from_pretrained`.
+    """
+    _check_faces(compression, draft, None, False)
+    return _prepare(
+        model, memory, device_memory, device, context, dict(transformers_kwargs), progress, weights_wanted=False
+    ).plan
+
+
+def _prepare(
+    model: str,
+    memory: int | str | None,
+    device_memory: int | str | None,
+    device: str | torch.device,
+    context: int | None,
+    options: dict[str, Any],
+    progress: Progress | None,
+    weights_wanted: bool = True,
+) -> Prepared:
+    chosen = choose_device(device)
+    trust = bool(options.pop("trust_remote_code", False))
+    for name in IGNORED:
+        if options.pop(name, None) is not None:
+            warnings.warn(f"{name} has no meaning here and is ignored", stacklevel=4)
+    hub = {key: options[key] for key in HUB if options.get(key) is not None}
+    variant = options.pop("variant", None)
+    folder, checkpoint = _open(str(model), hub, variant, trust, progress, weights_wanted)
+    request = Request(folder, options, trust)
+    built = build(request, checkpoint)
+    traced = trace(built)
+    weights = describe(built, checkpoint, traced)
+    gc.collect()  # what transformers' loader left behind must not count as overhead
+    tokens = context if context is not None else default_context(built.config)
+    budget = make_budget(memory, device_memory, chosen, traced, tokens)
+    plan = make_plan(weights.schedule, budget)
+    if not weights_wanted and plan.streams:
+        plan = dataclasses.replace(plan, hardware=_probed(checkpoint))
+    return Prepared(built, weights, plan, traced, request, checkpoint, chosen)
+
+
+def _open(
+    model: str, hub: Mapping[str, Any], variant: str | None, trust: bool, progress: Progress | None, wanted: bool
+) -> tuple[str, Checkpoint]:
+    """Folder of the small files, and the checkpoint's tensors."""
+    if _is_local(model):
+        checkpoint = open_checkpoint(os.path.expanduser(model), variant=variant, subfolder=hub.get("subfolder", ""))
+        return checkpoint.root, checkpoint
+    from lamina.checkpoint.hub import locate, metadata_folder, remote_headers
+    if wanted:
+        found = locate(model, variant=variant, progress=progress, trust_remote_code=trust, **hub)
+    else:
+        folder = metadata_folder(model, trust_remote_code=trust, **hub)
+        remote = {key: value for key, value in hub.items() if key in ("revision", "token", "subfolder")}
+        return folder, remote_headers(model, variant=variant, **remote)
+    checkpoint = open_checkpoint(found, variant=variant, subfolder=hub.get("subfolder", ""))
+    return checkpoint.root, checkpoint
+
+
+def _is_local(model: str) -> bool:
+    return os.path.exists(os.path.expanduser(model))
+
+
+def _probed(checkpoint: Checkpoint) -> Hardware:
+    """The drive's rate, from a short read of the checkpoint itself; a guess for one that is still on the hub."""
+    extents = [entry.extent for entry in checkpoint.tensors.values() if entry.extent.length]
+    if not extents or extents[0].file.startswith("hf://"):
+        return Hardware()
+    return Hardware(disk_bytes_per_second=measure_disk(_sample(extents), PROBED_BYTES))
+
+
+def _sample(extents: list[Extent]) -> list[Extent]:
+    return sorted(extents, key=lambda extent: (extent.file, extent.offset))
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """The torch device of a request.
+
+    Raises:
+        RequestError: no such device here.
+    """
+    if str(device) == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+        if chosen.type not in ("cpu", "meta"):
+            torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        text = str(error).splitlines()[0][:120]
+        raise RequestError(f"device {str(device)!r} cannot be used here: {text}; try device='cpu'") from error
+    if chosen.type == "meta":
+        raise RequestError("device 'meta' computes nothing: use 'auto', 'cpu' or an accelerator")
+    return chosen
+
+
+def _check_faces(compression: str | None, draft: str | None, path: str | None, delete_original: bool) -> None:
+    if compression is not None:
+        raise UnsupportedError(f"compression={compression!r} is not available yet: leave it out to stream unquantised")
+    if draft not in (None, "none", "auto"):
+        raise UnsupportedError(f"draft={draft!r} is not available yet: use 'none' or 'auto'")
+    if path is not None or delete_original:
+        raise UnsupportedError(
+            "layer_shards_saving_path and delete_original belong to a split, which is not needed: "
+            "the checkpoint is streamed in place"
+        )

@@ -1,0 +1,78 @@
+"""How much of the memory is spoken for before any weight is: the process itself, activations, the cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lamina.model.trace import Trace
+from lamina.plan.planner import Budget
+from lamina.sizes import parse_size
+from lamina.stream.probe import free_memory, resident_bytes
+from lamina.stream.readers import BOUNCE, THREADS
+
+MB = 1_000_000
+BASE = 512 * MB  # Python, torch, transformers and a tokenizer, with room for a forward's own workspace
+WORKSPACE = 80 * MB  # on top of what is resident when the plan is made
+DEFAULT_CONTEXT = 2048  # tokens, where nobody says how many
+SHARE_OF_FREE = 0.9  # of free memory, where nobody says how much
+
+_last_overhead = 0
+
+
+def overhead_bytes() -> int:
+    """What the process needs without any weights, as a number that does not flicker from call to call."""
+    global _last_overhead
+    now = resident_bytes() + WORKSPACE + THREADS * BOUNCE
+    if now <= BASE:
+        return BASE
+    if not now <= _last_overhead <= now + 2 * WORKSPACE:
+        _last_overhead = now + WORKSPACE // 2
+    return _last_overhead
+
+
+def make_budget(
+    memory: int | str | None,
+    device_memory: int | str | None,
+    device: torch.device,
+    trace: Trace,
+    context: int,
+) -> Budget:
+    """The budget of a request.
+
+    Args:
+        memory: bytes or text for the process; None for most of what is free.
+        device_memory: the same for the accelerator; None for most of what is free there.
+        device: where the model computes.
+        trace: gives activations and cache for the context.
+        context: tokens of prompt and answer together.
+    """
+    given = parse_size(memory, what="memory") if memory is not None else int(free_memory() * SHARE_OF_FREE)
+    on_device = None
+    if device.type != "cpu":
+        on_device = _device_bytes(device_memory, device)
+    return Budget(
+        memory_bytes=given,
+        overhead_bytes=overhead_bytes(),
+        activation_bytes=trace.activations(context),
+        kv_cache_bytes=trace.cache(context),
+        context_tokens=context,
+        device_memory_bytes=on_device,
+    )
+
+
+def _device_bytes(device_memory: int | str | None, device: torch.device) -> int:
+    if device_memory is not None:
+        return parse_size(device_memory, what="device_memory")
+    module: Any = torch.get_device_module(device)
+    if hasattr(module, "mem_get_info"):
+        return int(module.mem_get_info(device)[0] * SHARE_OF_FREE)
+    return int(free_memory() * SHARE_OF_FREE / 2)
+
+
+def default_context(config: Any) -> int:
+    """Tokens to make room for where nobody says: what the model takes, up to `DEFAULT_CONTEXT`."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    most = getattr(text, "max_position_embeddings", None)
+    return min(DEFAULT_CONTEXT, most) if isinstance(most, int) and most > 0 else DEFAULT_CONTEXT

@@ -1,0 +1,187 @@
+"""Build the model's own transformers class on tensors that are still on disk.
+
+transformers' public `from_pretrained(state_dict=...)` does everything it always does: it renames, merges and
+casts checkpoint tensors, keeps what must be fp32 in fp32, ties weights, rebuilds buffers that no checkpoint
+holds. It does it on `DiskTensor`s, so that nothing is read, and every parameter ends up knowing its bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from lamina.checkpoint import Checkpoint, TensorEntry
+from lamina.errors import CheckpointError, MissingTensorError, RequestError, UnsupportedError
+from lamina.model.disk_tensor import DiskTensor, recording
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+HUB_KEYS = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download", "proxies")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked of `from_pretrained`, sorted by who needs it.
+
+    Attributes:
+        folder: where config and tokenizer are.
+        options: for transformers' config and model.
+        trust_remote_code: run code that the checkpoint brings; never assumed.
+    """
+
+    folder: str
+    options: Mapping[str, Any]
+    trust_remote_code: bool = False
+
+
+def torch_dtype(entry: TensorEntry) -> torch.dtype:
+    """torch's dtype for a checkpoint tensor.
+
+    Raises:
+        UnsupportedError: torch has none.
+    """
+    if entry.dtype not in TORCH_DTYPES:
+        raise UnsupportedError(
+            f"tensor {entry.name!r} in {entry.extent.file} has dtype {entry.dtype}, which torch {torch.__version__} lacks"
+        )
+    return TORCH_DTYPES[entry.dtype]
+
+
+def load_config(request: Request) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """The model's config, and the options that were not for it.
+
+    Raises:
+        CheckpointError: no config, or one that transformers cannot read.
+        UnsupportedError: a model type or quantization that cannot be streamed.
+    """
+    try:
+        config, unused = AutoConfig.from_pretrained(
+            request.folder,
+            return_unused_kwargs=True,
+            trust_remote_code=request.trust_remote_code,
+            **request.options,
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        text = " ".join(str(error).split())
+        if "trust_remote_code" in text:
+            raise RequestError(
+                f"the model in {request.folder} brings its own code: read it, then pass trust_remote_code=True"
+            ) from error
+        if "does not recognize this architecture" in text or "Unrecognized model" in text:
+            raise UnsupportedError(f"transformers does not know the model in {request.folder}: {text[:200]}") from error
+        raise CheckpointError(f"cannot read the config of the model in {request.folder}: {text[:300]}") from error
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        raise UnsupportedError(
+            f"{request.folder} is quantised with {method}, which cannot be streamed yet: use the bf16 or fp16 checkpoint"
+        )
+    return config, unused
+
+
+def build(request: Request, checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model, each parameter a `DiskTensor` that knows where its bytes are.
+
+    Raises:
+        MissingTensorError: the model wants a tensor that the checkpoint lacks or holds in another shape.
+        CheckpointError, UnsupportedError: the config cannot be used.
+    """
+    config, options = load_config(request)
+    model_class = _class_of(config, request.trust_remote_code)
+    state = {
+        entry.name: DiskTensor.of(entry.name, entry.shape, torch_dtype(entry)) for entry in checkpoint.tensors.values()
+    }
+    options.pop("_from_auto", None)
+    options.setdefault("dtype", options.pop("torch_dtype", None) or "auto")
+    generation = _generation_config(request)
+    with recording(), _silent():
+        try:
+            model, info = model_class.from_pretrained(
+                None, config=config, state_dict=state, output_loading_info=True, generation_config=generation, **options
+            )
+        except (RuntimeError, ValueError, TypeError) as error:
+            text = " ".join(str(error).split())
+            raise CheckpointError(f"transformers cannot build {request.folder}: {text[:300]}") from error
+    _check(info, checkpoint)
+    model.config.name_or_path = model.name_or_path = request.folder
+    model.requires_grad_(False)
+    return model
+
+
+def _class_of(config: PreTrainedConfig, trust_remote_code: bool) -> type[PreTrainedModel]:
+    try:
+        with torch.device("meta"), _silent():
+            return type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+    except ImportError as error:
+        text = " ".join(str(error).split())
+        raise UnsupportedError(f"{config.model_type} needs a package that is not installed: {text[:300]}") from error
+    except ValueError as error:
+        text = " ".join(str(error).split())
+        raise UnsupportedError(f"{config.model_type} is not a causal language model: {text[:160]}") from error
+
+
+def _generation_config(request: Request) -> GenerationConfig | None:
+    hub = {key: request.options[key] for key in HUB_KEYS if key in request.options}
+    try:
+        return GenerationConfig.from_pretrained(request.folder, **hub)
+    except OSError:
+        return None
+
+
+def _check(info: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    where = checkpoint.root
+    missing = sorted(info["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise MissingTensorError(
+            f"the model wants tensor {missing[0]!r}{more}, which no file of {where} holds: "
+            f"the checkpoint is incomplete or of another model"
+        )
+    mismatched = sorted(info["mismatched_keys"], key=str)
+    if mismatched:
+        name, got, wanted = mismatched[0]
+        raise MissingTensorError(
+            f"tensor {name!r} in {where} has shape {tuple(got)}, the config wants {tuple(wanted)}: "
+            f"config and weights are of different models"
+        )
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """transformers without progress bars and load reports: the library prints nothing."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    level = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,264 @@
+"""Tensors that stand for bytes on disk.
+
+A `DiskTensor` has the shape, dtype and device of a checkpoint tensor and no memory. While a `recording`
+is open, every operation on it is written down instead of computed, so that transformers' own loader,
+run on DiskTensors, tells where each parameter of the model comes from: renames, stacks, concatenations,
+splits and casts leave a parameter as a set of *boxes* (strided regions of checkpoint tensors); anything
+else leaves the recorded expression, which can be replayed on real data.
+
+Outside a recording an operation on a DiskTensor reads the data first: a streamed weight that somebody
+touches outside its module's forward is slow, but right.
+
+Boxes are computed by torch itself: each one carries a meta view of its checkpoint tensor, and view
+operations are applied to that view.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+aten = torch.ops.aten
+
+_IDENTITY = {
+    aten.detach.default,
+    aten.alias.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.lift_fresh.default,
+    aten._to_copy.default,
+}
+_state = threading.local()
+_recordings = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A strided region of one checkpoint tensor and the place it has in a larger tensor.
+
+    Attributes:
+        source: name of the checkpoint tensor.
+        view: meta tensor; its shape, strides and storage offset say which elements of the source.
+        start: index of the region's first element in the larger tensor, one per dimension.
+    """
+
+    source: str
+    view: torch.Tensor
+    start: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A leaf of a recorded expression: the whole checkpoint tensor of this name."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """A recorded operation; `index` picks one tensor where `func` gives several."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    index: int | None
+
+
+Expression = Source | Op
+
+
+class DiskTensor(torch.Tensor):
+    """A tensor whose data is on disk.
+
+    Attributes:
+        meta: its shape, dtype and strides.
+        expression: how to compute it from checkpoint tensors.
+        boxes: where its elements lie in checkpoint tensors, or None where only the expression tells.
+        cast_from: dtype in the checkpoint where a cast follows the boxes, else None.
+        read: gives the real tensor; set when a model is attached to a checkpoint.
+        gather: gives the rows of an integer tensor of indices, without reading the others.
+    """
+
+    meta: torch.Tensor
+    expression: Expression
+    boxes: tuple[Box, ...] | None
+    cast_from: torch.dtype | None
+    read: Callable[[], torch.Tensor] | None
+    gather: Callable[[torch.Tensor], torch.Tensor] | None
+
+    @staticmethod
+    def __new__(
+        cls,
+        meta: torch.Tensor,
+        expression: Expression,
+        boxes: tuple[Box, ...] | None,
+        cast_from: torch.dtype | None = None,
+    ) -> DiskTensor:
+        self: DiskTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, meta.shape, dtype=meta.dtype, device="cpu", requires_grad=False
+        )
+        self.expression, self.boxes, self.cast_from, self.read = expression, boxes, cast_from, None
+        self.meta, self.gather = meta, None
+        return self
+
+    @classmethod
+    def of(cls, name: str, shape: Sequence[int], dtype: torch.dtype) -> DiskTensor:
+        """The checkpoint tensor `name` itself."""
+        meta = torch.empty(tuple(shape), dtype=dtype, device="meta")
+        return cls(meta, Source(name), (Box(name, meta, (0,) * meta.dim()),))
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"DiskTensor(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if _recordings:
+            return _record(func, args, kwargs)
+        if func is aten.detach.default or func is aten.alias.default:
+            return args[0]
+        if func is aten.embedding.default and isinstance(args[0], DiskTensor) and args[0].gather is not None:
+            return args[0].gather(args[1])
+        return func(*tree_map(materialize, args), **tree_map(materialize, kwargs))
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Within this block operations on DiskTensors are written down, in every thread."""
+    global _recordings
+    _recordings += 1  # transformers converts in a thread pool: a thread-local flag would not reach it
+    try:
+        yield
+    finally:
+        _recordings -= 1
+
+
+def materialize(value: Any) -> Any:
+    """The real tensor behind a DiskTensor; any other value as it is."""
+    if not isinstance(value, DiskTensor):
+        return value
+    if value.read is None:
+        raise RuntimeError(f"{value!r} is not attached to a checkpoint")
+    return value.read()
+
+
+def replay(expression: Expression, load: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    """Compute a recorded expression; `load(name)` gives a checkpoint tensor."""
+    if isinstance(expression, Source):
+        return load(expression.name)
+
+    def real(value: Any) -> Any:
+        return replay(value, load) if isinstance(value, Source | Op) else value
+
+    out = expression.func(*tree_map(real, expression.args), **tree_map(real, dict(expression.kwargs)))
+    return out if expression.index is None else out[expression.index]
+
+
+def sources_of(expression: Expression) -> list[str]:
+    """Names of the checkpoint tensors in an expression, each once, in order of use."""
+    if isinstance(expression, Source):
+        return [expression.name]
+    names: dict[str, None] = {}
+
+    def visit(value: Any) -> Any:
+        if isinstance(value, Source | Op):
+            names.update(dict.fromkeys(sources_of(value)))
+        return value
+
+    tree_map(visit, (expression.args, dict(expression.kwargs)))
+    return list(names)
+
+
+def _record(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def meta(value: Any) -> Any:
+        if isinstance(value, DiskTensor):
+            return value.meta
+        return value.to("meta") if isinstance(value, torch.Tensor) else value
+
+    def node(value: Any) -> Any:
+        return value.expression if isinstance(value, DiskTensor) else value
+
+    on_meta = {key: "meta" if key == "device" else meta(value) for key, value in kwargs.items()}
+    out = func(*tree_map(meta, args), **on_meta)
+    traced_args, traced_kwargs = tree_map(node, args), tree_map(node, kwargs)
+    if isinstance(out, torch.Tensor):
+        boxes, cast_from = _boxes(func, args, out, None)
+        return DiskTensor(out, Op(func, traced_args, traced_kwargs, None), boxes, cast_from)
+    if not isinstance(out, list | tuple):
+        return out
+    parts = []
+    for index, part in enumerate(out):
+        boxes, cast_from = _boxes(func, args, part, index)
+        parts.append(DiskTensor(part, Op(func, traced_args, traced_kwargs, index), boxes, cast_from))
+    return type(out)(parts) if isinstance(out, list) else tuple(parts)
+
+
+def _boxes(
+    func: Any, args: tuple[Any, ...], out: torch.Tensor, index: int | None
+) -> tuple[tuple[Box, ...] | None, torch.dtype | None]:
+    """Boxes and pending cast of `func(*args)[index]`, or (None, None) where boxes cannot say it."""
+    if func in (aten.cat.default, aten.stack.default):
+        return _joined(func, args, out)
+    base = args[0]
+    if not isinstance(base, DiskTensor) or base.boxes is None:
+        return None, None
+    if func in _IDENTITY:
+        if out.dtype == base.dtype:
+            return base.boxes, base.cast_from
+        return (base.boxes, base.dtype) if base.cast_from is None else (None, None)
+    if len(base.boxes) == 1 and all(s == 0 for s in base.boxes[0].start):
+        return _viewed(func, args, base, index)
+    if func is aten.transpose.int:
+        order = list(range(base.dim()))
+        a, b = args[1] % base.dim(), args[2] % base.dim()
+        order[a], order[b] = order[b], order[a]
+        moved = tuple(Box(x.source, x.view.permute(order), tuple(x.start[i] for i in order)) for x in base.boxes)
+        return moved, base.cast_from
+    return None, None
+
+
+def _viewed(
+    func: Any, args: tuple[Any, ...], base: DiskTensor, index: int | None
+) -> tuple[tuple[Box, ...] | None, torch.dtype | None]:
+    """A view operation on a tensor that is one box: torch applies it to the box's own view."""
+    assert base.boxes is not None
+    box = base.boxes[0]
+    if not all(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
+        return None, None
+    try:
+        view = func(box.view, *args[1:])
+    except RuntimeError:  # a reshape that the strides do not allow
+        return None, None
+    view = view if index is None else view[index]
+    return (Box(box.source, view, (0,) * view.dim()),), base.cast_from
+
+
+def _joined(
+    func: Any, args: tuple[Any, ...], out: torch.Tensor
+) -> tuple[tuple[Box, ...] | None, torch.dtype | None]:
+    parts: Sequence[torch.Tensor] = args[0]
+    dim = (args[1] if len(args) > 1 else 0) % out.dim()
+    casts = {getattr(part, "cast_from", None) for part in parts}
+    if len(casts) > 1 or not all(isinstance(part, DiskTensor) and part.boxes is not None for part in parts):
+        return None, None
+    boxes: list[Box] = []
+    at = 0
+    for part in parts:
+        assert isinstance(part, DiskTensor) and part.boxes is not None
+        for box in part.boxes:
+            if func is aten.stack.default:
+                start = (*box.start[:dim], at, *box.start[dim:])
+                boxes.append(Box(box.source, box.view.unsqueeze(dim), start))
+            else:
+                start = (*box.start[:dim], box.start[dim] + at, *box.start[dim + 1 :])
+                boxes.append(Box(box.source, box.view, start))
+        at += 1 if func is aten.stack.default else part.shape[dim]
+    return tuple(boxes), casts.pop()

@@ -1,0 +1,293 @@
+"""Binds a plan to a model: weights are in their modules exactly while the modules run.
+
+Resident weights are ordinary parameters and cost nothing. A streamed unit is bound by a hook when its
+module is entered and unbound when it is left. What the plan did not foresee (a weight touched out of
+order, by the user, or by a branch that the trace did not take) is read on demand: slow, but right.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lamina.model.blocks import Blocks
+from lamina.model.disk_tensor import DiskTensor
+from lamina.model.residents import load_residents
+from lamina.model.weights import Weights
+from lamina.plan.layout import Part, Placed, Read, lay_out
+from lamina.plan.planner import Item, Plan
+from lamina.plan.schedule import Convert, Weight
+from lamina.stream.device import device_for
+from lamina.stream.memory import Area
+from lamina.stream.readers import Readers
+from lamina.stream.stream import Held, Stream
+
+Progress = Callable[[str, int, int], None]
+Sites = dict[str, list[tuple[nn.Module, str, bool]]]
+
+
+class Engine:
+    """One model, one plan, one stream.
+
+    Args:
+        model: built on DiskTensors.
+        weights: its schedule, with what turns stored bytes into tensors.
+        plan: what lives where.
+        device: where the model computes.
+        readers: the reader threads; closed with the engine.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, weights: Weights, plan: Plan, device: torch.device, readers: Readers
+    ) -> None:
+        self.plan, self.weights, self.device, self.readers = plan, weights, device, readers
+        self.lock = threading.RLock()
+        self.stream: Stream | None = None
+        self._handles: list[Any] = []
+        self._held: dict[str, list[Held]] = defaultdict(list)
+        self._expert: tuple[str, int, Held | None, dict[str, torch.Tensor]] | None = None
+        self._pid = os.getpid()
+        self._sites = _sites(model)
+        self._disk = {name: self._disk_tensor(name) for name in self._sites}
+
+    def start(self, model: PreTrainedModel, progress: Progress | None = None) -> None:
+        """Read the resident weights, bind them, and let the stream run ahead."""
+        resident = [self.schedule[name] for name in self.schedule if name in self.plan.resident]
+        for name, tensor in load_residents(resident, self.readers, self._finish, self.device, progress).items():
+            parameter = nn.Parameter(tensor, requires_grad=False)
+            for module, attribute, is_buffer in self._sites[name]:
+                if is_buffer:
+                    module._buffers[attribute] = tensor
+                else:
+                    module._parameters[attribute] = parameter
+        if self.plan.streams:
+            self._attach(model)
+
+    @property
+    def schedule(self) -> Mapping[str, Weight]:
+        return self.weights.schedule.weights
+
+    def close(self) -> None:
+        """Stop reading. Resident weights stay; a streamed one raises ClosedError from now on."""
+        self.readers.close()
+
+    def detach(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def begin_pass(self) -> None:
+        """Called when the model is entered."""
+        if self.stream is None:
+            return
+        if self._pid != os.getpid():
+            self._pid = os.getpid()
+            self.stream.forget()
+        self._held.clear()
+        self._expert = None
+        self.stream.begin_pass()
+
+    def read(self, name: str) -> torch.Tensor:
+        """A weight, whole, read now."""
+        weight = self.schedule[name]
+        part = Part(name, 0, weight.rows)
+        layout = lay_out([(weight, part)])
+        area = Area(layout.nbytes)
+        self.readers.read(layout.reads, area)
+        return self._finish(layout.placed[0], area.tensor).to(self.device)
+
+    def gather(self, name: str, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of a table, read from disk.
+
+        Args:
+            ids: integer tensor of any shape.
+
+        Returns:
+            Tensor of shape (*ids.shape, columns).
+        """
+        weight = self.schedule[name]
+        unique, inverse = torch.unique(ids.to("cpu"), return_inverse=True)
+        row = weight.stored_nbytes // weight.rows
+        area = Area(len(unique) * row)
+        reads = []
+        for place, index in enumerate(unique.tolist()):
+            for piece in weight.pieces_of_rows(index, 1):
+                extent = piece.extent
+                at = place * row + piece.at
+                reads.append(Read(extent.file, extent.offset, extent.length, at, extent.length, False))
+        self.readers.read(reads, area)
+        stored = area.tensor[: len(unique) * row].view(self._stored_dtype(weight)).view(len(unique), -1)
+        return stored.to(self.device, _dtype(weight))[inverse.to(self.device)]
+
+    def _disk_tensor(self, name: str) -> DiskTensor | None:
+        """The placeholder of a weight, taught to read itself."""
+        module, attribute, is_buffer = self._sites[name][0]
+        tensor = (module._buffers if is_buffer else module._parameters)[attribute]
+        if not isinstance(tensor, DiskTensor):
+            return None
+        tensor.read = lambda: self.read(name)
+        weight = self.schedule[name]
+        if len(weight.shape) == 2 and weight.convert is not Convert.REPLAY:
+            tensor.gather = lambda ids: self.gather(name, ids)
+        return tensor
+
+    def _attach(self, model: PreTrainedModel) -> None:
+        """Hooks for the units, stand-ins for what is served in blocks."""
+        self.stream = Stream(self.plan, self.readers, device_for(self.device), self._cached())
+        blocked = defaultdict(int)
+        for item in self.plan.items:
+            blocked[item.module] = max(blocked[item.module], item.block)
+        for name, last in blocked.items():
+            module = model.get_submodule(name)
+            if last:
+                self._serve_in_blocks(name, [item for item in self.plan.items if item.module == name])
+            else:
+                self._handles.append(module.register_forward_pre_hook(self._entering(name)))
+                self._handles.append(module.register_forward_hook(self._leaving(name), always_call=True))
+        self.stream.pump()
+
+    def _cached(self) -> dict[int, torch.Tensor]:
+        """Host copies of the items that only cross to the device."""
+        cached = {}
+        for index, item in enumerate(self.plan.items):
+            if item.cached:
+                area = Area(item.nbytes)
+                self.readers.read(item.layout.reads, area)
+                cached[index] = area.tensor
+        return cached
+
+    def _entering(self, name: str) -> Callable[..., None]:
+        def enter(*_: object) -> None:
+            held = self._acquire(name, 0)
+            if held is None:
+                return
+            self._held[name].append(held)
+            for placed in held.item.layout.placed:
+                self._bind(placed.part.weight, self._finish(placed, held.memory))
+
+        return enter
+
+    def _leaving(self, name: str) -> Callable[..., None]:
+        def leave(*_: object) -> None:
+            if not self._held[name]:
+                return
+            held = self._held[name].pop()
+            for part in held.item.parts:
+                self._bind(part.weight, self._disk[part.weight])
+            assert self.stream is not None
+            self.stream.release(held)
+
+        return leave
+
+    def _acquire(self, module: str, block: int) -> Held | None:
+        assert self.stream is not None
+        self._leave_expert()
+        return self.stream.acquire(module, block)
+
+    def _bind(self, name: str, tensor: torch.Tensor | None) -> None:
+        for module, attribute, _ in self._sites[name]:
+            module._parameters[attribute] = tensor  # type: ignore[assignment]
+
+    def _serve_in_blocks(self, module: str, items: list[Item]) -> None:
+        for weight in dict.fromkeys(part.weight for part in items[0].parts):
+            disk = self._disk[weight]
+            assert disk is not None
+            stand_in = Blocks(disk)
+            if len(items[0].parts) == 1 and self.schedule[weight].cut.value == "rows":
+                stand_in.linear = self._linear_in_blocks(module, items)
+            else:
+                stand_in.expert = self._experts_in_blocks(module, weight)
+            for owner, attribute, _ in self._sites[weight]:
+                if owner._parameters[attribute] is disk and not isinstance(owner, nn.Embedding):
+                    owner._parameters[attribute] = stand_in  # type: ignore[assignment]
+
+    def _linear_in_blocks(
+        self, module: str, items: list[Item]
+    ) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]:
+        weight = self.schedule[items[0].parts[0].weight]
+
+        def linear(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            out = x.new_empty(*x.shape[:-1], weight.rows)
+            for item in items:
+                part = item.parts[0]
+                rows = slice(part.first, part.first + part.count)
+                held = self._acquire(module, item.block)
+                block = self._block(item) if held is None else self._finish(held.item.layout.placed[0], held.memory)
+                out[..., rows] = nn.functional.linear(x, block, None if bias is None else bias[rows])
+                if held is not None:
+                    assert self.stream is not None
+                    self.stream.release(held)
+            return out
+
+        return linear
+
+    def _experts_in_blocks(self, module: str, weight: str) -> Callable[[int], torch.Tensor]:
+        def expert(index: int) -> torch.Tensor:
+            if self._expert is None or self._expert[:2] != (module, index):
+                held = self._acquire(module, index)
+                if held is None:
+                    item = next(i for i in self.plan.items if i.module == module and i.block == index)
+                    area = Area(item.nbytes)
+                    self.readers.read(item.layout.reads, area)
+                    memory = area.tensor.to(self.device)
+                else:
+                    item, memory = held.item, held.memory
+                tensors = {p.part.weight: self._finish(p, memory)[0] for p in item.layout.placed}
+                self._expert = (module, index, held, tensors)
+            return self._expert[3][weight]
+
+        return expert
+
+    def _leave_expert(self) -> None:
+        """Give the last expert's block back; its tensors are not used beyond the next one."""
+        if self._expert is not None:
+            held, self._expert = self._expert[2], None
+            if held is not None and self.stream is not None:
+                self.stream.release(held)
+
+    def _block(self, item: Item) -> torch.Tensor:
+        area = Area(item.nbytes)
+        self.readers.read(item.layout.reads, area)
+        return self._finish(item.layout.placed[0], area.tensor).to(self.device)
+
+    def _stored_dtype(self, weight: Weight) -> torch.dtype:
+        return self.weights.stored_dtypes.get(weight.name, _dtype(weight))
+
+    def _finish(self, placed: Placed, memory: torch.Tensor) -> torch.Tensor:
+        """The tensor of a part whose stored bytes are in `memory`."""
+        weight = self.schedule[placed.part.weight]
+        shape = weight.shape if placed.part.count == weight.rows else (placed.part.count, *weight.shape[1:])
+        final = memory[placed.at : placed.at + placed.nbytes].view(_dtype(weight)).view(shape)
+        if weight.convert is Convert.NONE:
+            return final
+        stored = memory[placed.stored_at : placed.stored_at + placed.stored_nbytes]
+        if weight.convert is Convert.CAST:
+            return final.copy_(stored.view(self._stored_dtype(weight)).view(shape))
+        return final.copy_(self.weights.replays[weight.name](stored))
+
+
+def _dtype(weight: Weight) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, weight.dtype)
+    return dtype
+
+
+def _sites(model: nn.Module) -> Sites:
+    """Where each weight sits: every module and attribute that holds it, tied ones included."""
+    first: dict[int, str] = {}
+    sites: Sites = defaultdict(list)
+    for prefix, module in model.named_modules():
+        for is_buffer, tensors in ((False, module._parameters), (True, module._buffers)):
+            for attribute, tensor in tensors.items():
+                if isinstance(tensor, DiskTensor):
+                    name = first.setdefault(id(tensor), f"{prefix}.{attribute}".lstrip("."))
+                    sites[name].append((module, attribute, is_buffer))
+    return dict(sites)
+

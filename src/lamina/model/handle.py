@@ -1,0 +1,196 @@
+"""`model.lamina`: the plan, the statistics and the end of a streamed model."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+import weakref
+from collections import deque
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from lamina.errors import ClosedError
+from lamina.model.engine import Engine
+from lamina.plan.planner import Plan
+from lamina.stream.probe import peak_resident_bytes
+
+REMEMBERED = 4096  # passes whose times are kept
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What happened so far; a snapshot. Bytes and seconds.
+
+    Attributes:
+        passes: forward passes that came to their end.
+        bytes_read: from disk, resident weights included.
+        new_tokens: tokens that `generate` gave, all sequences together.
+        tokens_per_pass: new tokens over passes within `generate`.
+        seconds_per_token: median time of a decode step over the tokens it gave.
+        seconds_waiting_for_disk: the model stood still because a unit was not there yet.
+        seconds_in_passes: from entering the model to leaving it.
+        read_bytes_per_second: bytes of the decode steps over their time.
+        pass_bytes_done: of `bytes_read_per_pass`, in the pass under way.
+        in_pass: a pass is under way.
+    """
+
+    passes: int
+    bytes_read: int
+    new_tokens: int
+    tokens_per_pass: float
+    seconds_per_token: float
+    seconds_waiting_for_disk: float
+    seconds_in_passes: float
+    peak_rss_bytes: int
+    memory_budget_bytes: int
+    resident_bytes: int
+    model_bytes: int
+    bytes_read_per_pass: int
+    read_bytes_per_second: float
+    load_seconds: float
+    time_to_first_token_seconds: float
+    pass_bytes_done: int
+    in_pass: bool
+
+
+class Lamina:
+    """What a streamed model has beside what every transformers model has.
+
+    A context manager: `with model.lamina: ...` closes the stream at the end.
+    """
+
+    def __init__(self, model: PreTrainedModel, engine: Engine, load_seconds: float) -> None:
+        self._model = weakref.ref(model)
+        self._engine = engine
+        self._load_seconds = load_seconds
+        self._passes = self._passes_in_generate = self._new_tokens = 0
+        self._seconds_in_passes = self._first_token = 0.0
+        self._pass_began: float | None = None
+        self._generate_began: float | None = None
+        self._steps: deque[float] = deque(maxlen=REMEMBERED)  # seconds from the end of one pass to the next's
+        self._last_end: float | None = None
+        self._closer = weakref.finalize(model, engine.close)  # also when the interpreter ends
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model this belongs to."""
+        model = self._model()
+        if model is None:
+            raise ClosedError("the model is gone")
+        return model
+
+    @property
+    def plan(self) -> Plan:
+        """What lives where."""
+        return self._engine.plan
+
+    @property
+    def stats(self) -> Stats:
+        """Counts and times so far."""
+        plan, stream = self._engine.plan, self._engine.stream
+        per_pass = self._new_tokens / self._passes_in_generate if self._passes_in_generate else 0.0
+        step = statistics.median(self._steps) if self._steps else 0.0
+        in_pass = self._pass_began is not None
+        return Stats(
+            passes=self._passes,
+            bytes_read=self._engine.readers.bytes_read,
+            new_tokens=self._new_tokens,
+            tokens_per_pass=per_pass,
+            seconds_per_token=step / max(per_pass, 1.0),
+            seconds_waiting_for_disk=stream.seconds_waiting if stream is not None else 0.0,
+            seconds_in_passes=self._seconds_in_passes,
+            peak_rss_bytes=peak_resident_bytes(),
+            memory_budget_bytes=plan.budget.memory_bytes,
+            resident_bytes=plan.resident_bytes,
+            model_bytes=plan.model_bytes,
+            bytes_read_per_pass=plan.bytes_read_per_pass,
+            read_bytes_per_second=plan.bytes_read_per_pass / step if step else 0.0,
+            load_seconds=self._load_seconds,
+            time_to_first_token_seconds=self._first_token,
+            pass_bytes_done=stream.bytes_done if stream is not None and in_pass else 0,
+            in_pass=in_pass,
+        )
+
+    def close(self) -> None:
+        """Stop the stream, its threads and files. The model's streamed weights are gone from then on."""
+        self._closer()
+
+    def __enter__(self) -> Lamina:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def attach(self) -> None:
+        """Watch the model's passes and its `generate`."""
+        model = self.model
+        model.register_forward_pre_hook(self._enter, with_kwargs=True)
+        model.register_forward_hook(self._leave, always_call=True)
+        if hasattr(model, "generate"):
+            model.generate = _counted(weakref.ref(model), type(model).generate)
+
+    def _enter(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        engine = self._engine
+        engine.lock.acquire()
+        try:
+            self._pass_began = time.perf_counter()
+            engine.begin_pass()
+        except BaseException:
+            self._pass_began = None
+            engine.lock.release()
+            raise
+        if engine.device.type == "cpu":
+            return None
+        moved = torch.utils._pytree.tree_map(lambda x: _to(x, engine.device), (args, kwargs))
+        return moved[0], moved[1]
+
+    def _leave(self, model: Any, args: Any, output: Any) -> None:
+        if self._pass_began is None:
+            return
+        now = time.perf_counter()
+        self._seconds_in_passes += now - self._pass_began
+        self._pass_began = None
+        self._passes += 1
+        if self._generate_began is not None:
+            self._passes_in_generate += 1
+            if self._last_end is None:
+                self._first_token = now - self._generate_began
+            else:
+                self._steps.append(now - self._last_end)
+        self._last_end = now
+        self._engine.lock.release()
+
+
+def _counted(owner: weakref.ref[PreTrainedModel], generate: Any) -> Any:
+    """`generate`, counting the tokens that it gives."""
+
+    @functools.wraps(generate)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        model = owner()
+        assert model is not None
+        lamina: Lamina = model.lamina
+        lamina._generate_began, lamina._last_end = time.perf_counter(), None
+        try:
+            out = generate(model, *args, **kwargs)
+        finally:
+            lamina._generate_began = lamina._last_end = None
+        prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        sequences = getattr(out, "sequences", out)
+        if isinstance(sequences, torch.Tensor):
+            length = prompt.shape[-1] if isinstance(prompt, torch.Tensor) else 0
+            lamina._new_tokens += sequences.shape[0] * max(sequences.shape[-1] - length, 0)
+        return out
+
+    return counted
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+

@@ -1,0 +1,94 @@
+"""Reading the resident weights, once, into one area."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from lamina.plan.layout import Layout, Part, Placed, lay_out
+from lamina.plan.schedule import Convert, Weight
+from lamina.stream.memory import Area
+from lamina.stream.readers import Readers, Ticket
+
+CONVERTED_AT_ONCE = 16 << 20  # bytes of a weight that are in memory twice while it is converted
+
+Finish = Callable[[Placed, torch.Tensor], torch.Tensor]
+
+
+def load_residents(
+    weights: Sequence[Weight],
+    readers: Readers,
+    finish: Finish,
+    device: torch.device,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Read weights that stay.
+
+    Args:
+        weights: what to read.
+        readers: who reads it.
+        finish: gives the tensor of a part whose stored bytes are in memory.
+        device: where the tensors end up.
+        progress: told ("load", bytes done, bytes in all) as it goes.
+
+    Returns:
+        The tensors by weight name.
+    """
+    total = sum(weight.stored_nbytes for weight in weights)
+    before = readers.bytes_read
+    tell = (lambda: progress("load", min(readers.bytes_read - before, total), total)) if progress else (lambda: None)
+    plain = [w for w in weights if w.convert is Convert.NONE]
+    tensors = {}
+    if device.type == "cpu":
+        tensors.update(_together(plain, readers, finish, tell))
+    else:
+        for weight in plain:
+            tensors[weight.name] = _together([weight], readers, finish, tell)[weight.name].to(device)
+    for weight in weights:
+        if weight.convert is not Convert.NONE:
+            tensors[weight.name] = _converted(weight, readers, finish, tell).to(device)
+    tell()
+    return tensors
+
+
+def _together(
+    weights: Sequence[Weight], readers: Readers, finish: Finish, tell: Callable[[], None]
+) -> dict[str, torch.Tensor]:
+    if not weights:
+        return {}
+    layout = lay_out([(w, Part(w.name, 0, w.rows)) for w in weights])
+    area = Area(layout.nbytes)
+    _wait(readers, readers.submit(layout.reads, area), tell)
+    return {placed.part.weight: finish(placed, area.tensor) for placed in layout.placed}
+
+
+def _converted(weight: Weight, readers: Readers, finish: Finish, tell: Callable[[], None]) -> torch.Tensor:
+    """A weight whose stored bytes are not the tensor: converted in blocks of rows where that is possible."""
+    rows = weight.rows
+    if weight.convert is Convert.CAST and weight.shape:
+        rows = max(min(rows, CONVERTED_AT_ONCE * weight.rows // max(weight.stored_nbytes, 1)), 1)
+    out = None
+    for first in range(0, max(weight.rows, 1), max(rows, 1)):
+        layout: Layout = lay_out([(weight, Part(weight.name, first, min(rows, weight.rows - first)))])
+        area = Area(layout.nbytes)
+        _wait(readers, readers.submit(layout.reads, area), tell)
+        block = finish(layout.placed[0], area.tensor)
+        if rows >= weight.rows:
+            return block.clone()
+        if out is None:
+            out = torch.empty(weight.shape, dtype=block.dtype)
+        out[first : first + block.shape[0]] = block
+    assert out is not None
+    return out
+
+
+def _wait(readers: Readers, ticket: Ticket, tell: Callable[[], None]) -> None:
+    """Wait for a ticket, with a sign of life."""
+    while True:
+        with readers.changed:
+            if not ticket.left or readers.closed:
+                break
+            readers.changed.wait(0.1)
+        tell()
+    readers.wait(ticket)

@@ -1,0 +1,279 @@
+"""The schedule of a pass, derived by running the model once on the meta device.
+
+A torch-function mode sees which parameter each operation touches, hooks tell which module is running:
+together they give the calls of a pass, in order, with the weights that each one's own code needs. Nothing
+is computed and nothing is guessed from names. Where a family cannot run on meta tensors the order of
+definition stands in; the stream then serves what comes out of order on demand.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from transformers import DynamicCache, PreTrainedModel
+
+from lamina.model.experts import standing_in
+from lamina.plan.schedule import Call
+
+LENGTHS = (16, 32, 64)  # tokens of the traced prefills: enough to fit a + b T + c T^2
+
+
+@dataclass
+class _Node:
+    module: str
+    touches: list[str] = field(default_factory=list)
+    calls: list[_Node] = field(default_factory=list)
+
+    def freeze(self) -> Call:
+        return Call(self.module, tuple(dict.fromkeys(self.touches)), tuple(call.freeze() for call in self.calls))
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one pass does.
+
+    Attributes:
+        root: the calls, in order.
+        uses: for each weight the kinds of operation that touch it: "linear", "embedding", "experts", "other".
+        activation_bytes: for each traced length, the most bytes of activations alive at once.
+        cache_bytes: for each traced length, bytes of the key-value cache after it.
+        traced: False for the order of definition.
+        why_not: the error that kept the model from being traced.
+    """
+
+    root: Call
+    uses: Mapping[str, frozenset[str]]
+    activation_bytes: Mapping[int, int] = field(default_factory=dict)
+    cache_bytes: Mapping[int, int] = field(default_factory=dict)
+    traced: bool = True
+    why_not: str = ""
+
+    def activations(self, tokens: int, dtype_bytes: int = 2) -> int:
+        """Bytes of activations for a prefill of `tokens`, extrapolated from the traced lengths."""
+        return _extrapolate(self.activation_bytes, tokens)
+
+    def cache(self, tokens: int) -> int:
+        """Bytes of the key-value cache after `tokens`."""
+        return _extrapolate(self.cache_bytes, tokens)
+
+
+def trace(model: PreTrainedModel) -> Trace:
+    """Trace one prefill of `model`.
+
+    Args:
+        model: built and attached to a checkpoint; its parameters may have no memory.
+    """
+    failure = ""
+    activations: dict[int, int] = {}
+    caches: dict[int, int] = {}
+    recorder = None
+    for inputs in _ways_in(model):
+        try:
+            for tokens in LENGTHS:
+                recorder, cache_bytes = _run(model, tokens, inputs)
+                activations[tokens], caches[tokens] = recorder.peak, cache_bytes
+        except Exception as error:  # any family may refuse meta tensors in its own way
+            failure = failure or f"{type(error).__name__}: {error}"
+            continue
+        assert recorder is not None
+        uses = {name: frozenset(kinds) for name, kinds in recorder.uses.items()}
+        return Trace(recorder.root.freeze(), uses, activations, caches)
+    return _by_definition(model, failure)
+
+
+def weight_names(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by their first name; a tied one appears once."""
+    found: dict[str, torch.Tensor] = dict(model.named_parameters())
+    for name, buffer in model.named_buffers():
+        found.setdefault(name, buffer)
+    return found
+
+
+def layer_names(model: torch.nn.Module) -> frozenset[str]:
+    """Names of the decoder layers: the members of the outermost module lists."""
+    lists = [name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists if other != name)]
+    return frozenset(f"{name}.{child}" for name in outer for child, _ in model.get_submodule(name).named_children())
+
+
+def _ways_in(model: PreTrainedModel) -> Iterator[Callable[[int], dict[str, Any]]]:
+    """Inputs to try, from what generation passes to the barest."""
+    config = model.config
+    accepted = inspect.signature(model.forward).parameters
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+
+    def ids(tokens: int) -> torch.Tensor:
+        return torch.zeros(1, tokens, dtype=torch.long, device="meta")
+
+    def cached(tokens: int) -> dict[str, Any]:
+        return {"input_ids": ids(tokens), "past_key_values": DynamicCache(config=config), "use_cache": True, **last_only}
+
+    def positioned(tokens: int) -> dict[str, Any]:
+        positions = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+        return {**cached(tokens), "position_ids": positions}
+
+    def bare(tokens: int) -> dict[str, Any]:
+        return {"input_ids": ids(tokens), "use_cache": False}
+
+    def masked(tokens: int) -> dict[str, Any]:
+        return {**bare(tokens), "attention_mask": torch.ones(1, tokens, dtype=torch.long, device="meta")}
+
+    if "past_key_values" in accepted:
+        yield cached
+        if "position_ids" in accepted:
+            yield positioned
+    yield bare
+    yield masked
+    yield lambda tokens: {"input_ids": ids(tokens)}
+
+
+def _run(model: PreTrainedModel, tokens: int, way: Callable[[int], dict[str, Any]]) -> tuple[_Recorder, int]:
+    """One forward on meta tensors; the recorder that watched it and the bytes of its cache."""
+    named = weight_names(model)
+    tensors = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in named.items()}
+    recorder = _Recorder({id(tensor): name for name, tensor in tensors.items()})
+    inputs = way(tokens)
+    with torch.no_grad(), standing_in(model), recorder.watching(model), recorder:
+        torch.func.functional_call(model, tensors, kwargs=inputs)
+    cache = inputs.get("past_key_values")
+    return recorder, sum(_nbytes(leaf) for leaf in _tensors_of(cache)) if cache is not None else 0
+
+
+class _Recorder(TorchFunctionMode):
+    """Writes down touches by module, and the bytes of results alive at once."""
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        super().__init__()
+        self.names = names
+        self.root = _Node("")
+        self.stack = [self.root]
+        self.uses: dict[str, set[str]] = {}
+        self.alive = self.peak = 0
+        self.seen: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") != "__get__":
+            for position, leaf in enumerate(tree_leaves((args, kwargs))):
+                name = self.names.get(id(leaf))
+                if name is not None:
+                    self.stack[-1].touches.append(name)
+                    self.uses.setdefault(name, set()).add(_kind(func, position, args))
+        out = func(*args, **kwargs)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and not leaf._is_view() and id(leaf) not in self.names:
+                self._count(leaf)
+        return out
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        if id(tensor) in self.seen:
+            return
+        size, key = _nbytes(tensor), id(tensor)
+        self.seen.add(key)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+
+        def gone() -> None:
+            self.seen.discard(key)
+            self.alive -= size
+
+        weakref.finalize(tensor, gone)
+
+    @contextmanager
+    def watching(self, model: torch.nn.Module) -> Iterator[None]:
+        """Keep the stack of running modules while the model runs."""
+        handles = []
+        for name, module in model.named_modules():
+            if name:
+                handles.append(module.register_forward_pre_hook(self._entering(name)))
+                handles.append(module.register_forward_hook(self._leaving))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _entering(self, name: str) -> Callable[..., None]:
+        def enter(*_: object) -> None:
+            node = _Node(name)
+            self.stack[-1].calls.append(node)
+            self.stack.append(node)
+
+        return enter
+
+    def _leaving(self, *_: object) -> None:
+        self.stack.pop()
+
+
+def _kind(func: Any, position: int, args: Any) -> str:
+    """What an operation does with the weight at `position` among its tensors."""
+    if func is torch.nn.functional.linear or getattr(func, "__name__", "") == "linear":
+        return "linear" if position == 1 else "other"
+    if func is torch.nn.functional.embedding:
+        return "embedding" if position == 1 else "other"
+    if func is torch.Tensor.__getitem__ and position == 0 and isinstance(args[1], int):
+        return "experts"
+    return "other"
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _tensors_of(value: Any, depth: int = 4) -> Iterator[torch.Tensor]:
+    """Tensors reachable from a cache object, each once."""
+    seen: set[int] = set()
+
+    def visit(node: Any, left: int) -> Iterator[torch.Tensor]:
+        if id(node) in seen or left < 0:
+            return
+        seen.add(id(node))
+        if isinstance(node, torch.Tensor):
+            yield node
+        elif isinstance(node, Mapping):
+            for item in node.values():
+                yield from visit(item, left - 1)
+        elif isinstance(node, list | tuple):
+            for item in node:
+                yield from visit(item, left - 1)
+        elif hasattr(node, "__dict__"):
+            yield from visit(vars(node), left - 1)
+
+    return visit(value, depth + 2)
+
+
+def _extrapolate(points: Mapping[int, int], tokens: int) -> int:
+    """Value at `tokens` of the parabola through the traced points, never less than a straight line's."""
+    if not points:
+        return 0
+    if tokens in points:
+        return points[tokens]
+    (x0, y0), (x1, y1), (x2, y2) = sorted(points.items())
+    slope01, slope12 = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
+    curve = max((slope12 - slope01) / (x2 - x0), 0.0)
+    straight = y2 + slope12 * (tokens - x2)
+    return max(int(straight + curve * (tokens - x1) * (tokens - x2)), 0)
+
+
+def _by_definition(model: PreTrainedModel, failure: str) -> Trace:
+    """Modules in the order in which they are defined, each touching its own weights."""
+    named = {id(tensor): name for name, tensor in weight_names(model).items()}
+    uses: dict[str, frozenset[str]] = {}
+
+    def call(name: str, module: torch.nn.Module) -> Call:
+        own = [named[id(t)] for t in (*module._parameters.values(), *module._buffers.values()) if id(t) in named]
+        kind = {torch.nn.Embedding: "embedding", torch.nn.Linear: "linear"}.get(type(module), "other")
+        for weight in own:
+            uses[weight] = uses.get(weight, frozenset()) | {kind}
+        inner = [call(f"{name}.{child}".lstrip("."), sub) for child, sub in module.named_children()]
+        return Call(name, tuple(own), tuple(inner))
+
+    return Trace(call("", model), uses, traced=False, why_not=failure)

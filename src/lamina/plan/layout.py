@@ -1,0 +1,136 @@
+"""Where the bytes of a unit lie in memory, so that most of them can be read straight to their place.
+
+Direct reads want the file offset, the memory address and the length aligned to `ALIGNMENT`. A weight
+that is one run of bytes on disk is placed at an address congruent to its file offset: the read is rounded
+outwards to the alignment and the tensor is a view into it. A weight made of several runs is packed, and
+its runs go through a small bounce buffer. Pure arithmetic, shared by the planner and the stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lamina.plan.schedule import Convert, Piece, Weight
+
+ALIGNMENT = 4096  # of direct reads, and of every area
+PACKING = 64  # of tensors that are not read in place: what torch gives its own allocations
+GAP = 64 * 1024  # a hole up to this size between two runs of a file is read rather than skipped
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows `first` to `first + count` of a weight."""
+
+    weight: str
+    first: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """`length` bytes at `offset` of `file` go to byte `at` of the area; `aligned` fits direct reads.
+
+    An aligned read may end past the last byte that is wanted, even past the end of the file: only the
+    first `needed` bytes must arrive.
+    """
+
+    file: str
+    offset: int
+    length: int
+    at: int
+    needed: int
+    aligned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A part in its area: stored bytes at `stored_at`, the finished tensor at `at`."""
+
+    part: Part
+    stored_at: int
+    stored_nbytes: int
+    at: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """An area of `nbytes`: what is read into it and what lies where."""
+
+    nbytes: int
+    reads: tuple[Read, ...]
+    placed: tuple[Placed, ...]
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(read.needed for read in self.reads)
+
+
+def align(value: int, to: int = ALIGNMENT) -> int:
+    """`value` rounded up to a multiple of `to`."""
+    return -(-value // to) * to
+
+
+def lay_out(parts: Sequence[tuple[Weight, Part]]) -> Layout:
+    """Place parts of weights in one area.
+
+    Args:
+        parts: the weights and the rows of each that are wanted.
+
+    Returns:
+        The layout; `placed` is in the order of `parts`.
+    """
+    pieces = [weight.pieces_of_rows(part.first, part.count) for weight, part in parts]
+    in_place = [
+        i for i, (weight, _) in enumerate(parts) if len(pieces[i]) == 1 and _viewable(weight, pieces[i][0])
+    ]
+    in_place.sort(key=lambda i: (pieces[i][0].extent.file, pieces[i][0].extent.offset))
+    reads, stored_at, end = _spans([(i, pieces[i][0]) for i in in_place])
+    for i, own in enumerate(pieces):
+        if i in stored_at:
+            continue
+        stored_at[i] = end = align(end, PACKING)
+        for piece in own:
+            extent = piece.extent
+            reads.append(Read(extent.file, extent.offset, extent.length, end + piece.at, extent.length, False))
+        end += _stored(own)
+    placed = []
+    for i, (weight, part) in enumerate(parts):
+        stored = _stored(pieces[i])
+        nbytes = weight.nbytes // weight.rows * part.count if weight.rows else 0
+        at = stored_at[i]
+        if weight.convert is not Convert.NONE:
+            at = align(end, PACKING)
+            end = at + nbytes
+        placed.append(Placed(part, stored_at[i], stored, at, nbytes))
+    return Layout(align(end), tuple(reads), tuple(placed))
+
+
+def _stored(pieces: Sequence[Piece]) -> int:
+    return max((piece.at + piece.extent.length for piece in pieces), default=0)
+
+
+def _viewable(weight: Weight, piece: Piece) -> bool:
+    return weight.stored_itemsize > 0 and piece.extent.offset % weight.stored_itemsize == 0
+
+
+def _spans(runs: Sequence[tuple[int, Piece]]) -> tuple[list[Read], dict[int, int], int]:
+    """Aligned reads over sorted runs, neighbours joined; where each run's first byte lands; the area's end."""
+    reads: list[Read] = []
+    stored_at: dict[int, int] = {}
+    end = 0
+    for i, piece in runs:
+        file, begin, stop = piece.extent.file, piece.extent.offset, piece.extent.offset + piece.extent.length
+        last = reads[-1] if reads else None
+        if last is not None and last.file == file and begin <= last.offset + last.length + GAP:
+            length = max(last.length, align(stop) - last.offset)
+            needed = max(last.needed, stop - last.offset)
+            reads[-1] = last = Read(file, last.offset, length, last.at, needed, True)
+        else:
+            offset = begin - begin % ALIGNMENT
+            last = Read(file, offset, align(stop) - offset, align(end), stop - offset, True)
+            reads.append(last)
+        stored_at[i] = last.at + begin - last.offset
+        end = last.at + last.length
+    return reads, stored_at, end

@@ -1,0 +1,440 @@
+"""What lives where: a pure function from a schedule, a budget and the hardware to a frozen plan.
+
+A pass is a cyclic scan, so what is resident is fixed: keeping any 80% of the weights saves 80% of the
+reading, while a cache that evicts the least recently used would save nothing. Three choices are made:
+
+1. the size of a unit: as large as the budget allows, at most a decoder layer, at least one linear or a
+   block of its rows, so that the window stays small and the reads stay long;
+2. the ring: enough for reads to run ahead while the model computes;
+3. the resident units: whatever memory is left, spread evenly through the pass, so that the disk never idles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from lamina.errors import BudgetError
+from lamina.plan.layout import ALIGNMENT, Layout, Part, lay_out
+from lamina.plan.schedule import Call, Convert, Cut, Schedule, Weight
+from lamina.sizes import format_size
+
+MB = 1 << 20
+UNIT_SIZES = (32 * MB, 16 * MB, 8 * MB, 4 * MB, 2 * MB, MB, 256 * 1024, 64 * 1024, 16 * 1024, 0)
+ROW_MULTIPLE = 256  # rows of a block: the same kernels then give the same bits as the whole linear
+MOST_UNITS = 20_000  # of a pass: finer than that costs more in bookkeeping than it saves in memory
+RING_WANTED = 320 * MB
+RING_SHARE = 0.35  # of what is left for weights, where the wanted ring is more
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """Rates the forecast uses, in bytes per second."""
+
+    disk_bytes_per_second: float = 1e9
+    memory_bytes_per_second: float = 1e10
+    link_bytes_per_second: float = 1e10
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Bytes that may be used and bytes that are spoken for.
+
+    Attributes:
+        memory_bytes: peak resident memory of the process.
+        overhead_bytes: Python, torch, buffers: what is there whatever the model.
+        activation_bytes: the largest set of activations alive at once, for `context_tokens`.
+        kv_cache_bytes: the cache after `context_tokens`.
+        context_tokens: prompt and answer together.
+        device_memory_bytes: of the accelerator; None where the processor computes.
+    """
+
+    memory_bytes: int
+    overhead_bytes: int = 0
+    activation_bytes: int = 0
+    kv_cache_bytes: int = 0
+    context_tokens: int = 0
+    device_memory_bytes: int | None = None
+
+    @property
+    def on_device(self) -> bool:
+        return self.device_memory_bytes is not None
+
+    @property
+    def spoken_for(self) -> int:
+        """Bytes of `memory_bytes` that no weight may have."""
+        return self.overhead_bytes + (0 if self.on_device else self.activation_bytes + self.kv_cache_bytes)
+
+    @property
+    def spoken_for_on_device(self) -> int:
+        return self.activation_bytes + self.kv_cache_bytes
+
+
+@dataclass(frozen=True)
+class Item:
+    """What is moved as one, for one step of a pass: parts of the weights of one module call.
+
+    `cached` items are kept in host memory and only cross to the device.
+    """
+
+    module: str
+    block: int
+    parts: tuple[Part, ...]
+    layout: Layout
+    cached: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return self.layout.nbytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What lives where. Frozen; the stream executes it, the command line prints it.
+
+    Attributes:
+        resident: weights that stay where they are computed on.
+        gathered: weights of which rows are read when they are looked up.
+        items: everything that is streamed; `steps` are indices into it, in the order of a pass.
+        ring_bytes: the window on the host; `device_ring_bytes` the one on the device.
+        minimum_memory_bytes: the smallest budget that holds this model with this context.
+    """
+
+    budget: Budget
+    hardware: Hardware
+    model_bytes: int
+    parameters: int
+    resident: frozenset[str]
+    gathered: frozenset[str]
+    items: tuple[Item, ...]
+    steps: tuple[int, ...]
+    resident_bytes: int
+    ring_bytes: int
+    minimum_memory_bytes: int
+    device_ring_bytes: int = 0
+    minimum_device_memory_bytes: int = 0
+    traced: bool = True
+
+    @property
+    def streams(self) -> bool:
+        return bool(self.steps)
+
+    @cached_property
+    def bytes_read_per_pass(self) -> int:
+        return sum(self.items[i].layout.read_bytes for i in self.steps if not self.items[i].cached)
+
+    @property
+    def units(self) -> int:
+        """Units moved in a pass."""
+        return len(self.steps)
+
+    @property
+    def predicted_seconds_per_token(self) -> float:
+        """The slowest of disk, link and memory: they overlap, so a decode step costs the longest of them."""
+        moved = sum(self.items[i].nbytes for i in self.steps) if self.budget.on_device else 0
+        return max(
+            self.bytes_read_per_pass / self.hardware.disk_bytes_per_second,
+            moved / self.hardware.link_bytes_per_second,
+            self.model_bytes / self.hardware.memory_bytes_per_second,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as plain numbers, for `lamina plan --json`."""
+        budget = asdict(self.budget)
+        budget["memory_budget_bytes"] = budget.pop("memory_bytes")
+        budget["device_memory_budget_bytes"] = budget.pop("device_memory_bytes")
+        return {
+            "model_bytes": self.model_bytes,
+            "parameters": self.parameters,
+            "resident_bytes": self.resident_bytes,
+            "bytes_read_per_pass": self.bytes_read_per_pass,
+            "ring_bytes": self.ring_bytes,
+            "device_ring_bytes": self.device_ring_bytes,
+            "minimum_memory_bytes": self.minimum_memory_bytes,
+            "minimum_device_memory_bytes": self.minimum_device_memory_bytes,
+            "predicted_seconds_per_token": self.predicted_seconds_per_token,
+            "units": self.units,
+            "gathered": sorted(self.gathered),
+            "traced": self.traced,
+            **budget,
+            **asdict(self.hardware),
+        }
+
+
+def resident_size(weights: Iterable[Weight]) -> int:
+    """Bytes of an area that holds these weights, finished."""
+    in_place, converted = [], 0
+    for weight in weights:
+        if weight.convert is Convert.NONE:
+            in_place.append((weight, Part(weight.name, 0, weight.rows)))
+        else:
+            converted += -(-weight.nbytes // ALIGNMENT) * ALIGNMENT
+    return lay_out(in_place).nbytes + converted
+
+
+def make_plan(schedule: Schedule, budget: Budget, hardware: Hardware | None = None) -> Plan:
+    """Decide what is resident, what streams and through how large a window.
+
+    Args:
+        schedule: the pass, from a traced model.
+        budget: bytes given and bytes spoken for.
+        hardware: rates for the forecast.
+
+    Raises:
+        BudgetError: `budget.memory_bytes` is below the minimum, which the error states.
+    """
+    return _Planner(schedule, budget, hardware or Hardware()).plan()
+
+
+class _Planner:
+    def __init__(self, schedule: Schedule, budget: Budget, hardware: Hardware) -> None:
+        self.schedule, self.budget, self.hardware = schedule, budget, hardware
+        touched = schedule.root.touched()
+        self.order = [schedule.weights[name] for name in touched]
+        # a weight that no traced call touches is rare and unknown: it stays in memory
+        untouched = [w for name, w in schedule.weights.items() if name not in touched and not w.gathered]
+        self.always = [w for w in self.order if w.always] + untouched
+        self.always_names = frozenset(w.name for w in self.always)
+        self.gathered = {w.name: w for w in schedule.weights.values() if w.gathered and not w.always}
+        self.movable = [w for w in self.order if w.name not in self.always_names and w.name not in self.gathered]
+        self.always_bytes = resident_size(self.always)
+        finest = sum(w.nbytes for w in self.movable) // MOST_UNITS
+        self.sizes = [size for size in UNIT_SIZES if size >= finest] or [finest]
+        self._cuts: dict[int, tuple[tuple[Item, ...], tuple[int, ...]]] = {}
+
+    def plan(self) -> Plan:
+        budget = self.budget
+        everything = list({w.name: w for w in (*self.always, *self.movable, *self.gathered.values())}.values())
+        whole = resident_size(everything)
+        least = min(self._windows(size)[0] for size in self.sizes) if self.movable else 0
+        fixed = budget.spoken_for + (0 if budget.on_device else self.always_bytes)
+        minimum = min(fixed + least, budget.spoken_for + (0 if budget.on_device else whole))
+        minimum_device = min(budget.spoken_for_on_device + self.always_bytes + least,
+                             budget.spoken_for_on_device + whole) if budget.on_device else 0  # fmt: skip
+        self._check(minimum, minimum_device)
+        compute_room = budget.memory_bytes - budget.spoken_for
+        if budget.device_memory_bytes is not None:
+            compute_room = budget.device_memory_bytes - budget.spoken_for_on_device
+        if whole <= compute_room:
+            return self._finished(frozenset(w.name for w in everything), frozenset(), 0, minimum, minimum_device)
+        room = compute_room - self.always_bytes
+        host_room = budget.memory_bytes - budget.spoken_for if budget.on_device else room
+        size = next(s for s in self.sizes if self._windows(s)[0] <= min(room, host_room))
+        return self._streamed(size, room, host_room, minimum, minimum_device)
+
+    def _check(self, minimum: int, minimum_device: int) -> None:
+        budget = self.budget
+        if budget.memory_bytes < minimum:
+            raise BudgetError(
+                f"memory={format_size(budget.memory_bytes)} is too small: this model with a context of "
+                f"{budget.context_tokens} tokens needs at least {minimum} bytes ({format_size(minimum)}); "
+                f"give that much, or a shorter context",
+                minimum,
+            )
+        if budget.device_memory_bytes is not None and budget.device_memory_bytes < minimum_device:
+            raise BudgetError(
+                f"device_memory={format_size(budget.device_memory_bytes)} is too small: this model with a context "
+                f"of {budget.context_tokens} tokens needs at least {minimum_device} bytes "
+                f"({format_size(minimum_device)}) on the device; give that much, or a shorter context",
+                minimum_device,
+            )
+
+    def _streamed(self, size: int, room: int, host_room: int, minimum: int, minimum_device: int) -> Plan:
+        least, wanted = self._windows(size)
+        ring = max(least, min(wanted, int(min(room, host_room) * RING_SHARE)))
+        resident = self._spread(size, room - ring)
+        items, steps = cut_up(self.schedule, self._streaming(resident), size)
+        cached: set[int] = set()
+        if self.budget.on_device:
+            cached = _even(items, range(len(items)), host_room - ring)
+        items = tuple(Item(x.module, x.block, x.parts, x.layout, i in cached) for i, x in enumerate(items))
+        return self._finished(resident | self.always_names, frozenset(self.gathered), ring, minimum, minimum_device,
+                              items, steps)  # fmt: skip
+
+    def _spread(self, size: int, room: int) -> frozenset[str]:
+        """The weights that fit in `room`, chosen evenly through the pass; shared ones first, for they save most."""
+        items, steps = self._cut(size)
+        groups: dict[tuple[str, ...], int] = {}
+        uses: dict[tuple[str, ...], int] = {}
+        for step in steps:
+            names = tuple(dict.fromkeys(part.weight for part in items[step].parts))
+            if items[step].block == 0:
+                uses[names] = uses.get(names, 0) + 1
+        for names in uses:
+            groups[names] = resident_size(self.schedule.weights[name] for name in names)
+        chosen: set[str] = set()
+        shared = [names for names in groups if uses[names] > 1]
+        for names in sorted(shared, key=lambda names: -uses[names]):
+            if groups[names] <= room:
+                room -= groups[names]
+                chosen.update(names)
+        rest = [names for names in groups if uses[names] == 1]
+        for names in _evenly(rest, groups, room):
+            chosen.update(names)
+        return frozenset(chosen)
+
+    def _streaming(self, resident: frozenset[str]) -> dict[str, Weight]:
+        return {w.name: w for w in self.movable if w.name not in resident}
+
+    def _cut(self, size: int) -> tuple[tuple[Item, ...], tuple[int, ...]]:
+        if size not in self._cuts:
+            self._cuts[size] = cut_up(self.schedule, {w.name: w for w in self.movable}, size)
+        return self._cuts[size]
+
+    def _windows(self, size: int) -> tuple[int, int]:
+        """Smallest ring that can make a pass with units of `size` bytes, and the ring that is wanted."""
+        items, steps = self._cut(size)
+        held = widest_window(self.schedule.root, items, steps)
+        largest = max(item.nbytes for item in items)
+        everything = sum(items[i].nbytes for i in steps)
+        return held + largest, max(held + largest, min(max(RING_WANTED, 6 * largest), everything + largest))
+
+    def _finished(self, resident: frozenset[str], gathered: frozenset[str], ring: int, minimum: int,
+                  minimum_device: int, items: tuple[Item, ...] = (), steps: tuple[int, ...] = ()) -> Plan:  # fmt: skip
+        weights = self.schedule.weights
+        return Plan(
+            budget=self.budget,
+            hardware=self.hardware,
+            model_bytes=self.schedule.nbytes,
+            parameters=sum(w.elements for w in weights.values()),
+            resident=resident,
+            gathered=gathered,
+            items=items,
+            steps=steps,
+            resident_bytes=sum(weights[name].nbytes for name in resident),
+            ring_bytes=ring,
+            minimum_memory_bytes=minimum,
+            device_ring_bytes=ring if self.budget.on_device and steps else 0,
+            minimum_device_memory_bytes=minimum_device,
+            traced=self.schedule.traced,
+        )
+
+
+def _evenly(
+    groups: Sequence[tuple[str, ...]], sizes: Mapping[tuple[str, ...], int], room: int
+) -> list[tuple[str, ...]]:
+    """Groups that together fit in `room`, spread through the sequence by error diffusion, gaps filled after."""
+    total = sum(sizes[group] for group in groups)
+    if total <= room:
+        return list(groups)
+    share = max(room, 0) / total
+    chosen: dict[int, None] = {}
+    owed = 0.0
+    left = room
+    for i, group in enumerate(groups):
+        owed += share * sizes[group]
+        if owed >= sizes[group] / 2 and sizes[group] <= left:
+            owed -= sizes[group]
+            left -= sizes[group]
+            chosen[i] = None
+    for i, group in enumerate(groups):
+        if i not in chosen and sizes[group] <= left:
+            left -= sizes[group]
+            chosen[i] = None
+    return [groups[i] for i in sorted(chosen)]
+
+
+def _even(items: Sequence[Item], order: Iterable[int], room: int) -> set[int]:
+    keys = [(str(i),) for i in order]
+    chosen = _evenly(keys, {key: items[int(key[0])].nbytes for key in keys}, room)
+    return {int(key[0]) for key in chosen}
+
+
+def cut_up(schedule: Schedule, streaming: Mapping[str, Weight], size: int) -> tuple[tuple[Item, ...], tuple[int, ...]]:
+    """Units of at most about `size` bytes, and the order in which a pass needs them.
+
+    A call whose streamed weights fit in `size` becomes one unit, bound when its module is entered and
+    released when it is left; a larger one is divided among the calls inside it; one linear that is
+    larger than `size` becomes blocks of rows.
+    """
+    items: list[Item] = []
+    index: dict[tuple[str, tuple[str, ...]], range] = {}
+    steps: list[int] = []
+
+    def emit(module: str, names: Sequence[str]) -> None:
+        key = (module, tuple(names))
+        if key not in index:
+            blocks = _blocks([streaming[name] for name in names], size)
+            index[key] = range(len(items), len(items) + len(blocks))
+            items.extend(
+                Item(module, block, tuple(p for _, p in parts), lay_out(parts)) for block, parts in enumerate(blocks)
+            )
+        steps.extend(index[key])
+
+    divisible = _ancestors(schedule.root, schedule.layers)
+
+    def visit(call: Call) -> None:
+        inside = [name for name in call.touched() if name in streaming]
+        total = sum(streaming[name].nbytes for name in inside)
+        if call.module not in divisible and total <= size:
+            if inside:
+                emit(call.module, inside)
+            return
+        own = [name for name in dict.fromkeys(call.touches) if name in streaming]
+        if own:
+            emit(call.module, own)
+        for inner in call.calls:
+            visit(inner)
+
+    visit(schedule.root)
+    return tuple(items), tuple(steps)
+
+
+def _ancestors(root: Call, layers: frozenset[str]) -> frozenset[str]:
+    """Modules that contain a decoder layer: binding one of them would bind the model."""
+    found: set[str] = set()
+
+    def visit(call: Call) -> bool:
+        inside = [visit(inner) for inner in call.calls]
+        if any(inside):
+            found.add(call.module)
+        return any(inside) or call.module in layers
+
+    visit(root)
+    return frozenset(found)
+
+
+def _blocks(weights: Sequence[Weight], size: int) -> list[list[tuple[Weight, Part]]]:
+    """The weights of one unit as one block, or as several where they may be cut and are too large."""
+    whole = [(w, Part(w.name, 0, w.rows)) for w in weights]
+    total = sum(w.nbytes for w in weights)
+    if total <= size or any(w.convert is Convert.REPLAY for w in weights):
+        return [whole]
+    cut = [w for w in weights if w.cut is Cut.ROWS]
+    if len(cut) == 1 and len(weights) == 1:
+        weight = cut[0]
+        rows = max(size // max(weight.nbytes // weight.rows, 1) // ROW_MULTIPLE, 1) * ROW_MULTIPLE
+        count = -(-weight.rows // rows)
+        rows = -(-(-(-weight.rows // count)) // ROW_MULTIPLE) * ROW_MULTIPLE  # even blocks read better
+        return [[(weight, Part(weight.name, at, min(rows, weight.rows - at)))] for at in range(0, weight.rows, rows)]
+    if weights and all(w.cut is Cut.EXPERTS and w.rows == weights[0].rows for w in weights):
+        return [[(w, Part(w.name, e, 1)) for w in weights] for e in range(weights[0].rows)]
+    return [whole]
+
+
+def widest_window(root: Call, items: Sequence[Item], steps: Sequence[int]) -> int:
+    """Most bytes between the oldest unit still held and the newest one asked for, over a pass."""
+    ends = [0]
+    for step in steps:
+        ends.append(ends[-1] + items[step].nbytes)
+    widest = 0
+    at = 0
+    modules = {item.module for item in items}
+
+    def visit(call: Call, held: int | None) -> None:
+        nonlocal widest, at
+        if call.module in modules and at < len(steps) and items[steps[at]].module == call.module:
+            first = at
+            while at < len(steps) and items[steps[at]].module == call.module and items[steps[at]].block == at - first:
+                start = held if held is not None else ends[at]
+                widest = max(widest, ends[at + 1] - start)
+                at += 1
+            if at - first == 1:
+                held = held if held is not None else ends[first]
+        for inner in call.calls:
+            visit(inner, held)
+
+    visit(root, None)
+    return widest

@@ -1,0 +1,270 @@
+"""Threads that fill memory from files.
+
+`preadv` releases the interpreter lock, so a few threads keep a drive's queue full. The threads know files
+and places, no weights and no order: a `Ticket` counts the reads of one item and wakes whoever waits for it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from lamina.errors import ClosedError
+from lamina.plan.layout import ALIGNMENT, Read, align
+from lamina.stream.files import File, open_file
+from lamina.stream.memory import Area
+
+THREADS = 8
+CHUNK = 8 << 20  # bytes of one read
+WAKE, STOP = True, False  # queued in place of a job
+BOUNCE = 1 << 20  # bytes of one read that has to be copied to its place
+
+
+@dataclass(eq=False)
+class Ticket:
+    """Reads that belong together: `left` of them are still to come, `error` is the first that failed."""
+
+    left: int = 0
+    error: BaseException | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.left == 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    file: str
+    offset: int
+    length: int
+    needed: int
+    area: Area
+    at: int
+    aligned: bool
+    ticket: Ticket
+
+
+@dataclass(eq=False)
+class _Shared:
+    """What the threads hold: no reference leads from here to the stream or the model."""
+
+    opener: Callable[[str], File]
+    jobs: queue.SimpleQueue[_Job | bool] = field(default_factory=queue.SimpleQueue)
+    urgent: queue.SimpleQueue[_Job] = field(default_factory=queue.SimpleQueue)
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    files: dict[str, File] = field(default_factory=dict)
+    bytes_read: int = 0
+    reading: int = 0
+    paused: bool = False
+    closed: bool = False
+
+    def file(self, path: str) -> File:
+        with self.changed:
+            if path not in self.files:
+                self.files[path] = self.opener(path)
+            return self.files[path]
+
+
+class Readers:
+    """A pool of reader threads, started on first use.
+
+    Args:
+        threads: how many reads are in flight.
+        chunk: bytes of one read.
+        opener: gives a `File` for a path; tests pass one that reads from memory.
+    """
+
+    def __init__(self, threads: int = THREADS, chunk: int = CHUNK, opener: Callable[[str], File] = open_file) -> None:
+        self.threads, self.chunk = threads, align(chunk)
+        self._shared = _Shared(opener)
+        self._pool: list[threading.Thread] = []
+        self._pid = os.getpid()
+        _watch_forks(self)
+
+    @property
+    def changed(self) -> threading.Condition:
+        """Notified whenever a ticket is done."""
+        return self._shared.changed
+
+    @property
+    def bytes_read(self) -> int:
+        return self._shared.bytes_read
+
+    @property
+    def closed(self) -> bool:
+        return self._shared.closed
+
+    def submit(self, reads: Sequence[Read], area: Area, at: int = 0, *, urgent: bool = False) -> Ticket:
+        """Start reading into `area`, each read at its own place after byte `at`; urgent ones overtake the others.
+
+        Raises:
+            ClosedError: the readers were closed.
+        """
+        if self._shared.closed:
+            raise ClosedError("the stream is closed: load the model again")
+        self._start()
+        ticket = Ticket()
+        jobs = [job for read in reads for job in self._chunks(read, area, at, ticket)]
+        ticket.left = len(jobs)
+        for job in jobs:
+            if urgent:
+                self._shared.urgent.put(job)
+                self._shared.jobs.put(WAKE)
+            else:
+                self._shared.jobs.put(job)
+        return ticket
+
+    def wait(self, ticket: Ticket) -> None:
+        """Block until every read of `ticket` is done, and raise what one of them raised."""
+        with self.changed:
+            while ticket.left:
+                if self._shared.closed:
+                    raise ClosedError("the stream was closed while it was read")
+                self.changed.wait()
+        if ticket.error is not None:
+            raise ticket.error
+
+    def read(self, reads: Sequence[Read], area: Area, at: int = 0) -> None:
+        """Read now."""
+        self.wait(self.submit(reads, area, at, urgent=True))
+
+    def close(self) -> None:
+        """Stop the threads and close the files. Safe to call twice, from any thread."""
+        shared = self._shared
+        with shared.changed:
+            if shared.closed:
+                return
+            shared.closed = True
+            shared.paused = False
+            shared.changed.notify_all()
+        for _ in self._pool:
+            shared.jobs.put(STOP)
+        for thread in self._pool:
+            if thread is not threading.current_thread():
+                thread.join()
+        self._pool.clear()
+        for file in shared.files.values():
+            file.close()
+        shared.files.clear()
+
+    def pause(self) -> None:
+        """Let no read begin, and wait until none is under way."""
+        shared = self._shared
+        with shared.changed:
+            shared.paused = True
+            while shared.reading:
+                shared.changed.wait()
+
+    def resume(self) -> None:
+        with self._shared.changed:
+            self._shared.paused = False
+            self._shared.changed.notify_all()
+
+    def restart_in_child(self) -> None:
+        """After a fork: the child has the memory but no threads; begin again with none and nothing queued."""
+        old = self._shared
+        for file in old.files.values():
+            file.close()
+        self._shared = _Shared(old.opener, bytes_read=old.bytes_read, closed=old.closed)
+        self._pool = []
+
+    def _start(self) -> None:
+        while len(self._pool) < self.threads:
+            name = f"lamina-reader-{len(self._pool)}"
+            thread = threading.Thread(target=_work, args=(self._shared,), name=name, daemon=True)
+            thread.start()
+            self._pool.append(thread)
+
+    def _chunks(self, read: Read, area: Area, at: int, ticket: Ticket) -> list[_Job]:
+        """Even pieces of at most a chunk, so that no thread is left with a crumb."""
+        aligned = read.aligned and at % ALIGNMENT == 0
+        limit = self.chunk if aligned else min(self.chunk, BOUNCE)
+        count = max(-(-read.length // limit), 1)
+        step = align(-(-read.length // count))
+        jobs = []
+        for begin in range(0, read.length, step):
+            length = min(step, read.length - begin)
+            needed = min(length, read.needed - begin)
+            if needed > 0:
+                place = at + read.at + begin
+                jobs.append(_Job(read.file, read.offset + begin, length, needed, area, place, aligned, ticket))
+        return jobs
+
+
+def _next_job(shared: _Shared) -> _Job | None:
+    """The next read, urgent ones first; None when it is time to stop."""
+    while True:
+        try:
+            return shared.urgent.get_nowait()
+        except queue.Empty:
+            pass
+        job = shared.jobs.get()
+        if isinstance(job, _Job):
+            return job
+        if job is STOP:
+            return None
+
+
+def _work(shared: _Shared) -> None:
+    bounce: list[Area] = []
+    while True:
+        job = _next_job(shared)
+        if job is None:
+            return
+        with shared.changed:
+            while shared.paused:
+                shared.changed.wait()
+            shared.reading += 1
+        error: BaseException | None = None
+        try:
+            if not shared.closed:
+                _read(shared.file(job.file), job, bounce)
+        except BaseException as raised:  # handed to whoever waits, as itself
+            error = raised
+        with shared.changed:
+            shared.reading -= 1
+            job.ticket.left -= 1
+            if error is None:
+                shared.bytes_read += job.needed
+            elif job.ticket.error is None:
+                job.ticket.error = error
+            if job.ticket.left == 0 or shared.paused:
+                shared.changed.notify_all()
+        del job
+
+
+def _read(file: File, job: _Job, bounce: list[Area]) -> None:
+    if not file.direct:
+        file.read_into(job.area.view[job.at : job.at + job.needed], job.offset, job.needed)
+    elif job.aligned:
+        file.read_into(job.area.view[job.at : job.at + job.length], job.offset, job.needed)
+    else:
+        if not bounce:
+            bounce.append(Area(BOUNCE + 2 * ALIGNMENT))
+        skip = job.offset % ALIGNMENT
+        span = align(skip + job.needed)
+        file.read_into(bounce[0].view[:span], job.offset - skip, skip + job.needed)
+        ctypes.memmove(job.area.address + job.at, bounce[0].address + skip, job.needed)
+
+
+_living: weakref.WeakSet[Readers] = weakref.WeakSet()
+_forks_watched = False
+
+
+def _watch_forks(readers: Readers) -> None:
+    """A fork copies memory but no threads: no read may be under way in it, and the child starts afresh."""
+    global _forks_watched
+    _living.add(readers)
+    if _forks_watched or not hasattr(os, "register_at_fork"):
+        return
+    _forks_watched = True
+    os.register_at_fork(
+        before=lambda: [readers.pause() for readers in list(_living)] and None,
+        after_in_parent=lambda: [readers.resume() for readers in list(_living)] and None,
+        after_in_child=lambda: [readers.restart_in_child() for readers in list(_living)] and None,
+    )
