@@ -121,7 +121,7 @@ def small_files(names: Collection[str], subfolder: str, trust_remote_code: bool)
         elif folder in {top + _TEMPLATE_FOLDER for top in tops}:
             wanted = name.endswith(".jinja")
         else:
-            wanted = folder in tops and name.endswith(_SMALL_ENDINGS) and not name.endswith(".index.json")
+            wanted = folder in tops and name.endswith(_SMALL_ENDINGS) and ".index." not in name
         if wanted:
             chosen.append(name)
     return chosen

@@ -1,0 +1,286 @@
+"""From the name that a user gives to a folder on this machine, through huggingface_hub's own cache.
+
+Only what the model needs is fetched, small files first: where the weights are whole, so is the rest.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from lamina.checkpoint.checkpoint import read_index
+from lamina.checkpoint.choose import check_subfolder, choose_weights, parse_index, small_files
+from lamina.checkpoint.hub_errors import clear_errors
+from lamina.checkpoint.remote import remote_headers
+from lamina.checkpoint.repository import (
+    OFFLINE,
+    Listing,
+    Request,
+    Token,
+    check_listed,
+    choose_remote,
+    in_subfolder,
+    list_repository,
+)
+from lamina.checkpoint.strict import quote
+from lamina.errors import CheckpointError, LaminaError, MissingShardError, ModelNotFoundError, UnsupportedError
+from lamina.sizes import format_size
+
+__all__ = ["Progress", "Token", "local_path", "locate", "metadata_folder", "remote_headers"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage (`"download"`), bytes done and bytes in all; from the hub's threads, one call at a time."""
+
+
+def locate(
+    model: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    token: Token = None,
+    local_files_only: bool = False,
+    subfolder: str = "",
+    variant: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> str:
+    """The local folder (or file) of a model, after a download where it is needed.
+
+    A path that exists is given back as it is. A hub id is downloaded into the cache that transformers uses too:
+    config, tokenizer and chat templates, and of the weights the safetensors files that belong to the model.
+    Where the hub does not answer, a whole copy in the cache is good enough.
+
+    Args:
+        model: a path or a hub id.
+        revision: branch, tag or commit of the repository.
+        cache_dir: another cache than huggingface_hub's own.
+        token: see `Token`.
+        local_files_only: use the cache alone, as `HF_HUBOFFLINE=1` does.
+        subfolder: where in the repository the model is; the folder of the whole repository is given back.
+        variant: as transformers has it, such as `"fp16"`.
+        trust_remote_code: fetch the repository's Python files as well.
+        progress: told about the bytes.
+
+    Raises:
+        ModelNotFoundError: neither a path nor a repository.
+        RequestError: gated, a revision or variant that is not there, a refused token.
+        UnsupportedError: no safetensors in the repository.
+        MissingShardError: the cache alone may be used and has only part of the model.
+        CheckpointError: no connection, no space, or a repository whose index is wrong.
+    """
+    if (path := local_path(model)) is not None:
+        return path
+    request = Request(
+        os.fspath(model), revision, cache_dir, token, check_subfolder(subfolder), variant, trust_remote_code
+    )
+    listing = None if local_files_only else list_repository(request)
+    if isinstance(listing, Listing):
+        return _download(request, listing, progress)
+    return _whole_in_cache(request, listing or OFFLINE)
+
+
+def metadata_folder(
+    model: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    token: Token = None,
+    local_files_only: bool = False,
+    subfolder: str = "",
+    trust_remote_code: bool = False,
+) -> str:
+    """A local folder with the config, the tokenizer and the chat templates of a model, its weights not needed.
+
+    Arguments and errors are those of `locate`. For a path that exists it is that folder, or the folder of that file.
+    """
+    if (path := local_path(model)) is not None:
+        return path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
+    request = Request(os.fspath(model), revision, cache_dir, token, check_subfolder(subfolder), None, trust_remote_code)
+    listing = None if local_files_only else list_repository(request)
+    if isinstance(listing, Listing):
+        with clear_errors(request.model, revision):
+            return _fetch_small(request, listing, ())
+    return _snapshot_in_cache(request, listing or OFFLINE)
+
+
+def local_path(model: str | os.PathLike[str]) -> str | None:
+    """The path where `model` is one that exists, None where it may be a hub id.
+
+    Raises:
+        ModelNotFoundError: it can only be a path, and nothing is there.
+    """
+    name = os.fspath(model)
+    for path in (name, os.path.expanduser(name)):
+        if os.path.exists(path):
+            return path
+    if not _can_only_be_a_path(name):
+        return None
+    folder, last = os.path.split(os.path.abspath(os.path.expanduser(name)))
+    hint = ""
+    if os.path.isdir(folder):
+        close = difflib.get_close_matches(last, os.listdir(folder), n=3)
+        hint = f", but {' and '.join(quote(each) for each in close)} in that folder" if close else ""
+    raise ModelNotFoundError(f"there is nothing at the path {quote(name)}{hint}: check the path")
+
+
+def _can_only_be_a_path(name: str) -> bool:
+    return (
+        name in ("", ".", "..")
+        or name.startswith(("./", "../", "/", "~"))
+        or name.count("/") > 1
+        or name.lower().endswith((".gguf", ".safetensors"))
+    )
+
+
+def _download(request: Request, listing: Listing, progress: Progress | None) -> str:
+    chosen = choose_remote(request, listing)
+    with clear_errors(request.model, request.revision):
+        indexes = [name for name in chosen if name.endswith(".json")]
+        folder = _fetch_small(request, listing, [in_subfolder(request, name) for name in indexes])
+        if indexes:
+            index = os.path.join(folder, request.subfolder, indexes[0])
+            chosen = sorted(set(parse_index(read_index(index), indexes[0]).values()))
+            check_listed(request, listing, chosen, indexes[0])
+        weights = {name: listing.files[name] for name in (in_subfolder(request, each) for each in chosen)}
+        total = sum(file.size or 0 for file in weights.values())
+        missing = sum(file.size or 0 for name, file in weights.items() if not _is_cached(request, listing, name))
+        _check_space(request, missing)
+        counter = _Counter(progress, total - missing, total)
+        _snapshot(request, listing.commit, weights, counter)
+        counter.finish()
+    return folder
+
+
+def _fetch_small(request: Request, listing: Listing, also: Iterable[str]) -> str:
+    names = [*small_files(listing.files, request.subfolder, request.trust_remote_code), *also]
+    # By the revision's own name, so that the cache learns which commit it stands for.
+    folder = _snapshot(request, request.revision, names, _Counter(None, 0, 0))
+    if os.path.basename(folder) != listing.commit:
+        raise CheckpointError(f"{request.model} was changed on the hub at this very moment: try again")
+    return folder
+
+
+def _snapshot(request: Request, revision: str | None, names: Iterable[str], counter: _Counter) -> str:
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(
+        request.model,
+        revision=revision,
+        cache_dir=request.cache_dir,
+        token=request.token,
+        allow_patterns=[glob.escape(name) for name in names],
+        tqdm_class=_silent_bar(counter),
+    )
+
+
+class _Counter:
+    """Adds up bytes from the hub's download threads."""
+
+    def __init__(self, progress: Progress | None, done: int, total: int) -> None:
+        self._progress, self._done, self._total = progress, done, total
+        self._lock = threading.Lock()
+        self.add(0)
+
+    def add(self, nbytes: int) -> None:
+        with self._lock:
+            self._done += nbytes
+            if self._progress is not None:
+                self._progress("download", min(self._done, self._total), self._total)
+
+    def finish(self) -> None:
+        self.add(self._total - self._done)
+
+
+def _silent_bar(counter: _Counter) -> type[Any]:
+    """A progress bar class for huggingface_hub that draws nothing and hands the bytes on."""
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
+
+    class SilentBar(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            # Of its bars one counts bytes that are on disk; others count files, or bytes on the wire.
+            self._counts = kwargs.get("name") == "huggingface_hub.snapshot_download" and kwargs.get("unit") == "B"
+            super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> None:
+            if self._counts:
+                counter.add(int(n or 0))
+
+    return SilentBar
+
+
+def _cache(request: Request) -> str:
+    from huggingface_hub import constants
+
+    return os.path.abspath(os.path.expanduser(request.cache_dir or constants.HF_HUB_CACHE))
+
+
+def _is_cached(request: Request, listing: Listing, name: str) -> bool:
+    from huggingface_hub.file_download import repo_folder_name
+
+    repository = os.path.join(_cache(request), repo_folder_name(repo_id=request.model, repo_type="model"))
+    blob = listing.files[name].blob
+    return os.path.exists(os.path.join(repository, "snapshots", listing.commit, name)) or (
+        blob is not None and os.path.exists(os.path.join(repository, "blobs", blob))
+    )
+
+
+def _check_space(request: Request, nbytes: int) -> None:
+    place = _cache(request)
+    while not os.path.exists(place):
+        place = os.path.dirname(place)
+    free = shutil.disk_usage(place).free
+    if nbytes > free:
+        raise CheckpointError(
+            f"{request.model} needs {format_size(nbytes)} more in {_cache(request)}, where {format_size(free)} "
+            "are free: make room, or choose another place with cache_dir or HF_HOME"
+        )
+
+
+def _snapshot_in_cache(request: Request, why: str) -> str:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        with clear_errors(request.model, request.revision, but=LocalEntryNotFoundError):
+            # No pattern, no check: huggingface_hub would ask for every file that the repository has.
+            folder = snapshot_download(
+                request.model,
+                revision=request.revision,
+                cache_dir=request.cache_dir,
+                local_files_only=True,
+                allow_patterns=[],
+            )
+    except LocalEntryNotFoundError:
+        at = f" at revision {request.revision!r}" if request.revision else ""
+        raise ModelNotFoundError(
+            f"{request.model}{at} is not in the cache {_cache(request)}, and {why}: "
+            "run once with the network, or give a folder"
+        ) from None
+    if not any(os.path.exists(os.path.join(folder, top, "config.json")) for top in ("", request.subfolder)):
+        raise MissingShardError(f"{request.model} has no config.json in {folder}, and {why}: run once with the network")
+    return folder
+
+
+def _whole_in_cache(request: Request, why: str) -> str:
+    folder = _snapshot_in_cache(request, why)
+    root = os.path.join(folder, request.subfolder)
+    try:
+        chosen = choose_weights(os.listdir(root) if os.path.isdir(root) else [], request.variant, root)
+        if chosen[0].endswith(".json"):
+            chosen = sorted(set(parse_index(read_index(os.path.join(root, chosen[0])), chosen[0]).values()))
+    except UnsupportedError:
+        raise
+    except LaminaError as exc:
+        raise MissingShardError(f"{exc}; {why}") from None
+    missing = [name for name in chosen if not os.path.exists(os.path.join(root, name))]
+    if missing:
+        raise MissingShardError(
+            f"{len(missing)} of {len(chosen)} weight files of {request.model} are not in {root} "
+            f"(the first is {missing[0]}), and {why}: run once with the network"
+        )
+    return folder

@@ -1,0 +1,92 @@
+"""What the hub says about a repository: its commit, its files, their sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lamina.checkpoint.choose import choose_weights
+from lamina.checkpoint.hub_errors import first_line, is_unreachable, translate, transport_error
+from lamina.errors import CheckpointError, MissingShardError
+
+Token = str | bool | None
+"""A token, True for the saved one, False for none, None for the saved one if there is one."""
+
+
+OFFLINE = "this run may not use the network (HF_HUB_OFFLINE or local_files_only)"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Which model of the hub, and where it goes."""
+
+    model: str
+    revision: str | None = None
+    cache_dir: str | None = None
+    token: Token = None
+    subfolder: str = ""
+    variant: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """One file of a repository: bytes where the hub says them, and the name of its blob in the cache."""
+
+    size: int | None
+    blob: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """A repository at one commit: its files by their path in it."""
+
+    commit: str
+    files: dict[str, RemoteFile]
+
+
+def list_repository(request: Request) -> Listing | str:
+    """The files of the repository; where the hub gives no answer, the reason why.
+
+    Raises:
+        LaminaError: the hub answers, and refuses.
+    """
+    from huggingface_hub import HfApi, constants, errors
+
+    try:
+        info = HfApi(token=request.token).model_info(
+            request.model, revision=request.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
+        )
+    except errors.OfflineModeIsEnabled:
+        return OFFLINE
+    except (OSError, ValueError, transport_error()) as exc:
+        if is_unreachable(exc):
+            return f"the hub cannot be reached ({first_line(exc)})"
+        raise translate(exc, request.model, request.revision) from exc
+    if not info.sha or info.siblings is None:
+        raise CheckpointError(f"the hub's answer for {request.model} lists no files: check HF_ENDPOINT")
+    files = {
+        each.rfilename: RemoteFile(each.size, each.lfs.sha256 if each.lfs else each.blob_id) for each in info.siblings
+    }
+    return Listing(info.sha, files)
+
+
+def choose_remote(request: Request, listing: Listing) -> list[str]:
+    """`choose_weights` for a repository: file names without the subfolder. Raises what that raises."""
+    top = f"{request.subfolder}/" if request.subfolder else ""
+    names = [name[len(top) :] for name in listing.files if name.startswith(top) and "/" not in name[len(top) :]]
+    # transformers cannot read Mistral's own layout, so a repository that has only this has no weights.
+    names = [name for name in names if not name.startswith("consolidated")]
+    return choose_weights(names, request.variant, f"{request.model}{'/' if top else ''}{top.rstrip('/')}")
+
+
+def in_subfolder(request: Request, name: str) -> str:
+    """The path in the repository of a file that is named without the subfolder."""
+    return f"{request.subfolder}/{name}" if request.subfolder else name
+
+
+def check_listed(request: Request, listing: Listing, shards: Iterable[str], index: str) -> None:
+    """Raises MissingShardError where the repository lacks a file that its own index names."""
+    for name in shards:
+        if in_subfolder(request, name) not in listing.files:
+            raise MissingShardError(f"{index} of {request.model} needs {name}, which the repository does not have")
