@@ -146,9 +146,10 @@ class _Handler(BaseHTTPRequestHandler):
         if repository is None:
             return (404 if token else 401), "RepoNotFound"
         if repository.token is not None and token != repository.token:
-            if repository.gated:
+            if not repository.gated:
+                return 401, "RepoNotFound"
+            if "/resolve/" in self.path:  # what a gated repository holds may be listed by anyone
                 return (403 if token else 401), "GatedRepo"
-            return 401, "RepoNotFound"
         if repository.branches.get(revision, revision) not in repository.commits:
             return 404, "RevisionNotFound"
         return None

@@ -28,7 +28,7 @@ from lamina.checkpoint.repository import (
     list_repository,
 )
 from lamina.checkpoint.strict import quote
-from lamina.errors import CheckpointError, LaminaError, MissingShardError, ModelNotFoundError, UnsupportedError
+from lamina.errors import CheckpointError, MissingShardError, ModelNotFoundError
 from lamina.sizes import format_size
 
 __all__ = ["Progress", "Token", "local_path", "locate", "metadata_folder", "remote_headers"]
@@ -60,7 +60,7 @@ def locate(
         revision: branch, tag or commit of the repository.
         cache_dir: another cache than huggingface_hub's own.
         token: see `Token`.
-        local_files_only: use the cache alone, as `HF_HUBOFFLINE=1` does.
+        local_files_only: use the cache alone, as `HF_HUB_OFFLINE=1` does.
         subfolder: where in the repository the model is; the folder of the whole repository is given back.
         variant: as transformers has it, such as `"fp16"`.
         trust_remote_code: fetch the repository's Python files as well.
@@ -273,9 +273,7 @@ def _whole_in_cache(request: Request, why: str) -> str:
         chosen = choose_weights(os.listdir(root) if os.path.isdir(root) else [], request.variant, root)
         if chosen[0].endswith(".json"):
             chosen = sorted(set(parse_index(read_index(os.path.join(root, chosen[0])), chosen[0]).values()))
-    except UnsupportedError:
-        raise
-    except LaminaError as exc:
+    except CheckpointError as exc:
         raise MissingShardError(f"{exc}; {why}") from None
     missing = [name for name in chosen if not os.path.exists(os.path.join(root, name))]
     if missing:

@@ -12,7 +12,6 @@ from lamina.errors import CheckpointError, MissingShardError
 Token = str | bool | None
 """A token, True for the saved one, False for none, None for the saved one if there is one."""
 
-
 OFFLINE = "this run may not use the network (HF_HUB_OFFLINE or local_files_only)"
 
 
