@@ -117,6 +117,11 @@ def test_integer_of_ten_thousand_digits() -> None:
     assert "is not JSON" in refusal(b'{"x": {"dtype": "U8", "shape": [%s], "data_offsets": [0, 1]}}' % (b"9" * 10_000))
 
 
+@pytest.mark.parametrize("header", [b'"shape": [-0], "data_offsets": [0, 0]', b'"shape": [0], "data_offsets": [-0, 0]'])
+def test_minus_zero_is_refused_as_safetensors_does(header: bytes) -> None:
+    refusal(b'{"x": {"dtype": "U8", %s}}' % header, size=0)
+
+
 def test_name_that_is_not_unicode() -> None:
     assert "not valid Unicode" in refusal(b'{"\\ud800": {"dtype": "U8", "shape": [24], "data_offsets": [0, 24]}}')
 

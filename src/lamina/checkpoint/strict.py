@@ -57,7 +57,7 @@ def parse_object(raw: bytes, what: str, error: type[CheckpointError]) -> dict[st
 
     try:
         text = raw.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=reject_constant)
+        value = json.loads(text, object_pairs_hook=unique, parse_int=_number, parse_constant=reject_constant)
     except UnicodeDecodeError as exc:
         raise error(f"{what} is not UTF-8 (byte {exc.start}): the file is damaged, fetch it again") from None
     except RecursionError:
@@ -67,3 +67,8 @@ def parse_object(raw: bytes, what: str, error: type[CheckpointError]) -> dict[st
     if not isinstance(value, dict):
         raise error(f"{what} is a JSON {type(value).__name__}, not an object: the file is damaged, fetch it again")
     return value
+
+
+def _number(text: str) -> float:
+    # Minus zero is no whole number to safetensors either.
+    return -0.0 if text == "-0" else int(text)
