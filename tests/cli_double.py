@@ -28,6 +28,16 @@ class Stats:
     in_pass: bool = True
 
 
+class NoTokenizer:
+    """Says that there is none when it is first used, not before."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RequestError("m has no tokenizer")
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise RequestError("m has no tokenizer")
+
+
 class Inputs(dict[str, Any]):
     def to(self, device: str) -> Inputs:
         assert device == "cpu"
@@ -65,7 +75,7 @@ class Stream:
 @dataclass
 class Model:
     answer: str = " Paris."
-    tokenizer_or_error: Any = field(default_factory=Tokenizer)
+    tokenizer: Any = field(default_factory=Tokenizer)
     before_token: Callable[[int], None] = lambda index: None
     device: str = "cpu"
     prompts: list[str] = field(default_factory=list)
@@ -73,12 +83,6 @@ class Model:
 
     def __post_init__(self) -> None:
         self.lamina = Stream(self)
-
-    @property
-    def tokenizer(self) -> Any:
-        if isinstance(self.tokenizer_or_error, RequestError):
-            raise self.tokenizer_or_error
-        return self.tokenizer_or_error
 
     def generate(self, *, input_ids: Any, streamer: Any, max_new_tokens: int, **kwargs: Any) -> None:
         self.generate_kwargs = {"max_new_tokens": max_new_tokens, **kwargs}
@@ -106,10 +110,10 @@ class Library:
 
     def from_pretrained(self, model: str, *, progress: Any, **kwargs: Any) -> Model:
         self._called(model=model, **kwargs)
-        progress("reading weights", 1, 2)
+        progress("load", 1, 2)
         return self.model
 
-    def plan_model(self, model: str, **kwargs: Any) -> dict[str, Any]:
+    def plan_model(self, model: str, *, progress: Any = None, **kwargs: Any) -> dict[str, Any]:
         self._called(model=model, **kwargs)
         return {"model_bytes": 269_000_000, "minimum_memory_bytes": 400_000_000, "units": 30, "kv_cache_bytes": 1}
 

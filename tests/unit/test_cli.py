@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import lamina
-from cli_double import Library, Model, Tokenizer
+from cli_double import Library, Model, NoTokenizer, Tokenizer
 from lamina.cli import engine
 from lamina.cli.main import main
 from lamina.errors import BudgetError, CheckpointError, LaminaError, ReadError, RequestError, UnsupportedError
@@ -216,7 +216,7 @@ def test_ctrl_c_is_one_line_and_exit_130(run: Run, library: Library) -> None:
 
 
 def test_token_ids_need_no_tokenizer(run: Run, library: Library) -> None:
-    library.model = Model(answer="ab", tokenizer_or_error=RequestError("m has no tokenizer"))
+    library.model = Model(answer="ab", tokenizer=NoTokenizer())
     result = run("run", "m", "--prompt-ids", "65,66", "--quiet")
     assert result.out.splitlines()[-1] == "97,98"
     answer = json.loads(run("run", "m", "--prompt-ids", "65,66", "--json").out)
@@ -226,7 +226,7 @@ def test_token_ids_need_no_tokenizer(run: Run, library: Library) -> None:
 
 
 def test_a_text_prompt_needs_one(run: Run, library: Library) -> None:
-    library.model = Model(tokenizer_or_error=RequestError("m has no tokenizer"))
+    library.model = Model(tokenizer=NoTokenizer())
     result = run("run", "m", "Hi")
     assert result.code == 2
     assert "no tokenizer" in one_line(result)
@@ -239,7 +239,7 @@ def test_the_chat_template_is_applied_only_when_asked_for(run: Run, library: Lib
 
 
 def test_chat_without_a_template_is_a_wrong_request(run: Run, library: Library) -> None:
-    library.model = Model(tokenizer_or_error=Tokenizer(chat_template=None))
+    library.model = Model(tokenizer=Tokenizer(chat_template=None))
     for command in (["run", "m", "Hi", "--chat"], ["chat", "m"]):
         result = run(*command)
         assert result.code == 2

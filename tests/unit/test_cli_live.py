@@ -109,13 +109,13 @@ class _Model:
 def test_progress_tells_the_stage_then_the_pass_then_the_time_left() -> None:
     progress = Progress(max_new_tokens=10)
     assert progress.describe() == ["starting"]
-    progress.report("reading weights", 25, 100)
-    assert progress.describe()[:2] == ["reading weights 25%", "25 B of 100 B"]
+    progress.report("load", 25, 100)
+    assert progress.describe()[:2] == ["loading 25%", "25 B of 100 B"]
     model = _Model(Stats())
     progress.watch(model)
     assert progress.describe()[:2] == ["reading the prompt 50%", "500 kB of 1.00 MB"]
     progress.count(4)
-    assert progress.describe()[-2:] == ["0.50 s/token", "3 s at most"]
+    assert progress.describe()[:3] == ["token 5 50%", "0.50 s/token", "at most 3 s left"]
     model.stats = replace(Stats(), bytes_read_per_pass=0, pass_bytes_done=0)
     assert progress.describe()[0] == "token 5", "nothing is streamed when all of it is resident"
 

@@ -90,8 +90,9 @@ def plan(
       lamina plan ./model --memory 4GB
       lamina plan org/model --memory 8GB --context 8192 --json
     """
-    with _stdout_for_the_result(True):
-        planned = engine.plan(model, options)
+    progress = Progress(1)
+    with _stdout_for_the_result(True), stdio(json=True, quiet=verbosity.quiet).showing(progress.describe):
+        planned = engine.plan(model, options, progress.report)
     typer.echo(report.as_json(planned) if json else report.plan_table(planned))
 
 
@@ -133,6 +134,7 @@ def _stdout_for_the_result(alone: bool) -> Iterator[None]:
 def _tokenizer(model: Any, *, needed: bool) -> Any | None:
     """The model's tokenizer; None where it has none and the prompt did not need one."""
     try:
+        model.tokenizer.decode([])  # it is loaded, and found missing, when it is first used
         return model.tokenizer
     except RequestError:
         if needed:

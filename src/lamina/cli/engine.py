@@ -38,9 +38,9 @@ def opened(model: str, options: ModelOptions, report: Report | None = None) -> I
         yield loaded
 
 
-def plan(model: str, options: ModelOptions) -> dict[str, Any]:
+def plan(model: str, options: ModelOptions, report: Report | None) -> dict[str, Any]:
     """What would live where, from the headers alone."""
-    return as_dict(library(options).plan_model(model, **options.as_kwargs()))
+    return as_dict(library(options).plan_model(model, progress=report, **options.as_kwargs()))
 
 
 def bench(model: str, options: ModelOptions, report: Report | None, **request: Any) -> dict[str, Any]:

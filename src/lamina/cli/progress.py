@@ -7,6 +7,8 @@ from typing import Any
 from lamina.cli.live import now
 from lamina.sizes import format_rate, format_size
 
+_STAGES = {"download": "downloading", "load": "loading"}
+
 
 class Progress:
     """Gathers the numbers: `report` is called while loading, `watch` gives the model whose passes then count."""
@@ -45,27 +47,36 @@ class Progress:
             return [self.note]
         if self._model is None:
             stage, done, total = self._stage
-            return _moving(stage, done, total, now() - self._stage_began)
+            return _moving(_STAGES.get(stage, stage), done, total, now() - self._stage_began)
         stats = self._model.lamina.stats
         if stats.passes != self._pass:
             self._pass, self._pass_began = stats.passes, now()
-        name = f"token {self._tokens + 1}" if self._tokens else "reading the prompt"
         elapsed = now() - self._pass_began
-        parts = _moving(name, stats.pass_bytes_done, stats.bytes_read_per_pass, elapsed)
-        if self._tokens and stats.seconds_per_token:
+        if not self._tokens:
+            return _moving("reading the prompt", stats.pass_bytes_done, stats.bytes_read_per_pass, elapsed)
+        parts = [_share(f"token {self._tokens + 1}", stats.pass_bytes_done, stats.bytes_read_per_pass)]
+        if stats.seconds_per_token:
             left = (self._max_new_tokens - self._tokens) * stats.seconds_per_token
-            parts += [f"{stats.seconds_per_token:.2f} s/token", f"{format_seconds(left)} at most"]
-        return parts
+            parts += [f"{stats.seconds_per_token:.2f} s/token", f"at most {format_seconds(left)} left"]
+        return parts + _rate(stats.pass_bytes_done, elapsed)
 
 
 def _moving(name: str, done: int, total: int, elapsed: float) -> list[str]:
+    parts = [_share(name, done, total)]
     if total <= 0:
-        return [name]
-    parts = [f"{name} {min(done / total, 1):.0%}", f"{format_size(done)} of {format_size(total)}"]
-    if done > 0 and elapsed > 0.5:
-        rate = done / elapsed
-        parts += [format_rate(rate), f"{format_seconds(max(total - done, 0) / rate)} left"]
+        return parts
+    parts.append(f"{format_size(done)} of {format_size(total)}")
+    if rate := _rate(done, elapsed):
+        parts += [*rate, f"{format_seconds(max(total - done, 0) * elapsed / done)} left"]
     return parts
+
+
+def _share(name: str, done: int, total: int) -> str:
+    return f"{name} {min(done / total, 1):.0%}" if total > 0 else name
+
+
+def _rate(done: int, elapsed: float) -> list[str]:
+    return [format_rate(done / elapsed)] if done > 0 and elapsed > 0.5 else []
 
 
 def format_seconds(seconds: float) -> str:
