@@ -46,11 +46,15 @@ _MORE_FAMILIES = """
 """
 MORE_FAMILIES: tuple[str, ...] = tuple(_MORE_FAMILIES.split())
 
-# The families of the first list with experts.
+# The families, of both lists, with experts.
 _MOE = """
-    dbrx deepseek_v2 deepseek_v3 dots1 ernie4_5_moe flex_olmo glm4_moe gpt_oss granitemoe hunyuan_v1_moe jamba
-    llama4_text longcat_flash minimax minimax_m2 mixtral olmoe phimoe qwen2_moe qwen3_moe qwen3_next
-    """
+    afmoe aria_text axk1 axk2 bailing_hybrid beam cohere2_moe dbrx deepseek_v2 deepseek_v3 deepseek_v32
+    deepseek_v4 dots1 dots3_note_text ernie4_5_moe exaone_moe flex_olmo flint glm4_moe glm4_moe_lite glm_moe_dsa
+    gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 hy_v4 inkling2_text
+    inkling_text jamba jetmoe kimi_linear kolibri1 laguna lfm2_moe llama4 llama4_text longcat_flash mellum
+    mimo_v2_flash minimax minimax_m2 minimax_m3_vl_text mixtral nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe
+    qwen3_5_moe_text qwen3_moe qwen3_next qwen4_exp qwen4_exp_text solar_open zaya
+"""
 MOE: frozenset[str] = frozenset(_MOE.split())
 
 VOCAB = 256
@@ -282,7 +286,8 @@ def _enliven(model: PreTrainedModel, generator: torch.Generator) -> None:
             gain = 0.2 if tensor is words is head else 1.0 if tensor is words or tensor is head else 2.0
             tensor.copy_(noise * gain / math.sqrt(tensor.shape[-1]))
         else:
-            tensor.copy_(start + 0.1 * noise)
+            # Router corrections only choose: they show where they are as large as the scores they correct.
+            tensor.copy_(start + (0.1 if isinstance(tensor, torch.nn.Parameter) else 0.5) * noise)
     head[:FIRST_WORD] *= 0.01  # special tokens do not win, so that generation runs to its full length
 
 
