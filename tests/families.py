@@ -114,6 +114,9 @@ _TINY: Mapping[str, Any] = MappingProxyType(
 # Sizes that mean "off" where the default is None or 0: left as they are.
 _KEEP_WHEN_OFF = frozenset({"sliding_window", "q_lora_rank", "n_shared_experts", "rotary_dim", "num_shared_experts"})
 
+# Endings of the buffers that training sets; other saved buffers follow from the config.
+_LEARNED_BUFFERS = ("bias", "biases", "layer_scalar")
+
 _OVERRIDES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "bamba": {"attn_layer_indices": [1, 3]},
@@ -275,7 +278,9 @@ def _enliven(model: PreTrainedModel, generator: torch.Generator) -> None:
     """
     words, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     saved = model.state_dict()
-    biases = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith("bias") and name in saved]
+    biases = [
+        (name, buffer) for name, buffer in model.named_buffers() if name.endswith(_LEARNED_BUFFERS) and name in saved
+    ]
     for name, tensor in (*model.named_parameters(), *biases):
         noise = torch.randn(tensor.shape, generator=generator)
         start = tensor.float()
