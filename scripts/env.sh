@@ -19,6 +19,19 @@ find_python() {
 
 pip_install() { "$VENV_PYTHON" -m pip install -qq --disable-pip-version-check "$@"; }
 
+# Is NAME==VERSION there, in any build of that version?
+installed() {
+    "$VENV_PYTHON" - "$1" <<'PYTHON'
+import sys
+from importlib.metadata import PackageNotFoundError, version
+name, _, wanted = sys.argv[1].partition("==")
+try:
+    sys.exit(version(name).partition("+")[0] != wanted)
+except PackageNotFoundError:
+    sys.exit(1)
+PYTHON
+}
+
 lamina_environment() {
     local extra=$1 stamp wanted python
     VENV_PYTHON=$PWD/.venv/bin/python
@@ -38,8 +51,10 @@ lamina_environment() {
     fi
     # First and pinned, so that a CPU-only build (2.13.0+cpu) wins wherever pip is told of one, by PIP_FIND_LINKS or
     # PIP_EXTRA_INDEX_URL; the plain name would take the newest from PyPI, with gigabytes of CUDA libraries.
-    say "installing $TORCH into .venv (once; some minutes on a slow line)"
-    pip_install "$TORCH"
+    if ! installed "$TORCH"; then
+        say "installing $TORCH into .venv (once; some minutes on a slow line)"
+        pip_install "$TORCH"
+    fi
     say "installing lamina[$extra]"
     pip_install -e ".[$extra]"
     printf '%s\n' "$wanted" > "$stamp"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils import logging
 
 
 def convert(gguf: Path, folder: Path) -> None:
@@ -31,4 +32,5 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    logging.disable_progress_bar()
     convert(Path(sys.argv[1]), Path(sys.argv[2]))
