@@ -130,7 +130,8 @@ def build(request: Request, checkpoint: Checkpoint) -> PreTrainedModel:
             raise CheckpointError(f"transformers cannot build {request.folder}: {text[:300]}") from error
     _check(info, checkpoint)
     model.config.name_or_path = model.name_or_path = request.folder
-    model.requires_grad_(False)
+    if "experts_implementation" not in request.options and any(model.get_experts_implementation().values()):
+        model.set_experts_implementation("eager")  # the one that takes an expert at a time
     return model
 
 

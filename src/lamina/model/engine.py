@@ -61,7 +61,7 @@ class Engine:
         """Read the resident weights, bind them, and let the stream run ahead."""
         resident = [self.schedule[name] for name in self.schedule if name in self.plan.resident]
         for name, tensor in load_residents(resident, self.readers, self._finish, self.device, progress).items():
-            parameter = nn.Parameter(tensor, requires_grad=False)
+            parameter = nn.Parameter(tensor, requires_grad=_differentiable(tensor))
             for module, attribute, is_buffer in self._sites[name]:
                 if is_buffer:
                     module._buffers[attribute] = tensor
@@ -102,7 +102,7 @@ class Engine:
         layout = lay_out([(weight, part)])
         area = Area(layout.nbytes)
         self.readers.read(layout.reads, area)
-        return self._finish(layout.placed[0], area.tensor).to(self.device)
+        return self._finish(layout.placed[0], area.tensor).detach().to(self.device)
 
     def gather(self, name: str, ids: torch.Tensor) -> torch.Tensor:
         """Rows of a table, read from disk.
@@ -266,17 +266,23 @@ class Engine:
         weight = self.schedule[placed.part.weight]
         shape = weight.shape if placed.part.count == weight.rows else (placed.part.count, *weight.shape[1:])
         final = memory[placed.at : placed.at + placed.nbytes].view(_dtype(weight)).view(shape)
-        if weight.convert is Convert.NONE:
-            return final
-        stored = memory[placed.stored_at : placed.stored_at + placed.stored_nbytes]
-        if weight.convert is Convert.CAST:
-            return final.copy_(stored.view(self._stored_dtype(weight)).view(shape))
-        return final.copy_(self.weights.replays[weight.name](stored))
+        if weight.convert is not Convert.NONE:
+            stored = memory[placed.stored_at : placed.stored_at + placed.stored_nbytes]
+            if weight.convert is Convert.CAST:
+                final.copy_(stored.view(self._stored_dtype(weight)).view(shape))
+            else:
+                final.copy_(self.weights.replays[weight.name](stored))
+        # torch picks kernels by this flag even under no_grad (matmul folds): plain transformers has it set
+        return final.requires_grad_(_differentiable(final))
 
 
 def _dtype(weight: Weight) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, weight.dtype)
     return dtype
+
+
+def _differentiable(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _sites(model: nn.Module) -> Sites:

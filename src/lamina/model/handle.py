@@ -71,6 +71,7 @@ class Lamina:
         self._passes = self._passes_in_generate = self._new_tokens = 0
         self._seconds_in_passes = self._first_token = 0.0
         self._pass_began: float | None = None
+        self._gradients = True
         self._generate_began: float | None = None
         self._steps: deque[float] = deque(maxlen=REMEMBERED)  # seconds from the end of one pass to the next's
         self._last_end: float | None = None
@@ -141,8 +142,12 @@ class Lamina:
         engine.lock.acquire()
         try:
             self._pass_began = time.perf_counter()
+            self._gradients = torch.is_grad_enabled()
+            if engine.plan.streams:
+                torch.set_grad_enabled(False)  # a streamed weight is gone before a backward pass could use it
             engine.begin_pass()
         except BaseException:
+            torch.set_grad_enabled(self._gradients)
             self._pass_began = None
             engine.lock.release()
             raise
@@ -165,6 +170,7 @@ class Lamina:
             else:
                 self._steps.append(now - self._last_end)
         self._last_end = now
+        torch.set_grad_enabled(self._gradients)
         self._engine.lock.release()
 
 

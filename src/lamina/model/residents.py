@@ -60,7 +60,7 @@ def _together(
     layout = lay_out([(w, Part(w.name, 0, w.rows)) for w in weights])
     area = Area(layout.nbytes)
     _wait(readers, readers.submit(layout.reads, area), tell)
-    return {placed.part.weight: finish(placed, area.tensor) for placed in layout.placed}
+    return {placed.part.weight: finish(placed, area.tensor).detach() for placed in layout.placed}
 
 
 def _converted(weight: Weight, readers: Readers, finish: Finish, tell: Callable[[], None]) -> torch.Tensor:
@@ -75,10 +75,10 @@ def _converted(weight: Weight, readers: Readers, finish: Finish, tell: Callable[
         _wait(readers, readers.submit(layout.reads, area), tell)
         block = finish(layout.placed[0], area.tensor)
         if rows >= weight.rows:
-            return block.clone()
+            return block.detach().clone()
         if out is None:
             out = torch.empty(weight.shape, dtype=block.dtype)
-        out[first : first + block.shape[0]] = block
+        out[first : first + block.shape[0]] = block.detach()
     assert out is not None
     return out
 

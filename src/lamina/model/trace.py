@@ -9,9 +9,10 @@ definition stands in; the stream then serves what comes out of order on demand.
 from __future__ import annotations
 
 import inspect
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,10 +76,10 @@ def trace(model: PreTrainedModel) -> Trace:
     activations: dict[int, int] = {}
     caches: dict[int, int] = {}
     recorder = None
-    for inputs in _ways_in(model):
+    for guarded, inputs in itertools.product((False, True), _ways_in(model)):
         try:
             for tokens in LENGTHS:
-                recorder, cache_bytes = _run(model, tokens, inputs)
+                recorder, cache_bytes = _run(model, tokens, inputs, guarded)
                 activations[tokens], caches[tokens] = recorder.peak, cache_bytes
         except Exception as error:  # any family may refuse meta tensors in its own way
             failure = failure or f"{type(error).__name__}: {error}"
@@ -135,13 +136,16 @@ def _ways_in(model: PreTrainedModel) -> Iterator[Callable[[int], dict[str, Any]]
     yield lambda tokens: {"input_ids": ids(tokens)}
 
 
-def _run(model: PreTrainedModel, tokens: int, way: Callable[[int], dict[str, Any]]) -> tuple[_Recorder, int]:
+def _run(
+    model: PreTrainedModel, tokens: int, way: Callable[[int], dict[str, Any]], guarded: bool
+) -> tuple[_Recorder, int]:
     """One forward on meta tensors; the recorder that watched it and the bytes of its cache."""
     named = weight_names(model)
     tensors = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in named.items()}
     recorder = _Recorder({id(tensor): name for name, tensor in tensors.items()})
     inputs = way(tokens)
-    with torch.no_grad(), standing_in(model), recorder.watching(model), recorder:
+    inside = recorder.guarding(model) if guarded else nullcontext()
+    with torch.no_grad(), standing_in(model), recorder.watching(model), inside, recorder:
         torch.func.functional_call(model, tensors, kwargs=inputs)
     cache = inputs.get("past_key_values")
     return recorder, sum(_nbytes(leaf) for leaf in _tensors_of(cache)) if cache is not None else 0
@@ -200,6 +204,37 @@ class _Recorder(TorchFunctionMode):
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def guarding(self, model: torch.nn.Module) -> Iterator[None]:
+        """Let a module inside a decoder layer fail alone: it then needs all its weights, and gives its input's shape.
+
+        Some experts ask for the routed ids, which meta tensors do not have.
+        """
+        layers = tuple(f"{name}." for name in layer_names(model))
+        guarded = [module for name, module in model.named_modules() if name.startswith(layers)]
+        for module in guarded:
+            module.forward = self._guard(module, module.forward)
+        try:
+            yield
+        finally:
+            for module in guarded:
+                del module.forward
+
+    def _guard(self, module: torch.nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def guard(*args: Any, **kwargs: Any) -> Any:
+            node, depth = self.stack[-1], len(self.stack)
+            try:
+                return forward(*args, **kwargs)
+            except Exception:
+                del self.stack[depth:]
+                node.calls.clear()
+                node.touches[:] = [self.names[id(p)] for p in module.parameters() if id(p) in self.names]
+                for name in node.touches:
+                    self.uses.setdefault(name, set()).add("other")
+                return torch.empty_like(next(a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)))
+
+        return guard
 
     def _entering(self, name: str) -> Callable[..., None]:
         def enter(*_: object) -> None:

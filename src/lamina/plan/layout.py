@@ -112,7 +112,14 @@ def _stored(pieces: Sequence[Piece]) -> int:
 
 
 def _viewable(weight: Weight, piece: Piece) -> bool:
-    return weight.stored_itemsize > 0 and piece.extent.offset % weight.stored_itemsize == 0
+    """Whether the bytes may be used where a direct read leaves them.
+
+    A fp32 matrix-vector product begins at an aligned address and so rounds by its alignment: a weight of one
+    run keeps its file's, as under mmap, but a merged one has torch's own, whichever part of it is read.
+    """
+    if not weight.stored_itemsize or piece.extent.offset % weight.stored_itemsize:
+        return False
+    return len(weight.pieces) == 1 or weight.stored_itemsize < 4 or piece.extent.offset % PACKING == 0
 
 
 def _spans(runs: Sequence[tuple[int, Piece]]) -> tuple[list[Read], dict[int, int], int]:
