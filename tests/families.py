@@ -115,7 +115,7 @@ _TINY: Mapping[str, Any] = MappingProxyType(
 _KEEP_WHEN_OFF = frozenset({"sliding_window", "q_lora_rank", "n_shared_experts", "rotary_dim", "num_shared_experts"})
 
 # Endings of the buffers that training sets; other saved buffers follow from the config.
-_LEARNED_BUFFERS = ("bias", "biases", "layer_scalar")
+_LEARNED_BUFFERS = ("bias", "layer_scalar")
 
 _OVERRIDES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
