@@ -6,6 +6,7 @@ Not a script: `streaming.py`, `memory.py` and `first_reading.py` measure through
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from capped import Run, run_capped
@@ -51,18 +52,20 @@ def bench(
     return cost(run) | run.last_json()
 
 
-def generate(checkpoint: Path, memory: int, new_tokens: int, *, cap: int | None, timeout: float) -> dict[str, object]:
+def generate(
+    checkpoint: Path, memory: int, new_tokens: int, more: Sequence[object], *, cap: int | None, timeout: float
+) -> dict[str, object]:
     """`lamina run --json` on a folder: tokens, stats, and what the run cost; a failure is in the result."""
-    asked = ["--memory", memory, "--prompt-ids", PROMPT_IDS, "--max-new-tokens", new_tokens, "--json"]
+    asked = ["--memory", memory, "--prompt-ids", PROMPT_IDS, "--max-new-tokens", new_tokens, "--json", *more]
     run = run_capped(command("run", checkpoint, *asked), cap, timeout=timeout)
     said = run.last_json() if run.failure is None else {}
     stats = said.get("stats")
     return cost(run) | {"tokens": said.get("tokens"), "stats": stats if isinstance(stats, dict) else {}}
 
 
-def plan(checkpoint: Path, memory: int | None = None) -> dict[str, object]:
+def plan(checkpoint: Path, more: Sequence[object] = ()) -> dict[str, object]:
     """`lamina plan --json` on a folder."""
-    asked = command("plan", checkpoint, *(["--memory", memory] if memory else []), "--json")
+    asked = command("plan", checkpoint, *more, "--json")
     told = subprocess.run(asked, capture_output=True, text=True)
     if told.returncode:
         raise MeasuringError(f"lamina plan {checkpoint}: {told.stderr.strip()[-200:]}")
