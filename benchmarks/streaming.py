@@ -173,7 +173,8 @@ def main() -> None:
         try:
             parts[name], more = PARTS[name](given)
         except MeasuringError as error:
-            parts[name], more = {"failure": str(error)}, [(name, f"failed: {error}")]
+            parts[name], more = {"failure": str(error)}, [(name, "failed")]
+            print(f"streaming.py: {error}", file=sys.stderr)
         rows += more
         record("streaming", said | {"part": name, "result": parts[name]})
     print(table(rows, ("Lamina", "median (least - greatest)")))
