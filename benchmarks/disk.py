@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from report import BENCH, make_checkpoint, parse_size, record, run_main, spread, stamp, table
+from report import BENCH, MeasuringError, make_checkpoint, parse_size, record, run_main, spread, stamp, table
 
 ALIGNMENT = 4096
 Block = tuple[int, int, int]  # file descriptor, offset, length
@@ -92,6 +92,8 @@ def measure(
                 print(f"disk.py: run {run + 1} of {runs}", file=sys.stderr)
             for block, count in rates:
                 ring = blocks_of(descriptors, block)
+                if not ring:
+                    raise MeasuringError(f"no file of the checkpoint has {block >> 20} MiB to read")
                 begin, need = at[block], max(1, total // block)
                 taken = [ring[(begin + i) % len(ring)] for i in range(min(need, len(ring)))]
                 at[block] = (begin + len(taken)) % len(ring)
@@ -102,9 +104,14 @@ def measure(
     return rates
 
 
-def rate_now(checkpoint: Path, total: int = 10**9) -> float:
-    """Bytes per second at this moment, eight threads with 8 MiB each: what a run's figure can be held against."""
-    files = sorted(checkpoint.glob("*.safetensors"))
+def rate_now(checkpoint: Path, total: int = 10**9) -> float | None:
+    """Bytes per second at this moment, eight threads with 8 MiB each: what a run's figure can be held against.
+
+    None for a checkpoint too small to say.
+    """
+    files = [path for path in sorted(checkpoint.glob("*.safetensors")) if path.stat().st_size > 64 << 20]
+    if not files:
+        return None
     (rates,) = measure(files, [8 << 20], [8], total, 1).values()
     return rates[0]
 

@@ -6,7 +6,7 @@
 The engines take turns, so that a slow spell of the disk meets all of them; the page cache is dropped before each run
 and counts against the cap. Same weights, same prompt ids, greedy, no early end. One JSON line per run goes to
 benchmarks/results/first_reading.jsonl; the table shows medians, spread and the ratio to Lamina; the last line is JSON.
-"disk" is what the drive gave raw, right before each run; "same" is how many first tokens agree with Lamina's.
+"disk/s" is what the drive gave raw, right before each run; "same" is how many first tokens agree with Lamina's.
 """
 
 import argparse
@@ -134,7 +134,7 @@ def show(summary: dict[str, dict[str, object]]) -> str:
                 seconds(figure("load_seconds")),
                 gigabytes(figure("peak_rss_bytes")),
                 gigabytes(figure("read_bytes")),
-                f"{gigabytes(figure('disk_before_bytes_per_second'))}/s",
+                gigabytes(figure("disk_before_bytes_per_second")),
                 row["same_first_tokens"],
                 f"{row['failed']}/{row['runs']}",
             )
