@@ -148,7 +148,7 @@ def show(summary: dict[str, dict[str, object]]) -> str:
         "load s",
         "peak RSS",
         "read",
-        "disk",
+        "disk/s",
         "same",
         "failed",
     )
