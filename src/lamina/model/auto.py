@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lamina.checkpoint import Checkpoint, Extent, open_checkpoint
-from lamina.errors import RequestError, UnsupportedError
-from lamina.model.budget import default_context, make_budget
+from lamina.checkpoint import Checkpoint, locate, metadata_folder, open_checkpoint, remote_headers
+from lamina.errors import BudgetError, RequestError, UnsupportedError
+from lamina.model.budget import SHORTEST_CONTEXT, default_context, make_budget
 from lamina.model.build import Request, build
 from lamina.model.engine import Engine
 from lamina.model.handle import Lamina
@@ -98,7 +98,7 @@ class AutoModel:
             engine.close()
             raise
         streamed = prepared.model
-        streamed.lamina = Lamina(streamed, engine, time.perf_counter() - began)
+        streamed.lamina = Lamina(streamed, engine, prepared.trace, time.perf_counter() - began)
         streamed.lamina.attach()
         hub = {key: options[key] for key in HUB if key in options}
         request = prepared.request
@@ -166,12 +166,32 @@ def _prepare(
     traced = trace(built)
     weights = describe(built, checkpoint, traced)
     gc.collect()  # what transformers' loader left behind must not count as overhead
-    tokens = context if context is not None else default_context(built.config)
-    budget = make_budget(memory, device_memory, chosen, traced, tokens)
-    plan = make_plan(weights.schedule, budget)
+    plan = _planned(weights, traced, memory, device_memory, chosen, context, default_context(built.config))
     if not weights_wanted and plan.streams:
         plan = dataclasses.replace(plan, hardware=_probed(checkpoint))
     return Prepared(built, weights, plan, traced, request, checkpoint, chosen)
+
+
+def _planned(
+    weights: Weights,
+    traced: Trace,
+    memory: int | str | None,
+    device_memory: int | str | None,
+    device: torch.device,
+    context: int | None,
+    most: int,
+) -> Plan:
+    """The plan; where nobody said how long the context is, the longest usual one that the memory has room for."""
+    if context is not None and context < 1:
+        raise RequestError(f"context must be at least 1 token, got {context}")
+    tokens = context or most
+    while True:
+        try:
+            return make_plan(weights.schedule, make_budget(memory, device_memory, device, traced, tokens))
+        except BudgetError:
+            if context is not None or tokens <= SHORTEST_CONTEXT:
+                raise
+            tokens = max(tokens // 2, SHORTEST_CONTEXT)
 
 
 def _open(
@@ -201,11 +221,8 @@ def _probed(checkpoint: Checkpoint) -> Hardware:
     extents = [entry.extent for entry in checkpoint.tensors.values() if entry.extent.length]
     if not extents or extents[0].file.startswith("hf://"):
         return Hardware()
-    return Hardware(disk_bytes_per_second=measure_disk(_sample(extents), PROBED_BYTES))
-
-
-def _sample(extents: list[Extent]) -> list[Extent]:
-    return sorted(extents, key=lambda extent: (extent.file, extent.offset))
+    extents.sort(key=lambda extent: (extent.file, extent.offset))
+    return Hardware(disk_bytes_per_second=measure_disk(extents, PROBED_BYTES))
 
 
 def choose_device(device: str | torch.device) -> torch.device:

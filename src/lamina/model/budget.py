@@ -16,6 +16,7 @@ MB = 1_000_000
 BASE = 512 * MB  # Python, torch, transformers and a tokenizer, with room for a forward's own workspace
 WORKSPACE = 80 * MB  # on top of what is resident when the plan is made
 DEFAULT_CONTEXT = 2048  # tokens, where nobody says how many
+SHORTEST_CONTEXT = 256  # tokens, where nobody says how many and the memory is short
 SHARE_OF_FREE = 0.9  # of free memory, where nobody says how much
 
 _last_overhead = 0

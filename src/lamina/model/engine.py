@@ -54,6 +54,7 @@ class Engine:
         self._held: dict[str, list[Held]] = defaultdict(list)
         self._expert: tuple[str, int, Held | None, dict[str, torch.Tensor]] | None = None
         self._pid = os.getpid()
+        self.seconds_waiting = 0.0
         self._sites = _sites(model)
         self._disk = {name: self._disk_tensor(name) for name in self._sites}
 
@@ -70,6 +71,22 @@ class Engine:
         if self.plan.streams:
             self._attach(model)
 
+    def follow(self, model: PreTrainedModel, plan: Plan) -> None:
+        """Go over to a plan with less resident, between two passes: what it drops is read every pass from now on."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self.stream is not None:
+            self.seconds_waiting += self.stream.seconds_waiting
+            self.stream.rewind()
+            self.stream = None  # the old ring is gone before the new one is made
+        for name in self._sites:
+            if name not in plan.resident:
+                self._bind(name, self._disk[name])
+        self.plan = plan
+        if plan.streams:
+            self._attach(model)
+
     @property
     def schedule(self) -> Mapping[str, Weight]:
         return self.weights.schedule.weights
@@ -77,12 +94,6 @@ class Engine:
     def close(self) -> None:
         """Stop reading. Resident weights stay; a streamed one raises ClosedError from now on."""
         self.readers.close()
-
-    def detach(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
     def begin_pass(self) -> None:
         """Called when the model is entered."""

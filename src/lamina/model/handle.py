@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import statistics
 import time
@@ -14,11 +15,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lamina.errors import ClosedError
+from lamina.errors import BudgetError, ClosedError
 from lamina.model.engine import Engine
-from lamina.plan.planner import Plan
+from lamina.model.trace import Trace
+from lamina.plan.planner import Plan, make_plan
 from lamina.stream.probe import peak_resident_bytes
 
+GROWTH = 1.5  # of the cache, when it outgrows the plan: so that a long answer replans a few times, not every token
 REMEMBERED = 4096  # passes whose times are kept
 
 
@@ -64,9 +67,10 @@ class Lamina:
     A context manager: `with model.lamina: ...` closes the stream at the end.
     """
 
-    def __init__(self, model: PreTrainedModel, engine: Engine, load_seconds: float) -> None:
+    def __init__(self, model: PreTrainedModel, engine: Engine, traced: Trace, load_seconds: float) -> None:
         self._model = weakref.ref(model)
         self._engine = engine
+        self._trace = traced
         self._load_seconds = load_seconds
         self._passes = self._passes_in_generate = self._new_tokens = 0
         self._seconds_in_passes = self._first_token = 0.0
@@ -103,7 +107,7 @@ class Lamina:
             new_tokens=self._new_tokens,
             tokens_per_pass=per_pass,
             seconds_per_token=step / max(per_pass, 1.0),
-            seconds_waiting_for_disk=stream.seconds_waiting if stream is not None else 0.0,
+            seconds_waiting_for_disk=self._engine.seconds_waiting + (stream.seconds_waiting if stream is not None else 0.0),
             seconds_in_passes=self._seconds_in_passes,
             peak_rss_bytes=peak_resident_bytes(),
             memory_budget_bytes=plan.budget.memory_bytes,
@@ -145,6 +149,7 @@ class Lamina:
             self._gradients = torch.is_grad_enabled()
             if engine.plan.streams:
                 torch.set_grad_enabled(False)  # a streamed weight is gone before a backward pass could use it
+            self._make_room(model, *_tokens(args, kwargs))
             engine.begin_pass()
         except BaseException:
             torch.set_grad_enabled(self._gradients)
@@ -155,6 +160,32 @@ class Lamina:
             return None
         moved = torch.utils._pytree.tree_map(lambda x: _to(x, engine.device), (args, kwargs))
         return moved[0], moved[1]
+
+    def _make_room(self, model: Any, tokens: int, cached: int) -> None:
+        """Keep the budget when a pass brings more tokens than were planned for: fewer weights stay resident.
+
+        Raises:
+            BudgetError: not even the smallest plan has room for them.
+        """
+        budget = self._engine.plan.budget
+        activations, cache = self._trace.activations(tokens), self._trace.cache(cached + tokens)
+        if activations + cache <= budget.activation_bytes + budget.kv_cache_bytes:
+            return
+        grown = self._trace.cache(int((cached + tokens) * GROWTH))
+        for wanted in (grown, cache):
+            larger = dataclasses.replace(
+                budget, activation_bytes=activations, kv_cache_bytes=wanted, context_tokens=cached + tokens
+            )
+            try:
+                plan = make_plan(
+                    self._engine.weights.schedule, larger, self._engine.plan.hardware, self._engine.plan.resident
+                )
+            except BudgetError:
+                if wanted == cache:
+                    raise
+                continue
+            self._engine.follow(model, plan)
+            return
 
     def _leave(self, model: Any, args: Any, output: Any) -> None:
         if self._pass_began is None:
@@ -195,6 +226,18 @@ def _counted(owner: weakref.ref[PreTrainedModel], generate: Any) -> Any:
         return out
 
     return counted
+
+
+def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
+    """Tokens that a pass brings, and tokens that are in its cache already, all rows of the batch together."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if ids is None:
+        ids = kwargs.get("inputs_embeds")
+    if not isinstance(ids, torch.Tensor) or ids.dim() < 2:
+        return 0, 0
+    cache = kwargs.get("past_key_values")
+    past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+    return ids.shape[0] * ids.shape[1], ids.shape[0] * int(past)
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -1,4 +1,4 @@
-"""Reading the resident weights, once, into one area."""
+"""Reading the resident weights, once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lamina.plan.layout import Layout, Part, Placed, lay_out
+from lamina.plan.planner import resident_areas
 from lamina.plan.schedule import Convert, Weight
 from lamina.stream.memory import Area
 from lamina.stream.readers import Readers, Ticket
@@ -38,29 +39,37 @@ def load_residents(
     total = sum(weight.stored_nbytes for weight in weights)
     before = readers.bytes_read
     tell = (lambda: progress("load", min(readers.bytes_read - before, total), total)) if progress else (lambda: None)
-    plain = [w for w in weights if w.convert is Convert.NONE]
-    tensors = {}
-    if device.type == "cpu":
-        tensors.update(_together(plain, readers, finish, tell))
-    else:
-        for weight in plain:
-            tensors[weight.name] = _together([weight], readers, finish, tell)[weight.name].to(device)
-    for weight in weights:
-        if weight.convert is not Convert.NONE:
-            tensors[weight.name] = _converted(weight, readers, finish, tell).to(device)
+    tensors: dict[str, torch.Tensor] = {}
+    waiting: list[tuple[Layout, Area, Ticket]] = []
+    for group in resident_areas(weights):
+        if group[0].convert is not Convert.NONE:
+            tensors[group[0].name] = _converted(group[0], readers, finish, tell).to(device)
+            continue
+        layout = lay_out([(w, Part(w.name, 0, w.rows)) for w in group])
+        area = Area(layout.nbytes)
+        waiting.append((layout, area, readers.submit(layout.reads, area)))
+        if device.type != "cpu":  # one at a time: the host copy is only passing through
+            tensors.update(_arrived(waiting, readers, finish, device, tell))
+    tensors.update(_arrived(waiting, readers, finish, device, tell))
     tell()
     return tensors
 
 
-def _together(
-    weights: Sequence[Weight], readers: Readers, finish: Finish, tell: Callable[[], None]
+def _arrived(
+    waiting: list[tuple[Layout, Area, Ticket]],
+    readers: Readers,
+    finish: Finish,
+    device: torch.device,
+    tell: Callable[[], None],
 ) -> dict[str, torch.Tensor]:
-    if not weights:
-        return {}
-    layout = lay_out([(w, Part(w.name, 0, w.rows)) for w in weights])
-    area = Area(layout.nbytes)
-    _wait(readers, readers.submit(layout.reads, area), tell)
-    return {placed.part.weight: finish(placed, area.tensor).detach() for placed in layout.placed}
+    """The tensors of areas that are being read, once they are; `waiting` is empty afterwards."""
+    tensors = {}
+    for layout, area, ticket in waiting:
+        _wait(readers, ticket, tell)
+        for placed in layout.placed:
+            tensors[placed.part.weight] = finish(placed, area.tensor).detach().to(device)
+    waiting.clear()
+    return tensors
 
 
 def _converted(weight: Weight, readers: Readers, finish: Finish, tell: Callable[[], None]) -> torch.Tensor:

@@ -24,6 +24,7 @@ from transformers import DynamicCache, PreTrainedModel
 from lamina.model.experts import standing_in
 from lamina.plan.schedule import Call
 
+_VIEW_PROPERTIES = (torch.Tensor.T, torch.Tensor.mT, torch.Tensor.H, torch.Tensor.mH, torch.Tensor.data)
 LENGTHS = (16, 32, 64)  # tokens of the traced prefills: enough to fit a + b T + c T^2
 
 
@@ -80,7 +81,9 @@ def trace(model: PreTrainedModel) -> Trace:
         try:
             for tokens in LENGTHS:
                 recorder, cache_bytes = _run(model, tokens, inputs, guarded)
-                activations[tokens], caches[tokens] = recorder.peak, cache_bytes
+                # the cache is among what is alive at the end, and counted on its own
+                activations[tokens] = max(recorder.peak - cache_bytes, recorder.peak // 4)
+                caches[tokens] = cache_bytes
         except Exception as error:  # any family may refuse meta tensors in its own way
             failure = failure or f"{type(error).__name__}: {error}"
             continue
@@ -165,7 +168,7 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") != "__get__":
+        if getattr(func, "__name__", "") != "__get__" or getattr(func, "__self__", None) in _VIEW_PROPERTIES:
             for position, leaf in enumerate(tree_leaves((args, kwargs))):
                 name = self.names.get(id(leaf))
                 if name is not None:

@@ -17,13 +17,14 @@ from functools import cached_property
 from typing import Any
 
 from lamina.errors import BudgetError
-from lamina.plan.layout import ALIGNMENT, Layout, Part, lay_out
+from lamina.plan.layout import Layout, Part, align, lay_out
 from lamina.plan.schedule import Call, Convert, Cut, Schedule, Weight
 from lamina.sizes import format_size
 
 MB = 1 << 20
 UNIT_SIZES = (32 * MB, 16 * MB, 8 * MB, 4 * MB, 2 * MB, MB, 256 * 1024, 64 * 1024, 16 * 1024, 0)
 ROW_MULTIPLE = 256  # rows of a block: the same kernels then give the same bits as the whole linear
+OWN_AREA = MB  # a resident weight this large has an area of its own
 MOST_UNITS = 20_000  # of a pass: finer than that costs more in bookkeeping than it saves in memory
 RING_WANTED = 320 * MB
 RING_SHARE = 0.35  # of what is left for weights, where the wanted ring is more
@@ -164,38 +165,56 @@ class Plan:
 
 
 def resident_size(weights: Iterable[Weight]) -> int:
-    """Bytes of an area that holds these weights, finished."""
-    in_place, converted = [], 0
+    """Bytes of the areas that hold these weights, finished."""
+    return sum(area_size(group) for group in resident_areas(weights))
+
+
+def resident_areas(weights: Iterable[Weight]) -> list[list[Weight]]:
+    """Weights by the area they live in: a large one in its own, so that it can be given back alone."""
+    small: list[Weight] = []
+    areas = []
     for weight in weights:
-        if weight.convert is Convert.NONE:
-            in_place.append((weight, Part(weight.name, 0, weight.rows)))
+        if weight.nbytes >= OWN_AREA or weight.convert is not Convert.NONE:
+            areas.append([weight])
         else:
-            converted += -(-weight.nbytes // ALIGNMENT) * ALIGNMENT
-    return lay_out(in_place).nbytes + converted
+            small.append(weight)
+    return [small, *areas] if small else areas
 
 
-def make_plan(schedule: Schedule, budget: Budget, hardware: Hardware | None = None) -> Plan:
+def area_size(weights: Sequence[Weight]) -> int:
+    """Bytes of one area."""
+    if len(weights) == 1 and weights[0].convert is not Convert.NONE:
+        return align(weights[0].nbytes)
+    return lay_out([(weight, Part(weight.name, 0, weight.rows)) for weight in weights]).nbytes
+
+
+def make_plan(
+    schedule: Schedule, budget: Budget, hardware: Hardware | None = None, keep: frozenset[str] | None = None
+) -> Plan:
     """Decide what is resident, what streams and through how large a window.
 
     Args:
         schedule: the pass, from a traced model.
         budget: bytes given and bytes spoken for.
         hardware: rates for the forecast.
+        keep: where given, nothing else becomes resident: what a running model has in memory already.
 
     Raises:
         BudgetError: `budget.memory_bytes` is below the minimum, which the error states.
     """
-    return _Planner(schedule, budget, hardware or Hardware()).plan()
+    return _Planner(schedule, budget, hardware or Hardware(), keep).plan()
 
 
 class _Planner:
-    def __init__(self, schedule: Schedule, budget: Budget, hardware: Hardware) -> None:
-        self.schedule, self.budget, self.hardware = schedule, budget, hardware
+    def __init__(
+        self, schedule: Schedule, budget: Budget, hardware: Hardware, keep: frozenset[str] | None = None
+    ) -> None:
+        self.schedule, self.budget, self.hardware, self.keep = schedule, budget, hardware, keep
         touched = schedule.root.touched()
         self.order = [schedule.weights[name] for name in touched]
-        # a weight that no traced call touches is rare and unknown: it stays in memory
-        untouched = [w for name, w in schedule.weights.items() if name not in touched and not w.gathered]
-        self.always = [w for w in self.order if w.always] + untouched
+        # a large weight that no traced call touches (a vision tower, say) is left on disk and read when asked for
+        self.untouched = [w for n, w in schedule.weights.items() if n not in touched and not (w.gathered or w.always)]
+        self.always = [w for w in schedule.weights.values() if w.always]
         self.always_names = frozenset(w.name for w in self.always)
         self.gathered = {w.name: w for w in schedule.weights.values() if w.gathered and not w.always}
         self.movable = [w for w in self.order if w.name not in self.always_names and w.name not in self.gathered]
@@ -206,7 +225,7 @@ class _Planner:
 
     def plan(self) -> Plan:
         budget = self.budget
-        everything = list({w.name: w for w in (*self.always, *self.movable, *self.gathered.values())}.values())
+        everything = list({w.name: w for w in (*self.always, *self.movable, *self.gathered.values(), *self.untouched)}.values())
         whole = resident_size(everything)
         least = min(self._windows(size)[0] for size in self.sizes) if self.movable else 0
         fixed = budget.spoken_for + (0 if budget.on_device else self.always_bytes)
@@ -217,7 +236,7 @@ class _Planner:
         compute_room = budget.memory_bytes - budget.spoken_for
         if budget.device_memory_bytes is not None:
             compute_room = budget.device_memory_bytes - budget.spoken_for_on_device
-        if whole <= compute_room:
+        if whole <= compute_room and (self.keep is None or self.keep >= {w.name for w in everything}):
             return self._finished(frozenset(w.name for w in everything), frozenset(), 0, minimum, minimum_device)
         room = compute_room - self.always_bytes
         host_room = budget.memory_bytes - budget.spoken_for if budget.on_device else room
@@ -263,7 +282,8 @@ class _Planner:
             if items[step].block == 0:
                 uses[names] = uses.get(names, 0) + 1
         for names in uses:
-            groups[names] = resident_size(self.schedule.weights[name] for name in names)
+            if self.keep is None or self.keep.issuperset(names):
+                groups[names] = resident_size(self.schedule.weights[name] for name in names)
         chosen: set[str] = set()
         shared = [names for names in groups if uses[names] > 1]
         for names in sorted(shared, key=lambda names: -uses[names]):
