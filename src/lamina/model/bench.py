@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from lamina.checkpoint import Extent
 from lamina.errors import RequestError
 from lamina.model.auto import AutoModel
-from lamina.plan.planner import Plan
+from lamina.model.engine import Engine
 from lamina.stream.probe import SETTINGS, measure_disk
 
-ROUNDS = 2  # of each reader setting, for the ceiling
+TRIAL = 256 << 20  # bytes that every reader setting reads once
+MOST = 8 << 30  # bytes of one turn of the bare disk, spread over the pass
+CONTENDERS = 2  # settings that take turns
 
 
 def bench_model(
@@ -29,7 +33,7 @@ def bench_model(
     progress: Callable[[str, int, int], None] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Load, generate greedily, and measure; then read one pass's bytes again with nothing else going on.
+    """Load, generate greedily, and measure; between the tokens read a pass's bytes with nothing else going on.
 
     Args:
         model, memory, context, progress, options: as for `AutoModel.from_pretrained`.
@@ -41,27 +45,25 @@ def bench_model(
         Seconds, bytes and rates by name. `disk_fraction` is the rate at which the stream read during the
         decode steps over the best rate at which the drive gave the same bytes alone; None if nothing streams.
     """
-    if new_tokens < 2:
+    if new_tokens < 2:  # the first token comes from the prefill
         raise RequestError(f"a decode step needs at least 2 new tokens, got {new_tokens}")
     ids = list(prompt_ids) if prompt_ids else [1 + i % 97 for i in range(prompt_tokens)]
     if context is None:
         context = len(ids) + new_tokens
     loaded = AutoModel.from_pretrained(model, memory=memory, context=context, progress=progress, **options)
-    began = time.perf_counter()
-    tokens = _generate(loaded, ids, new_tokens)
-    seconds = time.perf_counter() - began
-    stats, plan = loaded.lamina.stats, loaded.lamina.plan
-    loaded.lamina.close()
-    del loaded
-    disk = disk_ceiling(plan) if plan.bytes_read_per_pass else 0.0
+    with loaded.lamina:
+        meter = _Meter(loaded)
+        tokens = _generate(loaded, ids, new_tokens, meter)
+        stats, plan = loaded.lamina.stats, loaded.lamina.plan
+    disk = meter.disk_bytes_per_second
     return {
-        "seconds_per_token": stats.seconds_per_token,
+        "seconds_per_token": statistics.median(meter.steps),
         "time_to_first_token_seconds": stats.time_to_first_token_seconds,
         "load_seconds": stats.load_seconds,
         "bytes_read_per_pass": stats.bytes_read_per_pass,
-        "read_bytes_per_second": stats.read_bytes_per_second,
+        "read_bytes_per_second": meter.read_bytes_per_second,
         "disk_bytes_per_second": disk,
-        "disk_fraction": stats.read_bytes_per_second / disk if disk else None,
+        "disk_fraction": meter.read_bytes_per_second / disk if disk else None,
         "tokens_per_pass": stats.tokens_per_pass,
         "peak_rss_bytes": stats.peak_rss_bytes,
         "memory_budget_bytes": stats.memory_budget_bytes,
@@ -71,24 +73,70 @@ def bench_model(
         "prompt_tokens": len(ids),
         "new_tokens": len(tokens),
         "passes": stats.passes,
-        "generate_seconds": seconds,
+        "step_seconds": meter.steps,
         "seconds_waiting_for_disk": stats.seconds_waiting_for_disk,
         "predicted_seconds_per_token": plan.predicted_seconds_per_token,
     }
 
 
-def disk_ceiling(plan: Plan) -> float:
-    """Bytes per second of a pass's own reads, in their order, by readers that do nothing else: the best setting."""
-    extents = [
-        Extent(read.file, read.offset, read.needed)
-        for index in plan.steps
-        if not plan.items[index].cached
-        for read in plan.items[index].layout.reads
-    ]
-    return max(measure_disk(extents, settings=SETTINGS) for _ in range(ROUNDS))
+class _Meter(StoppingCriteria):
+    """Between two decode steps the bare disk has its turn, so that both see the same drive at nearly the same time.
+
+    The stream goes on reading ahead until its ring is full, then rests while the bytes of one pass are read
+    with nothing else going on. A step that begins with a full ring is given no credit for it: its rate counts
+    the bytes that were read within it, and its seconds are scaled to the bytes of a whole pass.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.engine: Engine = model.lamina._engine
+        plan = model.lamina.plan
+        self.per_pass = plan.bytes_read_per_pass
+        self.extents = [
+            Extent(read.file, read.offset, read.needed)
+            for index in plan.steps
+            if not plan.items[index].cached
+            for read in plan.items[index].layout.reads
+        ]
+        self.steps: list[float] = []
+        self.alone: dict[tuple[int, int], list[float]] = {}
+        self.read_bytes = self.read_seconds = 0.0
+        self._resumed: tuple[float, int] | None = None
+
+    @property
+    def read_bytes_per_second(self) -> float:
+        """What the stream read during the decode steps."""
+        return self.read_bytes / self.read_seconds if self.read_seconds and self.per_pass else 0.0
+
+    @property
+    def disk_bytes_per_second(self) -> float:
+        """What the drive gives alone: the best setting, each by the mean of its turns."""
+        return max((statistics.harmonic_mean(rates) for rates in self.alone.values() if rates), default=0.0)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        now, read = time.perf_counter(), self.engine.readers.bytes_read
+        if self._resumed is not None:
+            seconds, nbytes = now - self._resumed[0], read - self._resumed[1]
+            self.read_seconds += seconds
+            self.read_bytes += nbytes
+            self.steps.append(seconds * self.per_pass / nbytes if nbytes else seconds)
+        if self.extents:
+            self._disk_alone()
+        self._resumed = time.perf_counter(), self.engine.readers.bytes_read
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    def _disk_alone(self) -> None:
+        self.engine.readers.settle()
+        if len(self.alone) < len(SETTINGS):  # at first every setting on a part of the bytes, then the best ones on all
+            for setting in SETTINGS:
+                self.alone.setdefault(setting, []).append(measure_disk(self.extents, TRIAL, [setting]))
+            ranked = sorted(self.alone, key=lambda setting: -max(self.alone[setting]))
+            self.turns = itertools.cycle(ranked[:CONTENDERS])
+            self.alone = {setting: [] for setting in SETTINGS}
+        setting = next(self.turns)
+        self.alone[setting].append(measure_disk(self.extents, MOST, [setting]))
 
 
-def _generate(model: PreTrainedModel, ids: Sequence[int], new_tokens: int) -> list[int]:
+def _generate(model: PreTrainedModel, ids: Sequence[int], new_tokens: int, meter: _Meter) -> list[int]:
     prompt = torch.tensor([list(ids)], device=model.device)
     out = model.generate(  # type: ignore[operator]
         prompt,
@@ -96,5 +144,6 @@ def _generate(model: PreTrainedModel, ids: Sequence[int], new_tokens: int) -> li
         do_sample=False,
         max_new_tokens=new_tokens,
         min_new_tokens=new_tokens,
+        stopping_criteria=StoppingCriteriaList([meter]),
     )
     return [int(token) for token in out[0, len(ids) :]]

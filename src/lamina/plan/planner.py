@@ -227,7 +227,7 @@ class _Planner:
         budget = self.budget
         everything = list({w.name: w for w in (*self.always, *self.movable, *self.gathered.values(), *self.untouched)}.values())
         whole = resident_size(everything)
-        least = min(self._windows(size)[0] for size in self.sizes) if self.movable else 0
+        least = self._windows(self.sizes[-1])[0] if self.movable else 0
         fixed = budget.spoken_for + (0 if budget.on_device else self.always_bytes)
         minimum = min(fixed + least, budget.spoken_for + (0 if budget.on_device else whole))
         minimum_device = min(budget.spoken_for_on_device + self.always_bytes + least,

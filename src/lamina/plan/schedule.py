@@ -88,6 +88,9 @@ class Weight:
             return self.pieces
         row = self.stored_nbytes // self.rows
         begin, end = first * row, (first + count) * row
+        if len(self.pieces) == 1:
+            extent = self.pieces[0].extent
+            return (Piece(Extent(extent.file, extent.offset + begin, end - begin), 0),)
         out = []
         for piece in self.pieces:
             low, high = max(begin, piece.at), min(end, piece.at + piece.extent.length)

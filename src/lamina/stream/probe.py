@@ -11,11 +11,11 @@ from pathlib import Path
 from lamina.checkpoint import Extent
 from lamina.plan.layout import ALIGNMENT, Read, align
 from lamina.stream.memory import Area
-from lamina.stream.readers import Readers
+from lamina.stream.readers import Readers, Ticket
 
 CGROUP = Path("/sys/fs/cgroup")
 NO_LIMIT = 1 << 60  # cgroup v1 writes a number near 2^63 for "none"
-SETTINGS = ((8, 8 << 20), (4, 8 << 20), (16, 4 << 20), (8, 16 << 20), (2, 16 << 20))  # threads, bytes of a read
+SETTINGS = ((8, 8 << 20), (4, 8 << 20), (16, 4 << 20), (4, 16 << 20), (2, 16 << 20))  # threads, bytes of a read
 
 
 def resident_bytes() -> int:
@@ -161,7 +161,7 @@ def _spans(extents: Sequence[Extent], chunk: int, most_bytes: int | None) -> Ite
 def _rate(readers: Readers, reads: Sequence[Read], chunk: int, area_bytes: int) -> float:
     places = max(area_bytes // align(chunk), readers.threads)
     area = Area(places * align(chunk))
-    tickets = []
+    tickets: list[Ticket] = []
     began = time.perf_counter()
     for i, read in enumerate(reads):
         if i >= places:
