@@ -48,12 +48,11 @@ class Device(Protocol):
 
 @dataclass(eq=False)
 class Slot:
-    """Device memory of one item: where, when its copy is done, when its last use is done."""
+    """Device memory of one item: where, and when its copy is done."""
 
     at: int
     nbytes: int
     copied: Event
-    used: Event | None = None
     released: bool = False
 
 
@@ -76,7 +75,6 @@ class Lane:
         start = self._ring.take(source.numel())
         if start is None:
             return None
-        # slots are given back in order, so the last use given back is after every earlier one
         copied = self.device.copy(self.tensor[start : start + source.numel()], source, self._last_used)
         slot = Slot(start, source.numel(), copied)
         self._slots.append(slot)
@@ -88,17 +86,21 @@ class Lane:
         return self.tensor[slot.at : slot.at + slot.nbytes]
 
     def leave(self, slot: Slot) -> None:
-        """Every computation that needs the slot has been queued."""
-        slot.used = self.device.computed()
+        """Every computation that needs the slot has been queued, or none ever will be."""
         slot.released = True
+        if not self._slots or not self._slots[0].released:
+            return
+        # now, not when each was left: one that was entered early and left late holds up those behind it
+        self._last_used = self.device.computed()
         while self._slots and self._slots[0].released:
-            oldest = self._slots.popleft()
-            self._last_used = oldest.used or self._last_used
+            self._slots.popleft()
             self._ring.give_back()
 
-    def drop(self, slot: Slot) -> None:
-        """Give a slot back that was never computed on."""
-        self.leave(slot)
+    def clear(self) -> None:
+        """Take every slot back; no computation that needs one will be queued any more."""
+        self._last_used = self.device.computed()
+        self._slots.clear()
+        self._ring.clear()
 
 
 class _CudaEvent:
@@ -125,7 +127,8 @@ class CudaDevice:
 
     def pin(self, tensor: torch.Tensor) -> None:
         if self.device.type == "cuda":
-            torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.numel(), 0)
+            cudart: Any = torch.cuda.cudart  # has no types
+            cudart().cudaHostRegister(tensor.data_ptr(), tensor.numel(), 0)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, after: Event | None) -> Event:
         if isinstance(after, _CudaEvent):

@@ -58,9 +58,12 @@ class _Shared:
     urgent: queue.SimpleQueue[_Job] = field(default_factory=queue.SimpleQueue)
     changed: threading.Condition = field(default_factory=threading.Condition)
     files: dict[str, File] = field(default_factory=dict)
+    failed_files: list[File] = field(default_factory=list)  # another thread may still read them: closed later
+    threads: int = 0
+    queued: int = 0  # reads that were submitted and are not done
     bytes_read: int = 0
     reading: int = 0
-    paused: bool = False
+    paused: int = 0
     closed: bool = False
 
     def file(self, path: str) -> File:
@@ -68,6 +71,19 @@ class _Shared:
             if path not in self.files:
                 self.files[path] = self.opener(path)
             return self.files[path]
+
+    def forget_file(self, path: str) -> None:
+        """After a failed read: the file is opened anew next time, for it may have been put back by then."""
+        file = self.files.pop(path, None)
+        if file is not None:
+            self.failed_files.append(file)
+
+    def close_files(self, *, failed_only: bool = False) -> None:
+        for file in self.failed_files if failed_only else (*self.failed_files, *self.files.values()):
+            file.close()
+        self.failed_files.clear()
+        if not failed_only:
+            self.files.clear()
 
 
 class Readers:
@@ -83,7 +99,7 @@ class Readers:
         self.threads, self.chunk = threads, align(chunk)
         self._shared = _Shared(opener)
         self._pool: list[threading.Thread] = []
-        self._pid = os.getpid()
+        self.generation = 0  # of the process: a forked child's is one more
         _watch_forks(self)
 
     @property
@@ -105,18 +121,21 @@ class Readers:
         Raises:
             ClosedError: the readers were closed.
         """
-        if self._shared.closed:
-            raise ClosedError("the stream is closed: load the model again")
-        self._start()
+        shared = self._shared
         ticket = Ticket()
         jobs = [job for read in reads for job in self._chunks(read, area, at, ticket)]
         ticket.left = len(jobs)
-        for job in jobs:
-            if urgent:
-                self._shared.urgent.put(job)
-                self._shared.jobs.put(WAKE)
-            else:
-                self._shared.jobs.put(job)
+        with shared.changed:
+            if shared.closed:
+                raise ClosedError("the stream is closed: load the model again")
+            self._start()
+            for job in jobs:
+                if urgent:
+                    shared.urgent.put(job)
+                    shared.jobs.put(WAKE)
+                else:
+                    shared.jobs.put(job)
+                shared.queued += 1
         return ticket
 
     def wait(self, ticket: Ticket) -> None:
@@ -133,50 +152,61 @@ class Readers:
         """Read now."""
         self.wait(self.submit(reads, area, at, urgent=True))
 
-    def close(self) -> None:
-        """Stop the threads and close the files. Safe to call twice, from any thread."""
+    def settle(self) -> None:
+        """Block until nothing is queued and nothing under way, whatever became of it."""
         shared = self._shared
         with shared.changed:
-            if shared.closed:
-                return
-            shared.closed = True
-            shared.paused = False
-            shared.changed.notify_all()
-        for _ in self._pool:
-            shared.jobs.put(STOP)
+            while shared.queued and not shared.closed:
+                shared.changed.wait()
+            if not shared.closed:
+                shared.close_files(failed_only=True)
+
+    def settled(self, ticket: Ticket) -> None:
+        """Block until every read of `ticket` is done, whatever became of it."""
+        with self.changed:
+            while ticket.left and not self._shared.closed:
+                self.changed.wait()
+
+    def close(self) -> None:
+        """Stop the threads; the last one closes the files. Safe to call twice, from any thread."""
+        shared = self._shared
+        with shared.changed:
+            if not shared.closed:
+                shared.closed = True
+                for _ in self._pool:
+                    shared.jobs.put(STOP)
+                shared.changed.notify_all()
+        if threading.current_thread() in self._pool:
+            return  # the garbage collector called from a reader: it cannot wait for itself
         for thread in self._pool:
-            if thread is not threading.current_thread():
-                thread.join()
-        self._pool.clear()
-        for file in shared.files.values():
-            file.close()
-        shared.files.clear()
+            thread.join()
 
     def pause(self) -> None:
-        """Let no read begin, and wait until none is under way."""
+        """Let no read begin until `resume` was called as often, and wait until none is under way."""
         shared = self._shared
         with shared.changed:
-            shared.paused = True
+            shared.paused += 1
             while shared.reading:
                 shared.changed.wait()
 
     def resume(self) -> None:
         with self._shared.changed:
-            self._shared.paused = False
+            self._shared.paused = max(self._shared.paused - 1, 0)  # 0: made while another thread forked
             self._shared.changed.notify_all()
 
     def restart_in_child(self) -> None:
         """After a fork: the child has the memory but no threads; begin again with none and nothing queued."""
         old = self._shared
-        for file in old.files.values():
-            file.close()
+        old.close_files()
         self._shared = _Shared(old.opener, bytes_read=old.bytes_read, closed=old.closed)
         self._pool = []
+        self.generation += 1
 
     def _start(self) -> None:
         while len(self._pool) < self.threads:
             name = f"lamina-reader-{len(self._pool)}"
             thread = threading.Thread(target=_work, args=(self._shared,), name=name, daemon=True)
+            self._shared.threads += 1
             thread.start()
             self._pool.append(thread)
 
@@ -212,30 +242,35 @@ def _next_job(shared: _Shared) -> _Job | None:
 
 def _work(shared: _Shared) -> None:
     bounce: list[Area] = []
-    while True:
-        job = _next_job(shared)
-        if job is None:
-            return
+    while (job := _next_job(shared)) is not None:
+        error: BaseException | None = None
         with shared.changed:
-            while shared.paused:
+            while shared.paused and not shared.closed:
                 shared.changed.wait()
             shared.reading += 1
-        error: BaseException | None = None
+            if shared.closed:
+                error = ClosedError("the stream was closed while it was read")
         try:
-            if not shared.closed:
+            if error is None:
                 _read(shared.file(job.file), job, bounce)
         except BaseException as raised:  # handed to whoever waits, as itself
             error = raised
         with shared.changed:
             shared.reading -= 1
-            job.ticket.left -= 1
+            shared.queued -= 1
             if error is None:
                 shared.bytes_read += job.needed
-            elif job.ticket.error is None:
-                job.ticket.error = error
-            if job.ticket.left == 0 or shared.paused:
+            else:
+                shared.forget_file(job.file)
+                job.ticket.error = job.ticket.error or error
+            job.ticket.left -= 1
+            if job.ticket.left == 0 or not shared.queued or shared.paused:
                 shared.changed.notify_all()
-        del job
+        del job, error  # they lead to memory that is somebody else's
+    with shared.changed:
+        shared.threads -= 1
+        if not shared.threads:
+            shared.close_files()
 
 
 def _read(file: File, job: _Job, bounce: list[Area]) -> None:
@@ -264,7 +299,12 @@ def _watch_forks(readers: Readers) -> None:
         return
     _forks_watched = True
     os.register_at_fork(
-        before=lambda: [readers.pause() for readers in list(_living)] and None,
-        after_in_parent=lambda: [readers.resume() for readers in list(_living)] and None,
-        after_in_child=lambda: [readers.restart_in_child() for readers in list(_living)] and None,
+        before=lambda: _every(Readers.pause),
+        after_in_parent=lambda: _every(Readers.resume),
+        after_in_child=lambda: _every(Readers.restart_in_child),
     )
+
+
+def _every(do: Callable[[Readers], None]) -> None:
+    for readers in list(_living):
+        do(readers)

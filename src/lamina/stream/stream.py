@@ -29,6 +29,8 @@ class Held:
     Attributes:
         step: counted from the first pass on.
         memory: uint8 of the item's layout; on the device once it was entered there.
+        slot: where it is on the device, once its copy was queued.
+        released: the model needs it no longer, or never will.
     """
 
     step: int
@@ -37,7 +39,6 @@ class Held:
     ticket: Ticket
     slot: Slot | None = None
     released: bool = False
-    in_ring: bool = True
 
 
 CACHED_AHEAD = 64  # items looked ahead where host memory already holds them
@@ -65,7 +66,12 @@ class Stream:
         if device is not None:
             device.pin(self._area.tensor)
             self._lane = Lane(device, plan.device_ring_bytes)
-        self._ahead: deque[Held] = deque()  # in the ring, oldest first
+        self._ahead: deque[Held] = deque()  # read or being read, the model is not there yet
+        self._out: dict[int, Held] = {}  # by step: the model has it
+        self._filled: deque[Held] = deque()  # whoever has bytes of the ring, oldest first
+        self._unsent: deque[Held] = deque()  # to be copied to the device, oldest first
+        self._broken = False  # an error or an interrupt left something half done
+        self._generation = readers.generation
         self._next = 0  # the step to read next
         self._cursor = 0  # the step the model needs next
         self._places: dict[tuple[str, int], list[int]] = defaultdict(list)
@@ -83,31 +89,38 @@ class Stream:
         return sum(self.plan.items[i].layout.read_bytes for i in self.plan.steps[:place])
 
     def begin_pass(self) -> None:
-        """The model starts at its first unit; what an aborted pass left is skipped."""
-        steps = len(self.plan.steps)
-        if self._cursor % steps:
-            self._skip_to(self._cursor + steps - self._cursor % steps)
-        self.pump()
+        """The model starts at its first unit; what an aborted pass left is given back."""
+        if any(held.ticket.error is not None for held in self._ahead):
+            self._broken = True  # an old error: the file may be whole again
+        self._recover()
+        self._broken = True
+        for held in self._out.values():
+            self._give_up(held)
+        self._out.clear()
+        self._skip_to(self._end_of_pass(self._cursor))
+        self._pump()
+        self._broken = False
 
     def rewind(self) -> None:
-        """Forget everything that was read ahead: after an error or in a forked child."""
-        for held in self._ahead:
-            with self.readers.changed:
-                while held.ticket.left and not self.readers.closed:
-                    self.readers.changed.wait()
-            if self._lane is not None and held.slot is not None and not held.slot.released:
-                self._lane.drop(held.slot)
-        self._ahead.clear()
+        """Forget everything that was read ahead; the next step is the first of a pass."""
+        self._broken = True
+        self.readers.settle()
+        for held in self._filled:
+            if held.slot is not None:
+                held.slot.copied.wait()
+        if self._lane is not None:
+            self._lane.clear()
         self._ring.clear()
-        steps = len(self.plan.steps)
-        self._cursor = self._next = -(-max(self._cursor, self._next) // steps) * steps
+        self._out.clear()
+        for queue in (self._ahead, self._filled, self._unsent):
+            queue.clear()
+        self._cursor = self._next = self._end_of_pass(max(self._cursor, self._next))
+        self._generation = self.readers.generation
+        self._broken = False
 
     def forget(self) -> None:
-        """In a forked child nothing is under way: begin again without waiting for anything."""
-        self._ahead.clear()
-        self._ring.clear()
-        steps = len(self.plan.steps)
-        self._cursor = self._next = -(-max(self._cursor, self._next) // steps) * steps
+        """In a forked child, where nothing is under way: begin again."""
+        self.rewind()
 
     def acquire(self, module: str, block: int = 0) -> Held | None:
         """The item that `module` needs now, read; None where the pass is already past it.
@@ -116,47 +129,60 @@ class Stream:
             ReadError, TruncatedError: what a reader thread met.
             ClosedError: the stream was closed.
         """
+        self._recover()
         step = self._find(module, block)
         if step is None:
             return None
-        if step > self._cursor:
-            self._skip_to(step)
+        self._broken = True
+        self._skip_to(step)
         began = time.perf_counter()
         held = self._arrived(step)
         self.seconds_waiting += time.perf_counter() - began
-        self._cursor = step + 1
         if self._lane is not None:
             self._enter(held)
+        self._out[step] = self._ahead.popleft()
+        self._cursor = step + 1
+        self._broken = False
         return held
 
     def release(self, held: Held) -> None:
         """The model is done with an item (on a device: has queued its last use)."""
-        held.released = True
-        if self._lane is not None and held.slot is not None:
-            self._lane.leave(held.slot)
-        self.pump()
+        broken, self._broken = self._broken, True
+        self._out.pop(held.step, None)
+        self._give_up(held)
+        if not broken:  # after an error nothing is read before the next pass
+            self._pump()
+            self._broken = False
 
     def pump(self) -> None:
         """Give back what is free, start reading what fits."""
+        self._recover()
+        self._broken = True
+        self._pump()
+        self._broken = False
+
+    def _pump(self) -> None:
         self._reclaim()
-        self._next = max(self._next, self._cursor)
         while not self.closed:
             index = self.plan.steps[self._next % len(self.plan.steps)]
             item = self.plan.items[index]
             if index in self._cached:
-                if len(self._ahead) > CACHED_AHEAD:
+                if self._next - self._cursor > CACHED_AHEAD:
                     break
-                held = Held(self._next, item, self._cached[index], Ticket(), in_ring=False)
+                held = Held(self._next, item, self._cached[index], Ticket())
             else:
                 start = self._ring.take(item.nbytes)
                 if start is None:
                     break
                 ticket = self.readers.submit(item.layout.reads, self._area, start)
                 held = Held(self._next, item, self._area.tensor[start : start + item.nbytes], ticket)
+                self._filled.append(held)
             self._ahead.append(held)
+            if self._lane is not None:
+                self._unsent.append(held)
             self._next += 1
         if self._lane is not None:
-            self._upload()
+            self._upload(self._lane)
 
     def _find(self, module: str, block: int) -> int | None:
         """The step, at or after the cursor and in the same pass, that serves this block of `module`."""
@@ -167,71 +193,73 @@ class Stream:
         index = bisect.bisect_left(places, place)
         return None if index == len(places) else self._cursor - place + places[index]
 
+    def _end_of_pass(self, step: int) -> int:
+        return -(-step // len(self.plan.steps)) * len(self.plan.steps)
+
+    def _recover(self) -> None:
+        if self._broken or self._generation != self.readers.generation:
+            self.rewind()
+
     def _skip_to(self, step: int) -> None:
-        for held in self._ahead:
-            if held.step < step:
-                held.released = True
-                if self._lane is not None and held.slot is not None and not held.slot.released:
-                    self._lane.drop(held.slot)
+        """The model passes over the steps before `step`; what it has already stays with it."""
+        while self._ahead and self._ahead[0].step < step:
+            self._give_up(self._ahead.popleft())
         self._cursor = step
-        self.pump()
+        self._next = max(self._next, step)
+
+    def _give_up(self, held: Held) -> None:
+        held.released = True
+        if self._lane is not None and held.slot is not None and not held.slot.released:
+            self._lane.leave(held.slot)
 
     def _arrived(self, step: int) -> Held:
         """Wait until the item of `step` is in the ring and read."""
         while True:
-            self.pump()
-            held = next((h for h in self._ahead if h.step == step), None)
-            if held is not None:
-                self._wait(held)
+            self._pump()
+            if self._ahead:
+                held = self._ahead[0]
+                self.readers.wait(held.ticket)
                 return held
             if self.closed:
                 raise ClosedError("the stream is closed: load the model again")
-            oldest = self._ahead[0]
-            if not oldest.released:
-                raise AssertionError(f"the ring is too small for step {step}: {self.plan.ring_bytes} bytes")
-            self.readers.wait(oldest.ticket)
+            self._wait_for_room(step)
 
-    def _wait(self, held: Held) -> None:
-        try:
-            self.readers.wait(held.ticket)
-        except ClosedError:
-            raise
-        except BaseException:
-            self.rewind()
-            raise
+    def _wait_for_room(self, step: int) -> None:
+        """Until the oldest run of the ring can be given back: its read is done, and its copy to the device."""
+        oldest = self._filled[0] if self._filled else None
+        if oldest is not None and not oldest.ticket.done:
+            self.readers.settled(oldest.ticket)
+        elif oldest is not None and oldest.slot is not None:
+            oldest.slot.copied.wait()
+        else:
+            raise AssertionError(f"the ring is too small for step {step}: {self.plan.ring_bytes} bytes")
 
     def _reclaim(self) -> None:
-        """Free the oldest runs: consumed, no read under way into them, no copy under way out of them."""
-        while self._ahead:
-            oldest = self._ahead[0]
-            if not oldest.released or not oldest.ticket.done:
+        """Free the oldest runs: no read under way into them, copied to the device or, without one, consumed."""
+        while self._filled:
+            oldest = self._filled[0]
+            free = oldest.released if oldest.slot is None else oldest.slot.copied.done()
+            if not free or not oldest.ticket.done:
                 return
-            if oldest.slot is not None and not oldest.slot.copied.done():
-                if self._ring_has_room():
-                    return
-                oldest.slot.copied.wait()
-            self._ahead.popleft()
-            if oldest.in_ring:
-                self._ring.give_back()
+            self._filled.popleft()
+            self._ring.give_back()
 
-    def _ring_has_room(self) -> bool:
-        return any(not held.released for held in self._ahead)
-
-    def _upload(self) -> None:
+    def _upload(self, lane: Lane) -> None:
         """Queue copies of what has been read, in order, as far as the device has slots."""
-        assert self._lane is not None
-        for held in self._ahead:
-            if held.slot is None and not held.released:
+        while self._unsent:
+            held = self._unsent[0]
+            if not held.released:
                 if not held.ticket.done or held.ticket.error is not None:
                     return
-                held.slot = self._lane.upload(held.memory)
+                held.slot = lane.upload(held.memory)
                 if held.slot is None:
                     return
+            self._unsent.popleft()
 
     def _enter(self, held: Held) -> None:
         assert self._lane is not None
         if held.slot is None:
-            self._upload()
+            self._upload(self._lane)
         if held.slot is None:
             raise AssertionError(f"the device ring is too small: {self.plan.device_ring_bytes} bytes")
         held.memory = self._lane.enter(held.slot)
