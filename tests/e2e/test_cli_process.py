@@ -153,6 +153,25 @@ def test_plan_says_what_is_enough_and_less_is_refused(folder: Path) -> None:
     assert str(minimum) in refused(2, "run", str(folder), PROMPT, "--memory", str(minimum // 2))
 
 
+def test_bench_reports_every_figure(folder: Path) -> None:
+    result = json.loads(done("bench", str(folder), "--prompt-tokens", "4", "--new-tokens", "3", "--json"))
+    assert len(result["tokens"]) == 3
+    assert result.keys() >= {
+        "seconds_per_token",
+        "time_to_first_token_seconds",
+        "load_seconds",
+        "bytes_read_per_pass",
+        "read_bytes_per_second",
+        "disk_bytes_per_second",
+        "disk_fraction",
+        "tokens_per_pass",
+        "peak_rss_bytes",
+        "memory_budget_bytes",
+        "resident_bytes",
+        "model_bytes",
+    }
+
+
 def test_a_model_that_is_not_there_is_a_wrong_request(tmp_path: Path) -> None:
     assert "no-such-model" in refused(2, "run", str(tmp_path / "no-such-model"), PROMPT, "--offline")
 
