@@ -26,6 +26,8 @@ from lamina.plan.schedule import Call
 
 _VIEW_PROPERTIES = (torch.Tensor.T, torch.Tensor.mT, torch.Tensor.H, torch.Tensor.mH, torch.Tensor.data)
 LENGTHS = (16, 32, 64)  # tokens of the traced prefills: enough to fit a + b T + c T^2
+# (guarded, answering) where code asks for values: as it is, failing modules stubbed, values made up, both
+_WAYS_ROUND = ((False, False), (True, False), (False, True), (True, True))
 
 
 @dataclass
@@ -77,10 +79,10 @@ def trace(model: PreTrainedModel) -> Trace:
     activations: dict[int, int] = {}
     caches: dict[int, int] = {}
     recorder = None
-    for guarded, inputs in itertools.product((False, True), _ways_in(model)):
+    for (guarded, answering), inputs in itertools.product(_WAYS_ROUND, _ways_in(model)):
         try:
             for tokens in LENGTHS:
-                recorder, cache_bytes = _run(model, tokens, inputs, guarded)
+                recorder, cache_bytes = _run(model, tokens, inputs, guarded, answering)
                 # the cache is among what is alive at the end, and counted on its own
                 activations[tokens] = max(recorder.peak - cache_bytes, recorder.peak // 4)
                 caches[tokens] = cache_bytes
@@ -118,7 +120,12 @@ def _ways_in(model: PreTrainedModel) -> Iterator[Callable[[int], dict[str, Any]]
         return torch.zeros(1, tokens, dtype=torch.long, device="meta")
 
     def cached(tokens: int) -> dict[str, Any]:
-        return {"input_ids": ids(tokens), "past_key_values": DynamicCache(config=config), "use_cache": True, **last_only}
+        return {
+            "input_ids": ids(tokens),
+            "past_key_values": DynamicCache(config=config),
+            "use_cache": True,
+            **last_only,
+        }
 
     def positioned(tokens: int) -> dict[str, Any]:
         positions = torch.zeros(1, tokens, dtype=torch.long, device="meta")
@@ -140,12 +147,16 @@ def _ways_in(model: PreTrainedModel) -> Iterator[Callable[[int], dict[str, Any]]
 
 
 def _run(
-    model: PreTrainedModel, tokens: int, way: Callable[[int], dict[str, Any]], guarded: bool
+    model: PreTrainedModel,
+    tokens: int,
+    way: Callable[[int], dict[str, Any]],
+    guarded: bool = False,
+    answering: bool = False,
 ) -> tuple[_Recorder, int]:
     """One forward on meta tensors; the recorder that watched it and the bytes of its cache."""
     named = weight_names(model)
     tensors = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in named.items()}
-    recorder = _Recorder({id(tensor): name for name, tensor in tensors.items()})
+    recorder = _Recorder({id(tensor): name for name, tensor in tensors.items()}, answering)
     inputs = way(tokens)
     inside = recorder.guarding(model) if guarded else nullcontext()
     with torch.no_grad(), standing_in(model), recorder.watching(model), inside, recorder:
@@ -155,11 +166,16 @@ def _run(
 
 
 class _Recorder(TorchFunctionMode):
-    """Writes down touches by module, and the bytes of results alive at once."""
+    """Writes down touches by module, and the bytes of results alive at once.
 
-    def __init__(self, names: Mapping[int, str]) -> None:
+    Args:
+        names: of the weights, by id.
+        answering: answer for the values that meta tensors do not have.
+    """
+
+    def __init__(self, names: Mapping[int, str], answering: bool = False) -> None:
         super().__init__()
-        self.names = names
+        self.names, self.answering = names, answering
         self.root = _Node("")
         self.stack = [self.root]
         self.uses: dict[str, set[str]] = {}
@@ -174,7 +190,8 @@ class _Recorder(TorchFunctionMode):
                 if name is not None:
                     self.stack[-1].touches.append(name)
                     self.uses.setdefault(name, set()).add(_kind(func, position, args))
-        out = func(*args, **kwargs)
+        answer = _VALUES.get(func) if self.answering else None
+        out = func(*args, **kwargs) if answer is None else answer(func, args, kwargs)
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor) and not leaf._is_view() and id(leaf) not in self.names:
                 self._count(leaf)
@@ -210,12 +227,13 @@ class _Recorder(TorchFunctionMode):
 
     @contextmanager
     def guarding(self, model: torch.nn.Module) -> Iterator[None]:
-        """Let a module inside a decoder layer fail alone: it then needs all its weights, and gives its input's shape.
+        """Let a decoder layer, or a module inside, fail alone: it then needs all its weights, and gives its input's shape.
 
         Some experts ask for the routed ids, which meta tensors do not have.
         """
-        layers = tuple(f"{name}." for name in layer_names(model))
-        guarded = [module for name, module in model.named_modules() if name.startswith(layers)]
+        layers = layer_names(model)
+        inside = tuple(f"{name}." for name in layers)
+        guarded = [module for name, module in model.named_modules() if name in layers or name.startswith(inside)]
         for module in guarded:
             module.forward = self._guard(module, module.forward)
         try:
@@ -260,6 +278,43 @@ def _kind(func: Any, position: int, args: Any) -> str:
     if func is torch.Tensor.__getitem__ and position == 0 and isinstance(args[1], int):
         return "experts"
     return "other"
+
+
+def _made_up_number(func: Any, args: Any, kwargs: Any) -> Any:
+    """A number of a meta tensor: a mask is true, everything else zero."""
+    dtype = args[0].dtype
+    return True if dtype is torch.bool else 0.0 if dtype.is_floating_point else 0
+
+
+def _made_up_indices(func: Any, args: Any, kwargs: Any) -> Any:
+    """Where a meta tensor is true: everywhere."""
+    mask = args[0]
+    if len(args) > 1 or set(kwargs) - {"as_tuple"}:  # torch.where that chooses
+        return func(*args, **kwargs)
+    found = torch.empty(mask.numel(), mask.dim(), dtype=torch.long, device=mask.device)
+    return found.unbind(1) if func is torch.where or kwargs.get("as_tuple") else found
+
+
+def _made_up_choice(func: Any, args: Any, kwargs: Any) -> Any:
+    """What a mask picks: everything."""
+    x, mask = args
+    if not isinstance(mask, torch.Tensor) or mask.dtype is not torch.bool or mask.dim() == 0:
+        return func(*args, **kwargs)
+    return x.new_empty(mask.numel(), *x.shape[mask.dim() :])
+
+
+_VALUES: Mapping[Any, Callable[[Any, Any, Any], Any]] = {
+    torch.Tensor.item: _made_up_number,
+    torch.Tensor.__bool__: _made_up_number,
+    torch.Tensor.__int__: _made_up_number,
+    torch.Tensor.__float__: _made_up_number,
+    torch.Tensor.__contains__: lambda func, args, kwargs: False,
+    torch.Tensor.tolist: lambda func, args, kwargs: torch.zeros(args[0].shape, dtype=args[0].dtype).tolist(),
+    torch.Tensor.nonzero: _made_up_indices,
+    torch.nonzero: _made_up_indices,
+    torch.where: _made_up_indices,
+    torch.Tensor.__getitem__: _made_up_choice,
+}
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

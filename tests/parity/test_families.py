@@ -1,0 +1,59 @@
+"""Every family, at every kind of budget, gives plain transformers' logits and tokens bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from families import FAMILIES, MORE_FAMILIES, write_tiny
+from parity.judge import BUDGETS, Judge, assert_equal, judge, steady
+
+IN_BFLOAT16 = (
+    "llama gemma2 gemma3_text gpt2 bloom opt mixtral qwen3_moe gpt_oss deepseek_v3 qwen3_next mamba2 phi3 falcon".split()
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def steadily() -> Iterator[None]:
+    with steady():
+        yield
+
+
+@pytest.fixture(scope="module")
+def said(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Judge:
+    """The judge's word on (family, dtype), once for all budgets."""
+    family, dtype = request.param
+    folder = tmp_path_factory.mktemp(family)
+    write_tiny(family, folder, dtype=dtype)
+    return judge(folder, family)
+
+
+def _cases(families: list[str] | tuple[str, ...], dtype: torch.dtype) -> list[object]:
+    return [pytest.param((family, dtype), id=family) for family in families]
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("said", _cases(FAMILIES, torch.float32), indirect=True)
+def test_float32(said: Judge, budget: str) -> None:
+    model = assert_equal(said, said.budget(budget))
+    if budget == "minimum":
+        assert model.lamina.plan.steps
+    if budget == "resident":
+        assert not model.lamina.plan.steps
+        assert not model.lamina.plan.gathered
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("said", _cases(IN_BFLOAT16, torch.bfloat16), indirect=True)
+def test_bfloat16(said: Judge, budget: str) -> None:
+    model = assert_equal(said, said.budget(budget))
+    assert bool(model.lamina.plan.steps) is (budget == "minimum") or budget == "half"
+
+
+# Their tiny models are too small or too strange to stream at the minimum.
+@pytest.mark.slow
+@pytest.mark.parametrize("said", _cases(MORE_FAMILIES, torch.float32), indirect=True)
+def test_further_families(said: Judge) -> None:
+    assert_equal(said, said.budget("minimum"))
