@@ -171,7 +171,7 @@ def mixture(layers: int, hidden: int, intermediate: int, experts: int, vocab: in
     return Schedule(root, disk.weights, frozenset(block.module for block in blocks)), disk
 
 
-def random_schedule(seed: int, scale: int = 4096) -> tuple[Schedule, Checkpoint]:
+def random_schedule(seed: int, scale: int = 4096, *, share: float = 0.15) -> tuple[Schedule, Checkpoint]:
     """A tree of calls with everything that is allowed: weights of the parents' own, shared modules, merged and cast
     weights, gaps, several files, blocks, weights that nobody touches."""
     rng = random.Random(seed)
@@ -202,7 +202,7 @@ def random_schedule(seed: int, scale: int = 4096) -> tuple[Schedule, Checkpoint]
 
     def call(depth: int, prefix: str) -> Call:
         nonlocal modules
-        if shared and rng.random() < 0.15:
+        if shared and rng.random() < share:
             return rng.choice(shared)
         modules += 1
         name = f"{prefix}.m{modules}"
@@ -213,7 +213,7 @@ def random_schedule(seed: int, scale: int = 4096) -> tuple[Schedule, Checkpoint]
             shared.append(made)
         return made
 
-    layers = [call(rng.randint(0, 2), f"layer{i}") for i in range(rng.randint(1, 5))]
+    layers = [call(rng.randint(0, 3), f"layer{i}") for i in range(rng.randint(2, 6))]
     root = Call("", (), tuple(layers))
     disk.add("untouched", 7, always=True)
     return Schedule(root, disk.weights, frozenset(layer.module for layer in layers)), disk

@@ -8,6 +8,7 @@ that the ring wraps from the last unit of a pass to the first of the next while 
 from __future__ import annotations
 
 import bisect
+import itertools
 import time
 from collections import defaultdict, deque
 from dataclasses import dataclass
@@ -74,6 +75,9 @@ class Stream:
         self._generation = readers.generation
         self._next = 0  # the step to read next
         self._cursor = 0  # the step the model needs next
+        self._pass = 0  # the first step of this pass
+        read = (0 if plan.items[i].cached else plan.items[i].layout.read_bytes for i in plan.steps)
+        self._bytes_before = list(itertools.accumulate(read, initial=0))  # by place in a pass
         self._places: dict[tuple[str, int], list[int]] = defaultdict(list)
         for place, index in enumerate(plan.steps):
             self._places[plan.items[index].module, plan.items[index].block].append(place)
@@ -84,9 +88,8 @@ class Stream:
 
     @property
     def bytes_done(self) -> int:
-        """Bytes of this pass that the model has already consumed or is waiting for no more."""
-        place = self._cursor % len(self.plan.steps)
-        return sum(self.plan.items[i].layout.read_bytes for i in self.plan.steps[:place])
+        """Bytes read for this pass that the model has already consumed or is waiting for no more."""
+        return self._bytes_before[min(self._cursor - self._pass, len(self.plan.steps))]
 
     def begin_pass(self) -> None:
         """The model starts at its first unit; what an aborted pass left is given back."""
@@ -97,7 +100,8 @@ class Stream:
         for held in self._out.values():
             self._give_up(held)
         self._out.clear()
-        self._skip_to(self._end_of_pass(self._cursor))
+        self._pass = self._end_of_pass(self._cursor)
+        self._skip_to(self._pass)
         self._pump()
         self._broken = False
 
@@ -114,7 +118,7 @@ class Stream:
         self._out.clear()
         for queue in (self._ahead, self._filled, self._unsent):
             queue.clear()
-        self._cursor = self._next = self._end_of_pass(max(self._cursor, self._next))
+        self._pass = self._cursor = self._next = self._end_of_pass(max(self._cursor, self._next))
         self._generation = self.readers.generation
         self._broken = False
 
@@ -123,7 +127,10 @@ class Stream:
         self.rewind()
 
     def acquire(self, module: str, block: int = 0) -> Held | None:
-        """The item that `module` needs now, read; None where the pass is already past it.
+        """The item that `module` needs now, read; None where it has to be read apart from the stream.
+
+        That is where the pass is already past it, or where the model holds so much, out of the order of the
+        plan, that the ring has no room for it.
 
         Raises:
             ReadError, TruncatedError: what a reader thread met.
@@ -138,10 +145,15 @@ class Stream:
         began = time.perf_counter()
         held = self._arrived(step)
         self.seconds_waiting += time.perf_counter() - began
-        if self._lane is not None:
-            self._enter(held)
-        self._out[step] = self._ahead.popleft()
         self._cursor = step + 1
+        if held is not None:
+            self._ahead.popleft()
+            if self._lane is not None and not self._enter(held, self._lane):
+                self._give_up(held)
+                held = None
+            else:
+                self._out[step] = held
+        self._next = max(self._next, self._cursor)
         self._broken = False
         return held
 
@@ -212,8 +224,8 @@ class Stream:
         if self._lane is not None and held.slot is not None and not held.slot.released:
             self._lane.leave(held.slot)
 
-    def _arrived(self, step: int) -> Held:
-        """Wait until the item of `step` is in the ring and read."""
+    def _arrived(self, step: int) -> Held | None:
+        """Wait until the item of `step` is in the ring and read; None where it will never be."""
         while True:
             self._pump()
             if self._ahead:
@@ -222,17 +234,13 @@ class Stream:
                 return held
             if self.closed:
                 raise ClosedError("the stream is closed: load the model again")
-            self._wait_for_room(step)
-
-    def _wait_for_room(self, step: int) -> None:
-        """Until the oldest run of the ring can be given back: its read is done, and its copy to the device."""
-        oldest = self._filled[0] if self._filled else None
-        if oldest is not None and not oldest.ticket.done:
-            self.readers.settled(oldest.ticket)
-        elif oldest is not None and oldest.slot is not None:
-            oldest.slot.copied.wait()
-        else:
-            raise AssertionError(f"the ring is too small for step {step}: {self.plan.ring_bytes} bytes")
+            oldest = self._filled[0] if self._filled else None
+            if oldest is not None and not oldest.ticket.done:
+                self.readers.settled(oldest.ticket)
+            elif oldest is not None and oldest.slot is not None:
+                oldest.slot.copied.wait()
+            else:
+                return None
 
     def _reclaim(self) -> None:
         """Free the oldest runs: no read under way into them, copied to the device or, without one, consumed."""
@@ -256,10 +264,11 @@ class Stream:
                     return
             self._unsent.popleft()
 
-    def _enter(self, held: Held) -> None:
-        assert self._lane is not None
+    def _enter(self, held: Held, lane: Lane) -> bool:
+        """Have the item on the device for what is computed from now on; False where there is no room."""
         if held.slot is None:
-            self._upload(self._lane)
+            self._upload(lane)
         if held.slot is None:
-            raise AssertionError(f"the device ring is too small: {self.plan.device_ring_bytes} bytes")
-        held.memory = self._lane.enter(held.slot)
+            return False
+        held.memory = lane.enter(held.slot)
+        return True
