@@ -6,6 +6,7 @@ A `Checkpoint` gives weights their bytes on a disk that lives in memory (or nowh
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 import threading
@@ -14,6 +15,7 @@ import time
 from lamina.checkpoint.extent import Extent
 from lamina.errors import TruncatedError
 from lamina.plan.layout import Part
+from lamina.plan.planner import Budget, Hardware, Plan, cut_up, widest_window
 from lamina.plan.schedule import Call, Convert, Cut, Piece, Schedule, Weight
 
 POISON = 0xA5
@@ -217,3 +219,26 @@ def random_schedule(seed: int, scale: int = 4096, *, share: float = 0.15) -> tup
     root = Call("", (), tuple(layers))
     disk.add("untouched", 7, always=True)
     return Schedule(root, disk.weights, frozenset(layer.module for layer in layers)), disk
+
+
+def narrow(schedule: Schedule, plan: Plan, more: int = 0) -> Plan:
+    """The same plan with the smallest ring that can make a pass, and `more`."""
+    held = widest_window(schedule.root, plan.items, plan.steps)
+    ring = held + max(item.nbytes for item in plan.items) + more
+    return dataclasses.replace(plan, ring_bytes=ring, device_ring_bytes=ring)
+
+
+def streamed(schedule: Schedule, size: int, more: int = 0) -> Plan:
+    """A plan that streams everything, in units of `size` bytes."""
+    items, steps = cut_up(schedule, {n: w for n, w in schedule.weights.items() if not w.gathered}, size)
+    plan = Plan(Budget(0), Hardware(), 0, 0, frozenset(), frozenset(), items, steps, 0, 0, 0)
+    return narrow(schedule, plan, more)
+
+
+def nested(inner: int = 12) -> tuple[Schedule, Checkpoint]:
+    """One layer that holds a weight of its own while many calls inside it come and go."""
+    checkpoint = Checkpoint()
+    calls = tuple(Call(f"layer.{i}", (checkpoint.add(f"w{i}", 256, 16, cut=Cut.ROWS),)) for i in range(inner))
+    layer = Call("layer", (checkpoint.add("own", 700, cut=Cut.WHOLE),), calls)
+    after = Call("after", (checkpoint.add("after", 700),))
+    return Schedule(Call("", (), (layer, after)), checkpoint.weights, frozenset({"layer"})), checkpoint

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 import pytest
 
 from lamina.errors import BudgetError, ClosedError, ReadError, TruncatedError
-from lamina.plan.planner import Budget, Hardware, Plan, cut_up, make_plan, widest_window
-from lamina.plan.schedule import Call, Cut, Schedule
+from lamina.plan.planner import Budget, Plan, make_plan
+from lamina.plan.schedule import Schedule
 from lamina.stream.readers import Readers
 from lamina.stream.stream import Stream
-from schedules import Checkpoint, Disk, llama, mixture, random_schedule
+from schedules import Checkpoint, Disk, llama, mixture, narrow, nested, random_schedule, streamed
 from walker import Aborted, Walker, looker, watchdog
 
 
@@ -30,20 +30,6 @@ def tight(schedule: Schedule, more: int = 0) -> Plan:
         return make_plan(schedule, Budget(more))
     except BudgetError as error:
         return make_plan(schedule, Budget(error.minimum_bytes + more))
-
-
-def narrow(schedule: Schedule, plan: Plan, more: int = 0) -> Plan:
-    """The same plan with the smallest ring that can make a pass, and `more`."""
-    held = widest_window(schedule.root, plan.items, plan.steps)
-    ring = held + max(item.nbytes for item in plan.items) + more
-    return dataclasses.replace(plan, ring_bytes=ring, device_ring_bytes=ring)
-
-
-def streamed(schedule: Schedule, size: int, more: int = 0) -> Plan:
-    """A plan that streams everything, in units of `size` bytes."""
-    items, steps = cut_up(schedule, {n: w for n, w in schedule.weights.items() if not w.gathered}, size)
-    plan = Plan(Budget(0), Hardware(), 0, 0, frozenset(), frozenset(), items, steps, 0, 0, 0)
-    return narrow(schedule, plan, more)
 
 
 class Rig:
@@ -121,15 +107,6 @@ def test_a_unit_behind_the_pass_is_none_and_spoils_nothing() -> None:
         assert rig.stream.acquire("no such module") is None
         rig.stream.release(later)
         assert rig.stream.acquire(modules[5]) is not None
-
-
-def nested(inner: int = 12) -> tuple[Schedule, Checkpoint]:
-    """One layer that holds a weight of its own while many calls inside it come and go."""
-    checkpoint = Checkpoint()
-    calls = tuple(Call(f"layer.{i}", (checkpoint.add(f"w{i}", 256, 16, cut=Cut.ROWS),)) for i in range(inner))
-    layer = Call("layer", (checkpoint.add("own", 700, cut=Cut.WHOLE),), calls)
-    after = Call("after", (checkpoint.add("after", 700),))
-    return Schedule(Call("", (), (layer, after)), checkpoint.weights, frozenset({"layer"})), checkpoint
 
 
 @pytest.mark.parametrize("skipped", [{3}, {0, 1, 2}, set(range(2, 11)), set(range(12))])
