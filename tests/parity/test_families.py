@@ -10,9 +10,13 @@ import torch
 from families import FAMILIES, MORE_FAMILIES, write_tiny
 from parity.judge import BUDGETS, Judge, assert_equal, judge, steady
 
-IN_BFLOAT16 = (
-    "llama gemma2 gemma3_text gpt2 bloom opt mixtral qwen3_moe gpt_oss deepseek_v3 qwen3_next mamba2 phi3 falcon".split()
-)
+IN_BFLOAT16 = """
+    llama gemma2 gemma3_text gpt2 bloom opt mixtral qwen3_moe gpt_oss deepseek_v3 qwen3_next mamba2 phi3 falcon
+""".split()
+# A text model inside a multimodal config, tied under another first name, experts that refuse to be traced, ...
+SAMPLE = "llama4 qwen3_5 gemma4 camembert inkling2_text jetmoe".split()
+# xlnet generates with a second stream that a plain forward, which is what is traced, does not have.
+NOT_AS_TRACED = {"xlnet"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,8 +56,17 @@ def test_bfloat16(said: Judge, budget: str) -> None:
     assert bool(model.lamina.plan.steps) is (budget == "minimum") or budget == "half"
 
 
-# Their tiny models are too small or too strange to stream at the minimum.
+@pytest.mark.parametrize("said", _cases(SAMPLE, torch.float32), indirect=True)
+def test_a_sample_of_the_further_families(said: Judge) -> None:
+    assert_equal(said, said.minimum)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("said", _cases(MORE_FAMILIES, torch.float32), indirect=True)
+@pytest.mark.parametrize("said", _cases(sorted(set(MORE_FAMILIES) - NOT_AS_TRACED), torch.float32), indirect=True)
 def test_further_families(said: Judge) -> None:
-    assert_equal(said, said.budget("minimum"))
+    assert_equal(said, said.minimum)
+
+
+@pytest.mark.parametrize("said", _cases(sorted(NOT_AS_TRACED), torch.float32), indirect=True)
+def test_what_the_trace_did_not_see_is_read_on_demand(said: Judge) -> None:
+    assert assert_equal(said, said.minimum, on_demand=True).lamina.plan.steps

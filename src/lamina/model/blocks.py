@@ -30,13 +30,13 @@ class Blocks(torch.Tensor):
 
     @staticmethod
     def __new__(cls, whole: DiskTensor) -> Blocks:
-        self: Blocks = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self: Blocks = torch.Tensor._make_wrapper_subclass(
             cls, whole.shape, dtype=whole.dtype, device=whole.device, requires_grad=False
         )
         self.whole, self.linear, self.expert = whole, None, None
         return self
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Blocks(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     @classmethod
@@ -56,7 +56,9 @@ class Blocks(torch.Tensor):
         return func(*tree_map(_whole, args), **tree_map(_whole, kwargs))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return func(*tree_map(_whole, args), **tree_map(_whole, kwargs or {}))
 
 

@@ -68,7 +68,8 @@ def torch_dtype(entry: TensorEntry) -> torch.dtype:
     """
     if entry.dtype not in TORCH_DTYPES:
         raise UnsupportedError(
-            f"tensor {entry.name!r} in {entry.extent.file} has dtype {entry.dtype}, which torch {torch.__version__} lacks"
+            f"tensor {entry.name!r} in {entry.extent.file} has dtype {entry.dtype}, "
+            f"which torch {torch.__version__} lacks"
         )
     return TORCH_DTYPES[entry.dtype]
 
@@ -96,11 +97,13 @@ def load_config(request: Request) -> tuple[PreTrainedConfig, dict[str, Any]]:
         if "does not recognize this architecture" in text or "Unrecognized model" in text:
             raise UnsupportedError(f"transformers does not know the model in {request.folder}: {text[:200]}") from error
         raise CheckpointError(f"cannot read the config of the model in {request.folder}: {text[:300]}") from error
-    quantization = getattr(config, "quantization_config", None)
+    parts = (config, config.get_text_config())
+    quantization = next(filter(None, (getattr(part, "quantization_config", None) for part in parts)), None)
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
         raise UnsupportedError(
-            f"{request.folder} is quantised with {method}, which cannot be streamed yet: use the bf16 or fp16 checkpoint"
+            f"{request.folder} is quantised with {method}, which cannot be streamed yet: "
+            f"use the bf16 or fp16 checkpoint"
         )
     return config, unused
 
@@ -114,11 +117,16 @@ def build(request: Request, checkpoint: Checkpoint) -> PreTrainedModel:
     """
     config, options = load_config(request)
     model_class = _class_of(config, request.trust_remote_code)
+    text = config.sub_configs.get("text_config")
+    if text is not None and getattr(model_class, "config_class", None) is text:
+        config = config.get_text_config()  # a text model out of a multimodal checkpoint, as AutoModelForCausalLM does
     state = {
         entry.name: DiskTensor.of(entry.name, entry.shape, torch_dtype(entry)) for entry in checkpoint.tensors.values()
     }
     options.pop("_from_auto", None)
-    options.setdefault("dtype", options.pop("torch_dtype", None) or "auto")
+    options.pop("torch_dtype", None)
+    # the config took it in, but a text model's config is a part of it that does not know
+    options["dtype"] = request.options.get("dtype") or request.options.get("torch_dtype") or "auto"
     generation = _generation_config(request)
     with recording(), _silent():
         try:

@@ -90,7 +90,7 @@ class DiskTensor(torch.Tensor):
     boxes: tuple[Box, ...] | None
     cast_from: torch.dtype | None
     read: Callable[[], torch.Tensor] | None
-    gather: Callable[[torch.Tensor], torch.Tensor] | None
+    gather: Callable[[torch.Tensor], torch.Tensor] | None  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
@@ -100,8 +100,14 @@ class DiskTensor(torch.Tensor):
         boxes: tuple[Box, ...] | None,
         cast_from: torch.dtype | None = None,
     ) -> DiskTensor:
-        self: DiskTensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, meta.shape, dtype=meta.dtype, device="cpu", requires_grad=False
+        self: DiskTensor = torch.Tensor._make_wrapper_subclass(
+            cls,
+            meta.shape,
+            strides=meta.stride(),  # torch reshapes by view or by copy as they say
+            storage_offset=meta.storage_offset(),
+            dtype=meta.dtype,
+            device=torch.device("cpu"),
+            requires_grad=False,
         )
         self.expression, self.boxes, self.cast_from, self.read = expression, boxes, cast_from, None
         self.meta, self.gather = meta, None
@@ -113,11 +119,11 @@ class DiskTensor(torch.Tensor):
         meta = torch.empty(tuple(shape), dtype=dtype, device="meta")
         return cls(meta, Source(name), (Box(name, meta, (0,) * meta.dim()),))
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"DiskTensor(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -127,6 +133,10 @@ class DiskTensor(torch.Tensor):
             return args[0]
         if func is aten.embedding.default and isinstance(args[0], DiskTensor) and args[0].gather is not None:
             return args[0].gather(args[1])
+        if func is aten.select.int and args[0].gather is not None and args[1] % args[0].dim() == 0:
+            rows = args[0].shape[0]
+            if -rows <= args[2] < rows:
+                return args[0].gather(torch.tensor(args[2] % rows))
         return func(*tree_map(materialize, args), **tree_map(materialize, kwargs))
 
 
@@ -159,7 +169,8 @@ def replay(expression: Expression, load: Callable[[str], torch.Tensor]) -> torch
         return replay(value, load) if isinstance(value, Source | Op) else value
 
     out = expression.func(*tree_map(real, expression.args), **tree_map(real, dict(expression.kwargs)))
-    return out if expression.index is None else out[expression.index]
+    result: torch.Tensor = out if expression.index is None else out[expression.index]
+    return result
 
 
 def sources_of(expression: Expression) -> list[str]:
@@ -241,9 +252,7 @@ def _viewed(
     return (Box(box.source, view, (0,) * view.dim()),), base.cast_from
 
 
-def _joined(
-    func: Any, args: tuple[Any, ...], out: torch.Tensor
-) -> tuple[tuple[Box, ...] | None, torch.dtype | None]:
+def _joined(func: Any, args: tuple[Any, ...], out: torch.Tensor) -> tuple[tuple[Box, ...] | None, torch.dtype | None]:
     parts: Sequence[torch.Tensor] = args[0]
     dim = (args[1] if len(args) > 1 else 0) % out.dim()
     casts = {getattr(part, "cast_from", None) for part in parts}

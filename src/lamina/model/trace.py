@@ -8,6 +8,7 @@ definition stands in; the stream then serves what comes out of order on demand.
 
 from __future__ import annotations
 
+import bisect
 import inspect
 import itertools
 import weakref
@@ -25,6 +26,7 @@ from lamina.model.experts import standing_in
 from lamina.plan.schedule import Call
 
 _VIEW_PROPERTIES = (torch.Tensor.T, torch.Tensor.mT, torch.Tensor.H, torch.Tensor.mH, torch.Tensor.data)
+WORKSPACE = 2.75  # kernels' workspaces and what the allocator keeps: measured up to 2.5 (docs/log.md)
 LENGTHS = (16, 32, 64)  # tokens of the traced prefills: enough to fit a + b T + c T^2
 # (guarded, answering) where code asks for values: as it is, failing modules stubbed, values made up, both
 _WAYS_ROUND = ((False, False), (True, False), (False, True), (True, True))
@@ -47,6 +49,7 @@ class Trace:
     Attributes:
         root: the calls, in order.
         uses: for each weight the kinds of operation that touch it: "linear", "embedding", "experts", "other".
+        lookups: (module, weight) where the module's own code only looks rows of the weight up.
         activation_bytes: for each traced length, the most bytes of activations alive at once.
         cache_bytes: for each traced length, bytes of the key-value cache after it.
         traced: False for the order of definition.
@@ -55,14 +58,15 @@ class Trace:
 
     root: Call
     uses: Mapping[str, frozenset[str]]
+    lookups: frozenset[tuple[str, str]] = frozenset()
     activation_bytes: Mapping[int, int] = field(default_factory=dict)
     cache_bytes: Mapping[int, int] = field(default_factory=dict)
     traced: bool = True
     why_not: str = ""
 
-    def activations(self, tokens: int, dtype_bytes: int = 2) -> int:
-        """Bytes of activations for a prefill of `tokens`, extrapolated from the traced lengths."""
-        return _extrapolate(self.activation_bytes, tokens)
+    def activations(self, tokens: int) -> int:
+        """Bytes of activations and kernels' workspaces for a prefill of `tokens`, from the traced lengths."""
+        return int(WORKSPACE * _extrapolate(self.activation_bytes, tokens))
 
     def cache(self, tokens: int) -> int:
         """Bytes of the key-value cache after `tokens`."""
@@ -90,9 +94,16 @@ def trace(model: PreTrainedModel) -> Trace:
             failure = failure or f"{type(error).__name__}: {error}"
             continue
         assert recorder is not None
-        uses = {name: frozenset(kinds) for name, kinds in recorder.uses.items()}
-        return Trace(recorder.root.freeze(), uses, activations, caches)
+        return Trace(recorder.root.freeze(), *_uses(recorder.kinds), activations, caches)
     return _by_definition(model, failure)
+
+
+def _uses(kinds: Mapping[tuple[str, str], set[str]]) -> tuple[dict[str, frozenset[str]], frozenset[tuple[str, str]]]:
+    """`uses` and `lookups` of a trace, from the kinds of operation by module and weight."""
+    uses: dict[str, frozenset[str]] = {}
+    for (_, name), own in kinds.items():
+        uses[name] = uses.get(name, frozenset()) | own
+    return uses, frozenset(key for key, own in kinds.items() if own == {"embedding"})
 
 
 def weight_names(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -178,7 +189,7 @@ class _Recorder(TorchFunctionMode):
         self.names, self.answering = names, answering
         self.root = _Node("")
         self.stack = [self.root]
-        self.uses: dict[str, set[str]] = {}
+        self.kinds: dict[tuple[str, str], set[str]] = {}  # by module and weight
         self.alive = self.peak = 0
         self.seen: set[int] = set()
 
@@ -188,14 +199,18 @@ class _Recorder(TorchFunctionMode):
             for position, leaf in enumerate(tree_leaves((args, kwargs))):
                 name = self.names.get(id(leaf))
                 if name is not None:
-                    self.stack[-1].touches.append(name)
-                    self.uses.setdefault(name, set()).add(_kind(func, position, args))
+                    self._touch(name, _kind(func, position, args))
         answer = _VALUES.get(func) if self.answering else None
         out = func(*args, **kwargs) if answer is None else answer(func, args, kwargs)
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor) and not leaf._is_view() and id(leaf) not in self.names:
                 self._count(leaf)
         return out
+
+    def _touch(self, name: str, kind: str) -> None:
+        node = self.stack[-1]
+        node.touches.append(name)
+        self.kinds.setdefault((node.module, name), set()).add(kind)
 
     def _count(self, tensor: torch.Tensor) -> None:
         if id(tensor) in self.seen:
@@ -227,9 +242,10 @@ class _Recorder(TorchFunctionMode):
 
     @contextmanager
     def guarding(self, model: torch.nn.Module) -> Iterator[None]:
-        """Let a decoder layer, or a module inside, fail alone: it then needs all its weights, and gives its input's shape.
+        """Let a decoder layer, or a module inside one, fail alone.
 
-        Some experts ask for the routed ids, which meta tensors do not have.
+        It then needs all its weights, and gives its input's shape. Some experts ask for the routed ids, which meta
+        tensors do not have.
         """
         layers = layer_names(model)
         inside = tuple(f"{name}." for name in layers)
@@ -250,9 +266,9 @@ class _Recorder(TorchFunctionMode):
             except Exception:
                 del self.stack[depth:]
                 node.calls.clear()
-                node.touches[:] = [self.names[id(p)] for p in module.parameters() if id(p) in self.names]
-                for name in node.touches:
-                    self.uses.setdefault(name, set()).add("other")
+                node.touches.clear()
+                for name in (self.names[id(p)] for p in module.parameters() if id(p) in self.names):
+                    self._touch(name, "other")
                 return torch.empty_like(next(a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)))
 
         return guard
@@ -275,8 +291,12 @@ def _kind(func: Any, position: int, args: Any) -> str:
         return "linear" if position == 1 else "other"
     if func is torch.nn.functional.embedding:
         return "embedding" if position == 1 else "other"
-    if func is torch.Tensor.__getitem__ and position == 0 and isinstance(args[1], int):
-        return "experts"
+    if func is torch.Tensor.__getitem__ and position == 0:
+        index = args[1]
+        if isinstance(index, int):
+            return "experts"
+        if isinstance(index, tuple) and isinstance(index[0], int):
+            return "embedding"
     return "other"
 
 
@@ -344,29 +364,35 @@ def _tensors_of(value: Any, depth: int = 4) -> Iterator[torch.Tensor]:
 
 
 def _extrapolate(points: Mapping[int, int], tokens: int) -> int:
-    """Value at `tokens` of the parabola through the traced points, never less than a straight line's."""
+    """Value at `tokens`, which never falls as they grow.
+
+    Within the traced lengths that of the next one; beyond them on the parabola through them, never less than
+    on a straight line.
+    """
     if not points:
         return 0
-    if tokens in points:
-        return points[tokens]
-    (x0, y0), (x1, y1), (x2, y2) = sorted(points.items())
+    lengths = sorted(points)
+    values = list(itertools.accumulate((points[length] for length in lengths), max))
+    if tokens <= lengths[-1]:
+        return values[bisect.bisect_left(lengths, tokens)]
+    (x0, x1, x2), (y0, y1, y2) = lengths, values
     slope01, slope12 = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
     curve = max((slope12 - slope01) / (x2 - x0), 0.0)
-    straight = y2 + slope12 * (tokens - x2)
-    return max(int(straight + curve * (tokens - x1) * (tokens - x2)), 0)
+    return int(y2 + slope12 * (tokens - x2) + curve * (tokens - x1) * (tokens - x2))
 
 
 def _by_definition(model: PreTrainedModel, failure: str) -> Trace:
     """Modules in the order in which they are defined, each touching its own weights."""
     named = {id(tensor): name for name, tensor in weight_names(model).items()}
-    uses: dict[str, frozenset[str]] = {}
+    kinds: dict[tuple[str, str], set[str]] = {}
 
     def call(name: str, module: torch.nn.Module) -> Call:
         own = [named[id(t)] for t in (*module._parameters.values(), *module._buffers.values()) if id(t) in named]
         kind = {torch.nn.Embedding: "embedding", torch.nn.Linear: "linear"}.get(type(module), "other")
         for weight in own:
-            uses[weight] = uses.get(weight, frozenset()) | {kind}
+            kinds[name, weight] = {kind}
         inner = [call(f"{name}.{child}".lstrip("."), sub) for child, sub in module.named_children()]
         return Call(name, tuple(own), tuple(inner))
 
-    return Trace(call("", model), uses, traced=False, why_not=failure)
+    root = call("", model)
+    return Trace(root, *_uses(kinds), traced=False, why_not=failure)

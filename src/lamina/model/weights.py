@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -71,7 +71,7 @@ def describe(model: torch.nn.Module, checkpoint: Checkpoint, traced: Trace) -> W
         weights[name] = weight
     for name in _small(weights):
         weights[name] = _with(weights[name], always=True)
-    root = _without_lookups(traced.root, traced.uses, weights)
+    root = _without_lookups(traced.root, traced.lookups, weights)
     return Weights(Schedule(root, weights, layer_names(model), traced.traced), replays, stored)
 
 
@@ -120,16 +120,18 @@ def _small(weights: Mapping[str, Weight]) -> list[str]:
     return names
 
 
-def _without_lookups(call: Call, uses: Mapping[str, frozenset[str]], weights: Mapping[str, Weight]) -> Call:
-    """The calls without the touches that only look rows up, which are served row by row."""
+def _without_lookups(call: Call, lookups: frozenset[tuple[str, str]], weights: Mapping[str, Weight]) -> Call:
+    """The calls without the touches that only look rows up, which are served row by row.
+
+    A tied table is looked up in one module and multiplied in another: there it streams.
+    """
 
     def streams(module: str, name: str) -> bool:
         weight = weights.get(name)
         if weight is None:
             return False
-        kinds = uses.get(name, frozenset())
-        lookup_only = "embedding" in kinds and len(weight.shape) == 2 and weight.convert is not Convert.REPLAY
-        return not (lookup_only and _is_lookup(module, name, kinds))
+        by_row = len(weight.shape) == 2 and weight.convert is not Convert.REPLAY
+        return not (by_row and (module, name) in lookups)
 
     def visit(node: Call) -> Call:
         return Call(
@@ -137,10 +139,6 @@ def _without_lookups(call: Call, uses: Mapping[str, frozenset[str]], weights: Ma
             tuple(name for name in node.touches if streams(node.module, name)),
             tuple(visit(inner) for inner in node.calls),
         )
-
-    def _is_lookup(module: str, name: str, kinds: frozenset[str]) -> bool:
-        # a tied table is looked up in one module and multiplied in another
-        return kinds == {"embedding"} or name.startswith(f"{module}.")
 
     return visit(call)
 
@@ -193,7 +191,7 @@ def _runs(box: Box, shape: tuple[int, ...], itemsize: int) -> list[tuple[int, in
     origin = sum(s * w for s, w in zip(box.start, weight_strides, strict=True))
     runs = []
     for index in itertools.product(*(range(size) for size in sizes[:depth])):
-        begin = box.view.storage_offset() + sum(i * s for i, s in zip(index, strides, strict=False))
+        begin = int(box.view.storage_offset()) + sum(i * s for i, s in zip(index, strides, strict=False))
         at = origin + sum(i * w for i, w in zip(index, weight_strides, strict=False))
         runs.append((begin * itemsize, at * itemsize, run * itemsize))
         if len(runs) > MOST_RUNS:
@@ -209,6 +207,3 @@ def _replayed(tensor: DiskTensor, checkpoint: Checkpoint) -> tuple[Replay, tuple
         sources.append((name, at, entry.shape, torch_dtype(entry)))
         at = align(at + entry.extent.length, PACKING)
     return Replay(tensor.expression, tuple(sources)), tuple(pieces), at
-
-
-Reader = Callable[[Weight], torch.Tensor]
