@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lamina.checkpoint import Checkpoint, locate, metadata_folder, open_checkpoint, remote_headers
+from lamina.checkpoint import Checkpoint, open_checkpoint
 from lamina.errors import BudgetError, RequestError, UnsupportedError
 from lamina.model.budget import SHORTEST_CONTEXT, default_context, make_budget
 from lamina.model.build import Request, build
@@ -202,6 +202,7 @@ def _open(
         checkpoint = open_checkpoint(os.path.expanduser(model), variant=variant, subfolder=hub.get("subfolder", ""))
         return checkpoint.root, checkpoint
     from lamina.checkpoint.hub import locate, metadata_folder, remote_headers
+
     if wanted:
         found = locate(model, variant=variant, progress=progress, trust_remote_code=trust, **hub)
     else:

@@ -79,7 +79,7 @@ def bench_model(
     }
 
 
-class _Meter(StoppingCriteria):
+class _Meter(StoppingCriteria):  # type: ignore[misc]
     """Between two decode steps the bare disk has its turn, so that both see the same drive at nearly the same time.
 
     The stream goes on reading ahead until its ring is full, then rests while the bytes of one pass are read
@@ -138,7 +138,7 @@ class _Meter(StoppingCriteria):
 
 def _generate(model: PreTrainedModel, ids: Sequence[int], new_tokens: int, meter: _Meter) -> list[int]:
     prompt = torch.tensor([list(ids)], device=model.device)
-    out = model.generate(  # type: ignore[operator]
+    out = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         do_sample=False,

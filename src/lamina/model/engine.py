@@ -102,9 +102,16 @@ class Engine:
         if self._pid != os.getpid():
             self._pid = os.getpid()
             self.stream.forget()
+        self.stream.begin_pass()
+
+    def end_pass(self) -> None:
+        """Called when the model is left, however: after Ctrl-C no weight may stay bound to memory of the ring."""
+        for holders in self._held.values():
+            for held in holders:
+                for part in held.item.parts:
+                    self._bind(part.weight, self._disk[part.weight])
         self._held.clear()
         self._expert = None
-        self.stream.begin_pass()
 
     def read(self, name: str) -> torch.Tensor:
         """A weight, whole, read now."""
@@ -153,7 +160,7 @@ class Engine:
     def _attach(self, model: PreTrainedModel) -> None:
         """Hooks for the units, stand-ins for what is served in blocks."""
         self.stream = Stream(self.plan, self.readers, device_for(self.device), self._cached())
-        blocked = defaultdict(int)
+        blocked: dict[str, int] = defaultdict(int)
         for item in self.plan.items:
             blocked[item.module] = max(blocked[item.module], item.block)
         for name, last in blocked.items():
@@ -217,7 +224,8 @@ class Engine:
             else:
                 stand_in.expert = self._experts_in_blocks(module, weight)
             for owner, attribute, _ in self._sites[weight]:
-                if owner._parameters[attribute] is disk and not isinstance(owner, nn.Embedding):
+                held: object = owner._parameters[attribute]
+                if held is disk and not isinstance(owner, nn.Embedding):
                     owner._parameters[attribute] = stand_in  # type: ignore[assignment]
 
     def _linear_in_blocks(
@@ -307,4 +315,3 @@ def _sites(model: nn.Module) -> Sites:
                     name = first.setdefault(id(tensor), f"{prefix}.{attribute}".lstrip("."))
                     sites[name].append((module, attribute, is_buffer))
     return dict(sites)
-

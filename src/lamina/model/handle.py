@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import statistics
 import time
 import weakref
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from lamina.errors import BudgetError, ClosedError
@@ -75,7 +79,6 @@ class Lamina:
         self._passes = self._passes_in_generate = self._new_tokens = 0
         self._seconds_in_passes = self._first_token = 0.0
         self._pass_began: float | None = None
-        self._gradients = True
         self._generate_began: float | None = None
         self._steps: deque[float] = deque(maxlen=REMEMBERED)  # seconds from the end of one pass to the next's
         self._last_end: float | None = None
@@ -107,7 +110,8 @@ class Lamina:
             new_tokens=self._new_tokens,
             tokens_per_pass=per_pass,
             seconds_per_token=step / max(per_pass, 1.0),
-            seconds_waiting_for_disk=self._engine.seconds_waiting + (stream.seconds_waiting if stream is not None else 0.0),
+            seconds_waiting_for_disk=self._engine.seconds_waiting
+            + (stream.seconds_waiting if stream is not None else 0.0),
             seconds_in_passes=self._seconds_in_passes,
             peak_rss_bytes=peak_resident_bytes(),
             memory_budget_bytes=plan.budget.memory_bytes,
@@ -136,30 +140,25 @@ class Lamina:
     def attach(self) -> None:
         """Watch the model's passes and its `generate`."""
         model = self.model
-        model.register_forward_pre_hook(self._enter, with_kwargs=True)
-        model.register_forward_hook(self._leave, always_call=True)
+        model.forward = _passing(weakref.ref(model), type(model).forward)  # a hook would not see Ctrl-C
         if hasattr(model, "generate"):
             model.generate = _counted(weakref.ref(model), type(model).generate)
 
-    def _enter(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    @contextmanager
+    def a_pass(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """What surrounds one forward: one thread at a time, room for its tokens, the stream at its start."""
         engine = self._engine
-        engine.lock.acquire()
-        try:
+        with engine.lock, torch.set_grad_enabled(torch.is_grad_enabled() and not engine.plan.streams):
+            # a streamed weight is gone before a backward pass could use it
             self._pass_began = time.perf_counter()
-            self._gradients = torch.is_grad_enabled()
-            if engine.plan.streams:
-                torch.set_grad_enabled(False)  # a streamed weight is gone before a backward pass could use it
-            self._make_room(model, *_tokens(args, kwargs))
-            engine.begin_pass()
-        except BaseException:
-            torch.set_grad_enabled(self._gradients)
-            self._pass_began = None
-            engine.lock.release()
-            raise
-        if engine.device.type == "cpu":
-            return None
-        moved = torch.utils._pytree.tree_map(lambda x: _to(x, engine.device), (args, kwargs))
-        return moved[0], moved[1]
+            try:
+                self._make_room(model, *_tokens(args, kwargs))
+                engine.begin_pass()
+                yield
+                self._ended()
+            finally:
+                self._pass_began = None
+                engine.end_pass()
 
     def _make_room(self, model: Any, tokens: int, cached: int) -> None:
         """Keep the budget when a pass brings more tokens than were planned for: fewer weights stay resident.
@@ -187,12 +186,10 @@ class Lamina:
             self._engine.follow(model, plan)
             return
 
-    def _leave(self, model: Any, args: Any, output: Any) -> None:
-        if self._pass_began is None:
-            return
+    def _ended(self) -> None:
+        assert self._pass_began is not None
         now = time.perf_counter()
         self._seconds_in_passes += now - self._pass_began
-        self._pass_began = None
         self._passes += 1
         if self._generate_began is not None:
             self._passes_in_generate += 1
@@ -201,8 +198,30 @@ class Lamina:
             else:
                 self._steps.append(now - self._last_end)
         self._last_end = now
-        torch.set_grad_enabled(self._gradients)
-        self._engine.lock.release()
+
+
+def _passing(owner: weakref.ref[PreTrainedModel], forward: Any) -> Any:
+    """`forward`, as a pass of the stream."""
+
+    @functools.wraps(forward)
+    def passing(*args: Any, **kwargs: Any) -> Any:
+        model = owner()
+        assert model is not None
+        lamina: Lamina = model.lamina
+        device = lamina._engine.device
+        if device.type != "cpu":
+            args, kwargs = tree_map(lambda value: _to(value, device), (args, kwargs))
+        with lamina.a_pass(model, args, kwargs):
+            return forward(model, *args, **kwargs)
+
+    del passing.__wrapped__  # its signature would show `self`, which is bound here
+    passing.__signature__ = _bound_signature(forward)  # type: ignore[attr-defined]
+    return passing
+
+
+def _bound_signature(function: Any) -> inspect.Signature:
+    signature = inspect.signature(function)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 def _counted(owner: weakref.ref[PreTrainedModel], generate: Any) -> Any:
@@ -225,6 +244,8 @@ def _counted(owner: weakref.ref[PreTrainedModel], generate: Any) -> Any:
             lamina._new_tokens += sequences.shape[0] * max(sequences.shape[-1] - length, 0)
         return out
 
+    del counted.__wrapped__
+    counted.__signature__ = _bound_signature(generate)  # type: ignore[attr-defined]
     return counted
 
 
@@ -235,11 +256,10 @@ def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
         ids = kwargs.get("inputs_embeds")
     if not isinstance(ids, torch.Tensor) or ids.dim() < 2:
         return 0, 0
-    cache = kwargs.get("past_key_values")
+    cache: Any = kwargs.get("past_key_values")
     past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
     return ids.shape[0] * ids.shape[1], ids.shape[0] * int(past)
 
 
 def _to(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
-

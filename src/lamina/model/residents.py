@@ -38,7 +38,11 @@ def load_residents(
     """
     total = sum(weight.stored_nbytes for weight in weights)
     before = readers.bytes_read
-    tell = (lambda: progress("load", min(readers.bytes_read - before, total), total)) if progress else (lambda: None)
+
+    def tell() -> None:
+        if progress is not None:
+            progress("load", min(readers.bytes_read - before, total), total)
+
     tensors: dict[str, torch.Tensor] = {}
     waiting: list[tuple[Layout, Area, Ticket]] = []
     for group in resident_areas(weights):

@@ -82,9 +82,7 @@ def lay_out(parts: Sequence[tuple[Weight, Part]]) -> Layout:
         The layout; `placed` is in the order of `parts`.
     """
     pieces = [weight.pieces_of_rows(part.first, part.count) for weight, part in parts]
-    in_place = [
-        i for i, (weight, _) in enumerate(parts) if len(pieces[i]) == 1 and _viewable(weight, pieces[i][0])
-    ]
+    in_place = [i for i, (weight, _) in enumerate(parts) if len(pieces[i]) == 1 and _viewable(weight, pieces[i][0])]
     in_place.sort(key=lambda i: (pieces[i][0].extent.file, pieces[i][0].extent.offset))
     reads, stored_at, end = _spans([(i, pieces[i][0]) for i in in_place])
     for i, own in enumerate(pieces):

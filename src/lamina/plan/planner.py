@@ -11,6 +11,7 @@ reading, while a cache that evicts the least recently used would save nothing. T
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -25,8 +26,10 @@ MB = 1 << 20
 UNIT_SIZES = (32 * MB, 16 * MB, 8 * MB, 4 * MB, 2 * MB, MB, 256 * 1024, 64 * 1024, 16 * 1024, 0)
 ROW_MULTIPLE = 256  # rows of a block: the same kernels then give the same bits as the whole linear
 OWN_AREA = MB  # a resident weight this large has an area of its own
-MOST_UNITS = 20_000  # of a pass: finer than that costs more in bookkeeping than it saves in memory
+SETTLING = 4  # attempts to fit ring and residents to each other
+MOST_UNITS = 4_000  # of a pass: finer than that costs more in bookkeeping than it saves in memory
 RING_WANTED = 320 * MB
+RING_LEAST = 24 * MB  # units are made smaller until a ring of this size or of `RING_SHARE` holds them
 RING_SHARE = 0.35  # of what is left for weights, where the wanted ring is more
 
 
@@ -225,7 +228,9 @@ class _Planner:
 
     def plan(self) -> Plan:
         budget = self.budget
-        everything = list({w.name: w for w in (*self.always, *self.movable, *self.gathered.values(), *self.untouched)}.values())
+        everything = list(
+            {w.name: w for w in (*self.always, *self.movable, *self.gathered.values(), *self.untouched)}.values()
+        )
         whole = resident_size(everything)
         least = self._windows(self.sizes[-1])[0] if self.movable else 0
         fixed = budget.spoken_for + (0 if budget.on_device else self.always_bytes)
@@ -240,7 +245,9 @@ class _Planner:
             return self._finished(frozenset(w.name for w in everything), frozenset(), 0, minimum, minimum_device)
         room = compute_room - self.always_bytes
         host_room = budget.memory_bytes - budget.spoken_for if budget.on_device else room
-        size = next(s for s in self.sizes if self._windows(s)[0] <= min(room, host_room))
+        least_room = min(room, host_room)
+        comfortable = [s for s in self.sizes if self._windows(s)[0] <= max(least_room * RING_SHARE, RING_LEAST)]
+        size = next((s for s in comfortable if self._windows(s)[0] <= least_room), self.sizes[-1])
         return self._streamed(size, room, host_room, minimum, minimum_device)
 
     def _check(self, minimum: int, minimum_device: int) -> None:
@@ -263,8 +270,16 @@ class _Planner:
     def _streamed(self, size: int, room: int, host_room: int, minimum: int, minimum_device: int) -> Plan:
         least, wanted = self._windows(size)
         ring = max(least, min(wanted, int(min(room, host_room) * RING_SHARE)))
-        resident = self._spread(size, room - ring)
-        items, steps = cut_up(self.schedule, self._streaming(resident), size)
+        for _ in range(SETTLING):
+            resident = self._spread(size, room - ring)
+            items, steps = cut_up(self.schedule, self._streaming(resident), size)
+            needed = self._least_ring(items, steps)  # what is left of a divided unit may now be moved as one
+            if needed <= ring:
+                break
+            ring = needed
+        else:
+            ring, resident = least, frozenset()
+            items, steps = self._cut(size)
         cached: set[int] = set()
         if self.budget.on_device:
             cached = _even(items, range(len(items)), host_room - ring)
@@ -306,10 +321,14 @@ class _Planner:
     def _windows(self, size: int) -> tuple[int, int]:
         """Smallest ring that can make a pass with units of `size` bytes, and the ring that is wanted."""
         items, steps = self._cut(size)
-        held = widest_window(self.schedule.root, items, steps)
+        least = self._least_ring(items, steps)
         largest = max(item.nbytes for item in items)
         everything = sum(items[i].nbytes for i in steps)
-        return held + largest, max(held + largest, min(max(RING_WANTED, 6 * largest), everything + largest))
+        return least, max(least, min(max(RING_WANTED, 6 * largest), everything + largest))
+
+    def _least_ring(self, items: Sequence[Item], steps: Sequence[int]) -> int:
+        """What is held at once, and as much again as the largest run that the end of the ring may waste."""
+        return widest_window(self.schedule.root, items, steps) + max((item.nbytes for item in items), default=0)
 
     def _finished(self, resident: frozenset[str], gathered: frozenset[str], ring: int, minimum: int,
                   minimum_device: int, items: tuple[Item, ...] = (), steps: tuple[int, ...] = ()) -> Plan:  # fmt: skip
@@ -426,8 +445,8 @@ def _blocks(weights: Sequence[Weight], size: int) -> list[list[tuple[Weight, Par
     if len(cut) == 1 and len(weights) == 1:
         weight = cut[0]
         rows = max(size // max(weight.nbytes // weight.rows, 1) // ROW_MULTIPLE, 1) * ROW_MULTIPLE
-        count = -(-weight.rows // rows)
-        rows = -(-(-(-weight.rows // count)) // ROW_MULTIPLE) * ROW_MULTIPLE  # even blocks read better
+        count = math.ceil(weight.rows / rows)
+        rows = align(math.ceil(weight.rows / count), ROW_MULTIPLE)  # even blocks read better
         return [[(weight, Part(weight.name, at, min(rows, weight.rows - at)))] for at in range(0, weight.rows, rows)]
     if weights and all(w.cut is Cut.EXPERTS and w.rows == weights[0].rows for w in weights):
         return [[(w, Part(w.name, e, 1)) for w in weights] for e in range(weights[0].rows)]
