@@ -78,12 +78,11 @@ class _Shared:
         if file is not None:
             self.failed_files.append(file)
 
-    def close_files(self, *, failed_only: bool = False) -> None:
-        for file in self.failed_files if failed_only else (*self.failed_files, *self.files.values()):
+    def close_files(self) -> None:
+        for file in (*self.failed_files, *self.files.values()):
             file.close()
         self.failed_files.clear()
-        if not failed_only:
-            self.files.clear()
+        self.files.clear()
 
 
 class Readers:
@@ -158,8 +157,8 @@ class Readers:
         with shared.changed:
             while shared.queued and not shared.closed:
                 shared.changed.wait()
-            if not shared.closed:
-                shared.close_files(failed_only=True)
+            if shared.failed_files and not shared.closed:
+                shared.close_files()  # after a failure every file is opened anew: it may be another one by then
 
     def settled(self, ticket: Ticket) -> None:
         """Block until every read of `ticket` is done, whatever became of it."""

@@ -20,7 +20,7 @@ class Ring:
 
         A run never wraps: what is left at the end of the ring is skipped.
         """
-        size = align(nbytes)
+        size = align(max(nbytes, 1))
         if not self._runs:
             start, limit = 0, self.nbytes
         else:
