@@ -86,7 +86,7 @@ def load_config(request: Request) -> tuple[PreTrainedConfig, dict[str, Any]]:
             request.folder,
             return_unused_kwargs=True,
             trust_remote_code=request.trust_remote_code,
-            **request.options,
+            **{key: value for key, value in request.options.items() if value != "auto" or "dtype" not in key},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         text = " ".join(str(error).split())
