@@ -63,6 +63,13 @@ class Stream:
     def __init__(self, model: Model) -> None:
         self.model = model
         self.stats = Stats()
+        self.plan = {
+            "memory_budget_bytes": 640_000_000,
+            "model_bytes": 269_000_000,
+            "resident_bytes": 1_000_000,
+            "bytes_read_per_pass": 268_000_000,
+            "predicted_seconds_per_token": 0.25,
+        }
         self.closed = False
 
     def __enter__(self) -> Stream:

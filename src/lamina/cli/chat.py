@@ -53,6 +53,7 @@ def chat(
         talk = Conversation(loaded, model, system, sampling, max_new_tokens)
         talk.check()
         if not verbosity.quiet:
+            terminal.note(report.intention(engine.as_dict(loaded.lamina.plan)))
             typer.echo("/help lists the commands, Ctrl-D ends.", err=True)
         while (line := _read_line()) is not None and line not in ("/exit", "/quit"):
             if line == "/reset":

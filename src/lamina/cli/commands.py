@@ -56,6 +56,8 @@ def run(
                 inputs = encode_chat(loaded, model, [{"role": "user", "content": str(request)}])
             else:
                 inputs = encode(loaded, request)
+            if not verbosity.quiet:
+                terminal.note(report.intention(engine.as_dict(loaded.lamina.plan)))
             tokens, text = generate(
                 loaded,
                 inputs,

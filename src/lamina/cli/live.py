@@ -45,6 +45,13 @@ class Terminal:
                 line = piece.rpartition("\n")[2]
                 self._column = cell_len(line) + (0 if "\n" in piece else self._column)
 
+    def note(self, line: str) -> None:
+        """A whole line about what goes on, beside the text."""
+        with self._lock:
+            self._clear()
+            self._status.write(f"{line}\n")
+            self._status.flush()
+
     @contextmanager
     def showing(self, describe: Callable[[], list[str]]) -> Iterator[None]:
         """Keep the status line up to date with `describe()`, most important part first, while the block runs."""

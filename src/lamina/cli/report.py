@@ -48,6 +48,16 @@ def summary(stats: Mapping[str, Any], tokens: int) -> str:
     return " · ".join(parts)
 
 
+def intention(plan: Mapping[str, Any]) -> str:
+    """What a loaded model is about to do, in one line."""
+    budget = f"{format_size(plan['memory_budget_bytes'])} given"
+    kept = f"{format_size(plan['resident_bytes'])} of {format_size(plan['model_bytes'])} stay in memory"
+    if not plan.get("bytes_read_per_pass"):
+        return f"{budget} · all {format_size(plan['model_bytes'])} of the weights stay in memory"
+    read = f"{format_size(plan['bytes_read_per_pass'])} are read for each pass"
+    return f"{budget} · {kept} · {read} · about {plan['predicted_seconds_per_token']:.2g} s/token"
+
+
 _PLAN_ROWS = {
     "model_bytes": "weights",
     "parameters": "parameters",

@@ -30,7 +30,9 @@ from lamina.stream.readers import Readers
 Progress = Callable[[str, int, int], None]
 HUB = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
 IGNORED = ("max_seq_len", "device_map", "max_memory", "offload_folder", "low_cpu_mem_usage", "use_safetensors")
-PROBED_BYTES = 256 << 20  # read for the forecast
+PROBED_BYTES = 128 << 20  # read for the forecast
+PROBE_AREA = 32 << 20  # memory that the probe reads into
+PROBE_SETTING = ((4, 8 << 20),)  # threads, bytes of a read
 
 
 class AutoModel:
@@ -97,6 +99,7 @@ class AutoModel:
         except BaseException:
             engine.close()
             raise
+        engine.plan = _with_rate(engine, prepared.checkpoint)
         streamed = prepared.model
         streamed.lamina = Lamina(streamed, engine, prepared.trace, time.perf_counter() - began)
         streamed.lamina.attach()
@@ -217,13 +220,20 @@ def _is_local(model: str) -> bool:
     return os.path.exists(os.path.expanduser(model))
 
 
+def _with_rate(engine: Engine, checkpoint: Checkpoint) -> Plan:
+    """The plan with the drive's rate as loading saw it, or as a short read sees it where little was loaded."""
+    if not engine.plan.streams or engine.load_rate is None:
+        return dataclasses.replace(engine.plan, hardware=_probed(checkpoint)) if engine.plan.streams else engine.plan
+    return dataclasses.replace(engine.plan, hardware=Hardware(disk_bytes_per_second=engine.load_rate))
+
+
 def _probed(checkpoint: Checkpoint) -> Hardware:
     """The drive's rate, from a short read of the checkpoint itself; a guess for one that is still on the hub."""
     extents = [entry.extent for entry in checkpoint.tensors.values() if entry.extent.length]
     if not extents or extents[0].file.startswith("hf://"):
         return Hardware()
     extents.sort(key=lambda extent: (extent.file, extent.offset))
-    return Hardware(disk_bytes_per_second=measure_disk(extents, PROBED_BYTES))
+    return Hardware(disk_bytes_per_second=measure_disk(extents, PROBED_BYTES, PROBE_SETTING, PROBE_AREA))
 
 
 def choose_device(device: str | torch.device) -> torch.device:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -29,6 +30,7 @@ from lamina.stream.memory import Area
 from lamina.stream.readers import Readers
 from lamina.stream.stream import Held, Stream
 
+RATE_FROM = 256 << 20  # bytes loaded that tell the drive's rate
 Progress = Callable[[str, int, int], None]
 Sites = dict[str, list[tuple[nn.Module, str, bool]]]
 
@@ -55,12 +57,14 @@ class Engine:
         self._expert: tuple[str, int, Held | None, dict[str, torch.Tensor]] | None = None
         self._pid = os.getpid()
         self.seconds_waiting = 0.0
+        self.load_rate: float | None = None  # bytes per second, where enough was loaded to tell
         self._sites = _sites(model)
         self._disk = {name: self._disk_tensor(name) for name in self._sites}
 
     def start(self, model: PreTrainedModel, progress: Progress | None = None) -> None:
         """Read the resident weights, bind them, and let the stream run ahead."""
         resident = [self.schedule[name] for name in self.schedule if name in self.plan.resident]
+        began = time.perf_counter()
         for name, tensor in load_residents(resident, self.readers, self._finish, self.device, progress).items():
             parameter = nn.Parameter(tensor, requires_grad=_differentiable(tensor))
             for module, attribute, is_buffer in self._sites[name]:
@@ -68,6 +72,8 @@ class Engine:
                     module._buffers[attribute] = tensor
                 else:
                     module._parameters[attribute] = parameter
+        if self.readers.bytes_read >= RATE_FROM:
+            self.load_rate = self.readers.bytes_read / (time.perf_counter() - began)
         if self.plan.streams:
             self._attach(model)
 
