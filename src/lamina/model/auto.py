@@ -23,7 +23,7 @@ from lamina.model.handle import Lamina
 from lamina.model.tokenizer import LazyTokenizer, load_tokenizer
 from lamina.model.trace import Trace, trace
 from lamina.model.weights import Weights, describe
-from lamina.plan.planner import Hardware, Plan, make_plan
+from lamina.plan.planner import Budget, Hardware, Plan, make_plan, minimum_memory
 from lamina.stream.probe import measure_disk
 from lamina.stream.readers import Readers
 
@@ -187,14 +187,23 @@ def _planned(
     """The plan; where nobody said how long the context is, the longest usual one that the memory has room for."""
     if context is not None and context < 1:
         raise RequestError(f"context must be at least 1 token, got {context}")
-    tokens = context or most
-    while True:
+
+    def budget(tokens: int) -> Budget:
+        return make_budget(memory, device_memory, device, traced, tokens)
+
+    if context is not None:
+        return make_plan(weights.schedule, budget(context))
+    tokens = most
+    shortest = budget(min(SHORTEST_CONTEXT, most))
+    while tokens > shortest.context_tokens:
         try:
-            return make_plan(weights.schedule, make_budget(memory, device_memory, device, traced, tokens))
+            plan = make_plan(weights.schedule, budget(tokens))
         except BudgetError:
-            if context is not None or tokens <= SHORTEST_CONTEXT:
-                raise
-            tokens = max(tokens // 2, SHORTEST_CONTEXT)
+            tokens = max(tokens // 2, shortest.context_tokens)
+            continue
+        least, least_on_device = minimum_memory(weights.schedule, shortest)
+        return dataclasses.replace(plan, minimum_memory_bytes=least, minimum_device_memory_bytes=least_on_device)
+    return make_plan(weights.schedule, shortest)
 
 
 def _open(

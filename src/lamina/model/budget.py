@@ -14,6 +14,7 @@ from lamina.stream.readers import BOUNCE, THREADS
 
 MB = 1_000_000
 BASE = 512 * MB  # Python, torch, transformers and a tokenizer, with room for a forward's own workspace
+STEP = 128 * MB
 WORKSPACE = 80 * MB  # on top of what is resident when the plan is made
 DEFAULT_CONTEXT = 2048  # tokens, where nobody says how many
 SHORTEST_CONTEXT = 256  # tokens, where nobody says how many and the memory is short
@@ -23,13 +24,11 @@ _last_overhead = 0
 
 
 def overhead_bytes() -> int:
-    """What the process needs without any weights, as a number that does not flicker from call to call."""
+    """What the process needs without any weights, in coarse steps: a number that does not flicker from call to call."""
     global _last_overhead
     now = resident_bytes() + WORKSPACE + THREADS * BOUNCE
-    if now <= BASE:
-        return BASE
-    if not now <= _last_overhead <= now + 2 * WORKSPACE:
-        _last_overhead = now + WORKSPACE // 2
+    if not now <= _last_overhead <= now + 2 * STEP:
+        _last_overhead = max(BASE, -(-now // STEP) * STEP)
     return _last_overhead
 
 

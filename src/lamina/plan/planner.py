@@ -208,6 +208,11 @@ def make_plan(
     return _Planner(schedule, budget, hardware or Hardware(), keep).plan()
 
 
+def minimum_memory(schedule: Schedule, budget: Budget) -> tuple[int, int]:
+    """The smallest `memory_bytes` and `device_memory_bytes` that are enough for what `budget` has to hold."""
+    return _Planner(schedule, budget, Hardware()).minimum()
+
+
 class _Planner:
     def __init__(
         self, schedule: Schedule, budget: Budget, hardware: Hardware, keep: frozenset[str] | None = None
@@ -226,23 +231,32 @@ class _Planner:
         self.sizes = [size for size in UNIT_SIZES if size >= finest] or [finest]
         self._cuts: dict[int, tuple[tuple[Item, ...], tuple[int, ...]]] = {}
 
-    def plan(self) -> Plan:
-        budget = self.budget
-        everything = list(
+        self.everything = list(
             {w.name: w for w in (*self.always, *self.movable, *self.gathered.values(), *self.untouched)}.values()
         )
-        whole = resident_size(everything)
+        self.whole = resident_size(self.everything)
+
+    def minimum(self) -> tuple[int, int]:
+        """Least bytes of memory, and of device memory."""
+        budget = self.budget
         least = self._windows(self.sizes[-1])[0] if self.movable else 0
-        fixed = budget.spoken_for + (0 if budget.on_device else self.always_bytes)
-        minimum = min(fixed + least, budget.spoken_for + (0 if budget.on_device else whole))
-        minimum_device = min(budget.spoken_for_on_device + self.always_bytes + least,
-                             budget.spoken_for_on_device + whole) if budget.on_device else 0  # fmt: skip
+        weights = min(self.always_bytes + least, self.whole)
+        if not budget.on_device:
+            return budget.spoken_for + weights, 0
+        return budget.spoken_for + min(least, self.whole), budget.spoken_for_on_device + weights
+
+    def plan(self) -> Plan:
+        budget = self.budget
+        minimum, minimum_device = self.minimum()
         self._check(minimum, minimum_device)
         compute_room = budget.memory_bytes - budget.spoken_for
         if budget.device_memory_bytes is not None:
             compute_room = budget.device_memory_bytes - budget.spoken_for_on_device
-        if whole <= compute_room and (self.keep is None or self.keep >= {w.name for w in everything}):
-            return self._finished(frozenset(w.name for w in everything), frozenset(), 0, minimum, minimum_device)
+        names = frozenset(w.name for w in self.everything)
+        if self.whole <= compute_room and (self.keep is None or self.keep >= names):
+            return self._finished(names, frozenset(), 0, minimum, minimum_device)
+        if not self.movable:
+            return self._finished(self.always_names, frozenset(self.gathered), 0, minimum, minimum_device)
         room = compute_room - self.always_bytes
         host_room = budget.memory_bytes - budget.spoken_for if budget.on_device else room
         least_room = min(room, host_room)
@@ -270,13 +284,15 @@ class _Planner:
     def _streamed(self, size: int, room: int, host_room: int, minimum: int, minimum_device: int) -> Plan:
         least, wanted = self._windows(size)
         ring = max(least, min(wanted, int(min(room, host_room) * RING_SHARE)))
+        gaps = 0  # between small weights, in the one area that they share
         for _ in range(SETTLING):
-            resident = self._spread(size, room - ring)
+            resident = self._spread(size, room - ring - gaps)
             items, steps = cut_up(self.schedule, self._streaming(resident), size)
             needed = self._least_ring(items, steps)  # what is left of a divided unit may now be moved as one
-            if needed <= ring:
+            over = self._resident_bytes(resident) + ring - room
+            if needed <= ring and over <= 0:
                 break
-            ring = needed
+            ring, gaps = max(ring, needed), gaps + (max(over, 0) if needed <= ring else 0)
         else:
             ring, resident = least, frozenset()
             items, steps = self._cut(size)
@@ -309,6 +325,10 @@ class _Planner:
         for names in _evenly(rest, groups, room):
             chosen.update(names)
         return frozenset(chosen)
+
+    def _resident_bytes(self, resident: frozenset[str]) -> int:
+        """What they add to the weights that are always resident."""
+        return resident_size([*self.always, *(w for w in self.movable if w.name in resident)]) - self.always_bytes
 
     def _streaming(self, resident: frozenset[str]) -> dict[str, Weight]:
         return {w.name: w for w in self.movable if w.name not in resident}
@@ -402,7 +422,7 @@ def cut_up(schedule: Schedule, streaming: Mapping[str, Weight], size: int) -> tu
             )
         steps.extend(index[key])
 
-    divisible = _ancestors(schedule.root, schedule.layers)
+    divisible = _ancestors(schedule.root, schedule.layers | _shared(schedule.root))
 
     def visit(call: Call) -> None:
         inside = [name for name in call.touched() if name in streaming]
@@ -421,8 +441,18 @@ def cut_up(schedule: Schedule, streaming: Mapping[str, Weight], size: int) -> tu
     return tuple(items), tuple(steps)
 
 
+def _shared(root: Call) -> frozenset[str]:
+    """Modules with weights that have several callers: each is bound by its own hook, whoever calls it."""
+    callers: dict[str, set[str]] = {}
+    for call in root.walk():
+        for inner in call.calls:
+            callers.setdefault(inner.module, set()).add(call.module)
+    several = {module for module, by in callers.items() if len(by) > 1}
+    return frozenset(call.module for call in root.walk() if call.module in several and call.touched())
+
+
 def _ancestors(root: Call, layers: frozenset[str]) -> frozenset[str]:
-    """Modules that contain a decoder layer: binding one of them would bind the model."""
+    """Modules that contain one of `layers`: binding one that contains a decoder layer would bind the model."""
     found: set[str] = set()
 
     def visit(call: Call) -> bool:
