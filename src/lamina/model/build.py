@@ -8,6 +8,7 @@ holds. It does it on `DiskTensor`s, so that nothing is read, and every parameter
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,6 +91,9 @@ def load_config(request: Request) -> tuple[PreTrainedConfig, dict[str, Any]]:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         text = " ".join(str(error).split())
+        folder = os.path.join(request.folder, request.options.get("subfolder") or "")
+        if not os.path.isfile(os.path.join(folder, "config.json")):
+            raise CheckpointError(f"no config.json in {folder}: fetch it, it belongs beside the weights") from error
         if "trust_remote_code" in text:
             raise RequestError(
                 f"the model in {request.folder} brings its own code: read it, then pass trust_remote_code=True"
@@ -127,6 +131,7 @@ def build(request: Request, checkpoint: Checkpoint) -> PreTrainedModel:
     options.pop("torch_dtype", None)
     # the config took it in, but a text model's config is a part of it that does not know
     options["dtype"] = request.options.get("dtype") or request.options.get("torch_dtype") or "auto"
+    options["ignore_mismatched_sizes"] = True  # transformers then names them; `_check` refuses
     generation = _generation_config(request)
     with recording(), _silent():
         try:
@@ -165,19 +170,19 @@ def _generation_config(request: Request) -> GenerationConfig | None:
 
 def _check(info: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     where = checkpoint.root
-    missing = sorted(info["missing_keys"])
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise MissingTensorError(
-            f"the model wants tensor {missing[0]!r}{more}, which no file of {where} holds: "
-            f"the checkpoint is incomplete or of another model"
-        )
     mismatched = sorted(info["mismatched_keys"], key=str)
     if mismatched:
         name, got, wanted = mismatched[0]
         raise MissingTensorError(
             f"tensor {name!r} in {where} has shape {tuple(got)}, the config wants {tuple(wanted)}: "
             f"config and weights are of different models"
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise MissingTensorError(
+            f"the model wants tensor {missing[0]!r}{more}, which no file of {where} holds: "
+            f"the checkpoint is incomplete or of another model"
         )
 
 

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from lamina.errors import BudgetError, ClosedError
+from lamina.model.batching import batching_config
 from lamina.model.engine import Engine
 from lamina.model.trace import Trace
 from lamina.plan.planner import Plan, make_plan
@@ -82,6 +83,7 @@ class Lamina:
         self._generate_began: float | None = None
         self._steps: deque[float] = deque(maxlen=REMEMBERED)  # seconds from the end of one pass to the next's
         self._last_end: float | None = None
+        self._entered: PreTrainedModel | None = None
         self._closer = weakref.finalize(model, engine.close)  # also when the interpreter ends
 
     @property
@@ -130,11 +132,13 @@ class Lamina:
         self._closer()
 
     def __enter__(self) -> Lamina:
+        self._entered = self.model  # which may have no other owner: `with from_pretrained(...).lamina as lamina`
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._entered = None
         self.close()
 
     def attach(self) -> None:
@@ -143,6 +147,8 @@ class Lamina:
         model.forward = _passing(weakref.ref(model), type(model).forward)  # a hook would not see Ctrl-C
         if hasattr(model, "generate"):
             model.generate = _counted(weakref.ref(model), type(model).generate)
+        if hasattr(model, "init_continuous_batching"):
+            model.init_continuous_batching = _bounded(weakref.ref(model), type(model).init_continuous_batching)
 
     @contextmanager
     def a_pass(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
@@ -247,6 +253,25 @@ def _counted(owner: weakref.ref[PreTrainedModel], generate: Any) -> Any:
     del counted.__wrapped__
     counted.__signature__ = _bound_signature(generate)  # type: ignore[attr-defined]
     return counted
+
+
+def _bounded(owner: weakref.ref[PreTrainedModel], init: Any) -> Any:
+    """`init_continuous_batching`, with a cache that fits the budget unless the caller says how large it is."""
+
+    @functools.wraps(init)
+    def bounded(
+        generation_config: Any = None, continuous_batching_config: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        model = owner()
+        assert model is not None
+        lamina: Lamina = model.lamina
+        if continuous_batching_config is None:
+            continuous_batching_config = batching_config(lamina.plan, lamina._trace)
+        return init(model, generation_config, continuous_batching_config, *args, **kwargs)
+
+    del bounded.__wrapped__
+    bounded.__signature__ = _bound_signature(init)  # type: ignore[attr-defined]
+    return bounded
 
 
 def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
