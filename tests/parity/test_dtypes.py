@@ -1,4 +1,4 @@
-"""However a checkpoint is stored (dtypes, names, shards, alignment) the answers are plain transformers', bit for bit."""
+"""However a checkpoint is stored (dtypes, names, shards, alignment), the answers are plain transformers' own."""
 
 from __future__ import annotations
 
