@@ -83,7 +83,6 @@ class Lamina:
         self._generate_began: float | None = None
         self._steps: deque[float] = deque(maxlen=REMEMBERED)  # seconds from the end of one pass to the next's
         self._last_end: float | None = None
-        self._entered: PreTrainedModel | None = None
         self._closer = weakref.finalize(model, engine.close)  # also when the interpreter ends
 
     @property
@@ -132,13 +131,11 @@ class Lamina:
         self._closer()
 
     def __enter__(self) -> Lamina:
-        self._entered = self.model  # which may have no other owner: `with from_pretrained(...).lamina as lamina`
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._entered = None
         self.close()
 
     def attach(self) -> None:
