@@ -25,6 +25,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 aten = torch.ops.aten
+_CPU = torch.device("cpu")
 
 _IDENTITY = {
     aten.detach.default,
@@ -99,6 +100,7 @@ class DiskTensor(torch.Tensor):
         expression: Expression,
         boxes: tuple[Box, ...] | None,
         cast_from: torch.dtype | None = None,
+        device: torch.device = _CPU,
     ) -> DiskTensor:
         self: DiskTensor = torch.Tensor._make_wrapper_subclass(
             cls,
@@ -106,12 +108,16 @@ class DiskTensor(torch.Tensor):
             strides=meta.stride(),  # torch reshapes by view or by copy as they say
             storage_offset=meta.storage_offset(),
             dtype=meta.dtype,
-            device=torch.device("cpu"),
+            device=device,
             requires_grad=False,
         )
         self.expression, self.boxes, self.cast_from, self.read = expression, boxes, cast_from, None
         self.meta, self.gather = meta, None
         return self
+
+    def on(self, device: torch.device) -> DiskTensor:
+        """The same tensor, which says that it is on `device`, as its data will be."""
+        return DiskTensor(self.meta, self.expression, self.boxes, self.cast_from, device)
 
     @classmethod
     def of(cls, name: str, shape: Sequence[int], dtype: torch.dtype) -> DiskTensor:

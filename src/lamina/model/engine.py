@@ -64,6 +64,8 @@ class Engine:
     def start(self, model: PreTrainedModel, progress: Progress | None = None) -> None:
         """Read the resident weights, bind them, and let the stream run ahead."""
         resident = [self.schedule[name] for name in self.schedule if name in self.plan.resident]
+        if self.device.type != "cpu":
+            _move_buffers(model, self.device)
         began = time.perf_counter()
         for name, tensor in load_residents(resident, self.readers, self._finish, self.device, progress).items():
             parameter = nn.Parameter(tensor, requires_grad=_differentiable(tensor))
@@ -157,6 +159,11 @@ class Engine:
         tensor = (module._buffers if is_buffer else module._parameters)[attribute]
         if not isinstance(tensor, DiskTensor):
             return None
+        if self.device.type != "cpu":
+            placed = tensor.on(self.device)
+            for owner, at, buffer in self._sites[name]:
+                (owner._buffers if buffer else owner._parameters)[at] = placed  # type: ignore[assignment]
+            tensor = placed
         tensor.read = lambda: self.read(name)
         weight = self.schedule[name]
         if len(weight.shape) == 2 and weight.convert is not Convert.REPLAY:
@@ -304,6 +311,14 @@ class Engine:
 def _dtype(weight: Weight) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, weight.dtype)
     return dtype
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Buffers that transformers computed (rotary frequencies, masks) go where the model computes."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if isinstance(buffer, torch.Tensor) and not isinstance(buffer, DiskTensor):
+                module._buffers[name] = buffer.to(device)
 
 
 def _differentiable(tensor: torch.Tensor) -> bool:

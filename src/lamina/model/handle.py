@@ -83,7 +83,7 @@ class Lamina:
         self._generate_began: float | None = None
         self._steps: deque[float] = deque(maxlen=REMEMBERED)  # seconds from the end of one pass to the next's
         self._last_end: float | None = None
-        self._closer = weakref.finalize(model, engine.close)  # also when the interpreter ends
+        self._closer = weakref.finalize(model, engine.readers.close)  # also when the interpreter ends
 
     @property
     def model(self) -> PreTrainedModel:
