@@ -118,6 +118,7 @@ def build(request: Request, checkpoint: Checkpoint) -> PreTrainedModel:
     Raises:
         MissingTensorError: the model wants a tensor that the checkpoint lacks or holds in another shape.
         CheckpointError, UnsupportedError: the config cannot be used.
+        RequestError: an option that transformers does not know.
     """
     config, options = load_config(request)
     model_class = _class_of(config, request.trust_remote_code)
@@ -140,6 +141,8 @@ def build(request: Request, checkpoint: Checkpoint) -> PreTrainedModel:
             )
         except (RuntimeError, ValueError, TypeError) as error:
             text = " ".join(str(error).split())
+            if "unexpected keyword argument" in text:
+                raise RequestError(f"neither Lamina nor {model_class.__name__} knows this option: {text}") from error
             raise CheckpointError(f"transformers cannot build {request.folder}: {text[:300]}") from error
     _check(info, checkpoint)
     model.config.name_or_path = model.name_or_path = request.folder
