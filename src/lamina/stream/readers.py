@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-import queue
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -21,7 +21,6 @@ from lamina.stream.memory import Area
 
 THREADS = 8
 CHUNK = 8 << 20  # bytes of one read
-WAKE, STOP = True, False  # queued in place of a job
 BOUNCE = 1 << 20  # bytes of one read that has to be copied to its place
 
 
@@ -54,20 +53,33 @@ class _Shared:
     """What the threads hold: no reference leads from here to the stream or the model."""
 
     opener: Callable[[str], File]
-    jobs: queue.SimpleQueue[_Job | bool] = field(default_factory=queue.SimpleQueue)
-    urgent: queue.SimpleQueue[_Job] = field(default_factory=queue.SimpleQueue)
-    changed: threading.Condition = field(default_factory=threading.Condition)
+    jobs: deque[_Job] = field(default_factory=deque)
+    urgent: deque[_Job] = field(default_factory=deque)
+    lock: threading.RLock = field(default_factory=threading.RLock)  # entered as it is: Ctrl-C cannot leave it held
     files: dict[str, File] = field(default_factory=dict)
     failed_files: list[File] = field(default_factory=list)  # another thread may still read them: closed later
     threads: int = 0
-    queued: int = 0  # reads that were submitted and are not done
     bytes_read: int = 0
     reading: int = 0
     paused: int = 0
     closed: bool = False
 
+    def __post_init__(self) -> None:
+        self.changed = threading.Condition(self.lock)  # a ticket is done, or nothing is under way
+        self.work = threading.Condition(self.lock)  # there may be something for a thread to do
+
+    def next_job(self) -> _Job | None:
+        """The next read, urgent ones first, as soon as there is one; None when it is time to stop."""
+        with self.lock:
+            while not self.closed and (self.paused or not (self.urgent or self.jobs)):
+                self.work.wait()
+            if self.closed:
+                return None
+            self.reading += 1
+            return self.urgent.popleft() if self.urgent else self.jobs.popleft()
+
     def file(self, path: str) -> File:
-        with self.changed:
+        with self.lock:
             if path not in self.files:
                 self.files[path] = self.opener(path)
             return self.files[path]
@@ -124,22 +136,17 @@ class Readers:
         ticket = Ticket()
         jobs = [job for read in reads for job in self._chunks(read, area, at, ticket)]
         ticket.left = len(jobs)
-        with shared.changed:
+        with shared.lock:
             if shared.closed:
                 raise ClosedError("the stream is closed: load the model again")
             self._start()
-            for job in jobs:
-                if urgent:
-                    shared.urgent.put(job)
-                    shared.jobs.put(WAKE)
-                else:
-                    shared.jobs.put(job)
-                shared.queued += 1
+            (shared.urgent if urgent else shared.jobs).extend(jobs)
+            shared.work.notify(len(jobs))
         return ticket
 
     def wait(self, ticket: Ticket) -> None:
         """Block until every read of `ticket` is done, and raise what one of them raised."""
-        with self.changed:
+        with self._shared.lock:
             while ticket.left:
                 if self._shared.closed:
                     raise ClosedError("the stream was closed while it was read")
@@ -154,27 +161,28 @@ class Readers:
     def settle(self) -> None:
         """Block until nothing is queued and nothing under way, whatever became of it."""
         shared = self._shared
-        with shared.changed:
-            while shared.queued and not shared.closed:
+        with shared.lock:
+            shared.work.notify_all()  # an interrupted `submit` may not have come to it
+            while (shared.jobs or shared.urgent or shared.reading) and not shared.closed:
                 shared.changed.wait()
             if shared.failed_files and not shared.closed:
                 shared.close_files()  # after a failure every file is opened anew: it may be another one by then
 
     def settled(self, ticket: Ticket) -> None:
         """Block until every read of `ticket` is done, whatever became of it."""
-        with self.changed:
+        with self._shared.lock:
             while ticket.left and not self._shared.closed:
                 self.changed.wait()
 
     def close(self) -> None:
         """Stop the threads; the last one closes the files. Safe to call twice, from any thread."""
         shared = self._shared
-        with shared.changed:
-            if not shared.closed:
-                shared.closed = True
-                for _ in self._pool:
-                    shared.jobs.put(STOP)
-                shared.changed.notify_all()
+        with shared.lock:
+            shared.closed = True
+            shared.jobs.clear()
+            shared.urgent.clear()
+            shared.changed.notify_all()
+            shared.work.notify_all()
         if threading.current_thread() in self._pool:
             return  # the garbage collector called from a reader: it cannot wait for itself
         for thread in self._pool:
@@ -183,15 +191,15 @@ class Readers:
     def pause(self) -> None:
         """Let no read begin until `resume` was called as often, and wait until none is under way."""
         shared = self._shared
-        with shared.changed:
+        with shared.lock:
             shared.paused += 1
             while shared.reading:
                 shared.changed.wait()
 
     def resume(self) -> None:
-        with self._shared.changed:
+        with self._shared.lock:
             self._shared.paused = max(self._shared.paused - 1, 0)  # 0: made while another thread forked
-            self._shared.changed.notify_all()
+            self._shared.work.notify_all()
 
     def restart_in_child(self) -> None:
         """After a fork: the child has the memory but no threads; begin again with none and nothing queued."""
@@ -225,48 +233,26 @@ class Readers:
         return jobs
 
 
-def _next_job(shared: _Shared) -> _Job | None:
-    """The next read, urgent ones first; None when it is time to stop."""
-    while True:
-        try:
-            return shared.urgent.get_nowait()
-        except queue.Empty:
-            pass
-        job = shared.jobs.get()
-        if isinstance(job, _Job):
-            return job
-        if job is STOP:
-            return None
-
-
 def _work(shared: _Shared) -> None:
     bounce: list[Area] = []
-    while (job := _next_job(shared)) is not None:
+    while (job := shared.next_job()) is not None:
         error: BaseException | None = None
-        with shared.changed:
-            while shared.paused and not shared.closed:
-                shared.changed.wait()
-            shared.reading += 1
-            if shared.closed:
-                error = ClosedError("the stream was closed while it was read")
         try:
-            if error is None:
-                _read(shared.file(job.file), job, bounce)
+            _read(shared.file(job.file), job, bounce)
         except BaseException as raised:  # handed to whoever waits, as itself
             error = raised
-        with shared.changed:
+        with shared.lock:
             shared.reading -= 1
-            shared.queued -= 1
             if error is None:
                 shared.bytes_read += job.needed
             else:
                 shared.forget_file(job.file)
                 job.ticket.error = job.ticket.error or error
             job.ticket.left -= 1
-            if job.ticket.left == 0 or not shared.queued or shared.paused:
+            if job.ticket.left == 0 or not shared.reading:
                 shared.changed.notify_all()
         del job, error  # they lead to memory that is somebody else's
-    with shared.changed:
+    with shared.lock:
         shared.threads -= 1
         if not shared.threads:
             shared.close_files()
