@@ -24,7 +24,9 @@ class Area:
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = align(max(nbytes, ALIGNMENT))
-        memory = mmap.mmap(-1, self.nbytes)
+        # private: Python's own choice is memory that a forked child would share, and read its weights into
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+        memory = mmap.mmap(-1, self.nbytes, **private)
         if hasattr(mmap, "MADV_HUGEPAGE") and self.nbytes >= 1 << 22:
             with contextlib.suppress(OSError):  # a kernel without transparent huge pages
                 memory.madvise(mmap.MADV_HUGEPAGE)
