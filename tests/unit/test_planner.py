@@ -105,7 +105,7 @@ def test_a_device_s_budget_is_kept_beside_the_host_s(seed: int, memory: float, d
     check(schedule, make_plan(schedule, Budget(least, device_memory_bytes=least_device, **SPOKEN)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 1 << 30))
 def test_every_streamed_row_crosses_once_for_each_call_that_needs_it(seed: int) -> None:
     schedule, _ = random_schedule(seed, share=0.0)
@@ -118,7 +118,7 @@ def test_every_streamed_row_crosses_once_for_each_call_that_needs_it(seed: int) 
         assert sum(1 for moved_name, _ in moved if moved_name == name) == schedule.weights[name].rows
 
 
-@pytest.mark.parametrize("memory", [1, 2, 3, 4, 6, 8, 12, 16])
+@pytest.mark.parametrize("memory", [1, 3, 8, 16])
 def test_an_8b_model_moves_each_row_once(memory: int) -> None:
     schedule, _ = llama(32, 4096, 14336, 1024, 128256)
     plan = make_plan(schedule, Budget(memory * GB))
@@ -140,8 +140,8 @@ def test_more_memory_never_reads_more(build: object) -> None:
     whole = resident_size(schedule.weights.values())
     least = smallest(schedule)
     read = []
-    for step in range(0, 13):
-        plan = make_plan(schedule, Budget(max(least, whole * step // 12)))
+    for step in range(0, 11):
+        plan = make_plan(schedule, Budget(max(least, whole * step // 10)))
         check(schedule, plan)
         read.append(plan.bytes_read_per_pass)
     slack = 0.005 * read[0]  # neighbours that are read together or apart
@@ -174,7 +174,7 @@ def test_what_fits_is_resident() -> None:
     assert make_plan(schedule, Budget(whole + 999, overhead_bytes=1000)).streams
 
 
-@pytest.mark.parametrize("memory", [2, 4, 8, 24, 64])
+@pytest.mark.parametrize("memory", [2, 8, 24])
 @pytest.mark.parametrize("shape", [(80, 8192, 28672, 1024, 128256), (126, 16384, 53248, 1024, 128256)])
 def test_70b_and_405b_fit_any_budget_above_a_few_gigabytes(shape: tuple[int, ...], memory: int) -> None:
     schedule, _ = llama(*shape, shard=3)  # type: ignore[misc]
