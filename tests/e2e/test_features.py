@@ -476,3 +476,10 @@ def test_bert_is_told_apart(tmp_path: Path) -> None:
     tiny_model("bert").save_pretrained(tmp_path)
     with _opened(tmp_path) as model:
         assert type(model).__name__ == "BertLMHeadModel"
+
+
+def test_the_handle_alone_keeps_its_model(folder: Path) -> None:
+    with AutoModel.from_pretrained(str(folder), device="cpu", context=64).lamina as lamina:
+        ids = torch.tensor([[3, 4, 5]])
+        out = lamina.model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert out.shape[1] > 3

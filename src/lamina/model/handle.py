@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import statistics
 import time
 import weakref
@@ -19,7 +18,7 @@ import torch
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
-from lamina.errors import BudgetError, ClosedError
+from lamina.errors import BudgetError
 from lamina.model.batching import batching_config
 from lamina.model.engine import Engine
 from lamina.model.trace import Trace
@@ -69,11 +68,14 @@ class Stats:
 class Lamina:
     """What a streamed model has beside what every transformers model has.
 
+    Attributes:
+        model: the model this belongs to.
+
     A context manager: `with model.lamina: ...` closes the stream at the end.
     """
 
     def __init__(self, model: PreTrainedModel, engine: Engine, traced: Trace, load_seconds: float) -> None:
-        self._model = weakref.ref(model)
+        self.model = model  # a cycle: a model that is dropped without `close` ends with the next garbage collection
         self._engine = engine
         self._trace = traced
         self._load_seconds = load_seconds
@@ -84,14 +86,6 @@ class Lamina:
         self._steps: deque[float] = deque(maxlen=REMEMBERED)  # seconds from the end of one pass to the next's
         self._last_end: float | None = None
         self._closer = weakref.finalize(model, engine.readers.close)  # also when the interpreter ends
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The model this belongs to."""
-        model = self._model()
-        if model is None:
-            raise ClosedError("the model is gone")
-        return model
 
     @property
     def plan(self) -> Plan:
@@ -139,13 +133,57 @@ class Lamina:
         self.close()
 
     def attach(self) -> None:
-        """Watch the model's passes and its `generate`."""
+        """Watch the model's passes and what it generates."""
         model = self.model
-        model.forward = _passing(weakref.ref(model), type(model).forward)  # a hook would not see Ctrl-C
+        model.forward = _in_place_of(model.forward, self._forward)  # a hook would not see Ctrl-C
         if hasattr(model, "generate"):
-            model.generate = _counted(weakref.ref(model), type(model).generate)
-        if hasattr(model, "init_continuous_batching"):
-            model.init_continuous_batching = _bounded(weakref.ref(model), type(model).init_continuous_batching)
+            self._plain_generate = model.generate
+            model.generate = _in_place_of(model.generate, self._generate)
+        if hasattr(model, "generate_batch"):
+            model.generate_batch = _in_place_of(model.generate_batch, self._generate_batch)
+            model.init_continuous_batching = _in_place_of(model.init_continuous_batching, self._init_batching)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        """`forward`, as a pass of the stream."""
+        device = self._engine.device
+        if device.type != "cpu":
+            args, kwargs = tree_map(lambda value: _to(value, device), (args, kwargs))
+        with self.a_pass(self.model, args, kwargs):
+            return type(self.model).forward(self.model, *args, **kwargs)
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`generate`, counting the tokens that it gives."""
+        with self._generating():
+            out = self._plain_generate(*args, **kwargs)
+        prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        sequences = getattr(out, "sequences", out)
+        if isinstance(sequences, torch.Tensor):
+            length = prompt.shape[-1] if isinstance(prompt, torch.Tensor) else 0
+            self._new_tokens += sequences.shape[0] * max(sequences.shape[-1] - length, 0)
+        return out
+
+    def _generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """`generate_batch`, counting the tokens that it gives."""
+        with self._generating():
+            out = type(self.model).generate_batch(self.model, *args, **kwargs)
+        self._new_tokens += sum(len(answer.generated_tokens) for answer in out.values())
+        return out
+
+    def _init_batching(
+        self, generation_config: Any = None, continuous_batching_config: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """`init_continuous_batching`, with a cache that fits the budget unless the caller says how large it is."""
+        chosen = continuous_batching_config or batching_config(self.plan, self._trace)
+        model = self.model
+        return type(model).init_continuous_batching(model, generation_config, chosen, *args, **kwargs)
+
+    @contextmanager
+    def _generating(self) -> Iterator[None]:
+        self._generate_began, self._last_end = time.perf_counter(), None
+        try:
+            yield
+        finally:
+            self._generate_began = self._last_end = None
 
     @contextmanager
     def a_pass(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
@@ -203,72 +241,14 @@ class Lamina:
         self._last_end = now
 
 
-def _passing(owner: weakref.ref[PreTrainedModel], forward: Any) -> Any:
-    """`forward`, as a pass of the stream."""
+def _in_place_of(method: Any, replacement: Any) -> Any:
+    """A function that stands for a bound method: same name, documentation and signature."""
 
-    @functools.wraps(forward)
-    def passing(*args: Any, **kwargs: Any) -> Any:
-        model = owner()
-        assert model is not None
-        lamina: Lamina = model.lamina
-        device = lamina._engine.device
-        if device.type != "cpu":
-            args, kwargs = tree_map(lambda value: _to(value, device), (args, kwargs))
-        with lamina.a_pass(model, args, kwargs):
-            return forward(model, *args, **kwargs)
+    @functools.wraps(method)
+    def standing(*args: Any, **kwargs: Any) -> Any:
+        return replacement(*args, **kwargs)
 
-    del passing.__wrapped__  # its signature would show `self`, which is bound here
-    passing.__signature__ = _bound_signature(forward)  # type: ignore[attr-defined]
-    return passing
-
-
-def _bound_signature(function: Any) -> inspect.Signature:
-    signature = inspect.signature(function)
-    return signature.replace(parameters=list(signature.parameters.values())[1:])
-
-
-def _counted(owner: weakref.ref[PreTrainedModel], generate: Any) -> Any:
-    """`generate`, counting the tokens that it gives."""
-
-    @functools.wraps(generate)
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        model = owner()
-        assert model is not None
-        lamina: Lamina = model.lamina
-        lamina._generate_began, lamina._last_end = time.perf_counter(), None
-        try:
-            out = generate(model, *args, **kwargs)
-        finally:
-            lamina._generate_began = lamina._last_end = None
-        prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        sequences = getattr(out, "sequences", out)
-        if isinstance(sequences, torch.Tensor):
-            length = prompt.shape[-1] if isinstance(prompt, torch.Tensor) else 0
-            lamina._new_tokens += sequences.shape[0] * max(sequences.shape[-1] - length, 0)
-        return out
-
-    del counted.__wrapped__
-    counted.__signature__ = _bound_signature(generate)  # type: ignore[attr-defined]
-    return counted
-
-
-def _bounded(owner: weakref.ref[PreTrainedModel], init: Any) -> Any:
-    """`init_continuous_batching`, with a cache that fits the budget unless the caller says how large it is."""
-
-    @functools.wraps(init)
-    def bounded(
-        generation_config: Any = None, continuous_batching_config: Any = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        model = owner()
-        assert model is not None
-        lamina: Lamina = model.lamina
-        if continuous_batching_config is None:
-            continuous_batching_config = batching_config(lamina.plan, lamina._trace)
-        return init(model, generation_config, continuous_batching_config, *args, **kwargs)
-
-    del bounded.__wrapped__
-    bounded.__signature__ = _bound_signature(init)  # type: ignore[attr-defined]
-    return bounded
+    return standing
 
 
 def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
