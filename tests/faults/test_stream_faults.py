@@ -17,7 +17,7 @@ import torch
 
 from families import input_ids, tiny_model, write_tiny
 from lamina import AutoModel
-from lamina.errors import BudgetError, ClosedError, LaminaError, TruncatedError
+from lamina.errors import BudgetError, ChangedError, CheckpointError, ClosedError, LaminaError
 from walker import watchdog
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
@@ -108,17 +108,39 @@ def test_a_damaged_shard_is_one_clear_error_and_heals(damage: Callable[[Path], N
     model = load(folder)
     assert tokens(model, ids) == tokens(plain, ids)
     shard = shards(folder)[-2]
-    whole = shard.read_bytes()
+    whole, written = shard.read_bytes(), shard.stat().st_mtime_ns
     damage(shard)
     for _ in range(2):
-        with pytest.raises(TruncatedError, match=shard.name):
+        with pytest.raises(CheckpointError, match=shard.name):
             tokens(model, ids)
-    if how == "in place":
-        shard.write_bytes(whole)
-    else:
-        (folder / "healed").write_bytes(whole)
-        os.replace(folder / "healed", shard)
+    healed = shard if how == "in place" else folder / "healed"
+    healed.write_bytes(whole)
+    os.replace(healed, shard)
+    with pytest.raises(ChangedError, match="was written to"):  # who knows with what
+        tokens(model, ids)
+    os.utime(shard, ns=(written, written))
     assert tokens(model, ids) == tokens(plain, ids)
+    model.lamina.close()
+
+
+def test_other_weights_of_the_same_length_are_never_mixed_in(folder: Path, ids: torch.Tensor) -> None:
+    model = load(folder)
+    tokens(model, ids)
+    shard = shards(folder)[-1]
+    with shard.open("r+b") as file:
+        file.seek(-64, os.SEEK_END)
+        file.write(bytes(64))
+    with pytest.raises(ChangedError, match=shard.name):
+        tokens(model, ids)
+    model.lamina.close()
+
+
+def test_a_part_of_the_model_may_be_called_on_its_own(written: Path, plain: Any, ids: torch.Tensor) -> None:
+    model = load(written)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(model.model(ids).last_hidden_state, plain.model(ids).last_hidden_state)
+        assert torch.equal(model(ids).logits, plain(ids).logits)
     model.lamina.close()
 
 

@@ -92,7 +92,7 @@ class AutoModel:
         if hf_token is not None:
             options.setdefault("token", hf_token)
         prepared = _prepare(model, memory, device_memory, device, context, options, progress)
-        readers = Readers()
+        readers = Readers(fingerprints=prepared.checkpoint.fingerprints)
         engine = Engine(prepared.model, prepared.weights, prepared.plan, prepared.device, readers)
         try:
             engine.start(prepared.model, progress)

@@ -56,6 +56,7 @@ class Engine:
         self._held: dict[str, list[Held]] = defaultdict(list)
         self._expert: tuple[str, int, Held | None, dict[str, torch.Tensor]] | None = None
         self._pid = os.getpid()
+        self._in_pass = False
         self.seconds_waiting = 0.0
         self.load_rate: float | None = None  # bytes per second, where enough was loaded to tell
         self._sites = _sites(model)
@@ -110,10 +111,13 @@ class Engine:
         if self._pid != os.getpid():
             self._pid = os.getpid()
             self.stream.forget()
+        self.readers.verify()
         self.stream.begin_pass()
+        self._in_pass = True
 
     def end_pass(self) -> None:
         """Called when the model is left, however: after Ctrl-C no weight may stay bound to memory of the ring."""
+        self._in_pass = False
         for holders in self._held.values():
             for held in holders:
                 for part in held.item.parts:
@@ -221,7 +225,11 @@ class Engine:
     def _acquire(self, module: str, block: int) -> Held | None:
         assert self.stream is not None
         self._leave_expert()
-        return self.stream.acquire(module, block)
+        held = self.stream.acquire(module, block)
+        if held is None and not self._in_pass:  # a part of the model, called on its own and not for the first time
+            self.stream.begin_pass()
+            held = self.stream.acquire(module, block)
+        return held
 
     def _bind(self, name: str, tensor: torch.Tensor | None) -> None:
         for module, attribute, _ in self._sites[name]:

@@ -12,7 +12,7 @@ from lamina.plan.schedule import Convert, Weight
 from lamina.stream.memory import Area
 from lamina.stream.readers import Readers, Ticket
 
-CONVERTED_AT_ONCE = 16 << 20  # bytes of a weight that are in memory twice while it is converted
+AT_ONCE = 16 << 20  # bytes of a weight that are in host memory beside the place they go to
 
 Finish = Callable[[Placed, torch.Tensor], torch.Tensor]
 
@@ -46,52 +46,48 @@ def load_residents(
     tensors: dict[str, torch.Tensor] = {}
     waiting: list[tuple[Layout, Area, Ticket]] = []
     for group in resident_areas(weights):
-        if group[0].convert is not Convert.NONE:
-            tensors[group[0].name] = _converted(group[0], readers, finish, tell).to(device)
+        if group[0].convert is not Convert.NONE or device.type != "cpu":
+            for weight in group:
+                tensors[weight.name] = _in_blocks(weight, readers, finish, device, tell)
             continue
         layout = lay_out([(w, Part(w.name, 0, w.rows)) for w in group])
         area = Area(layout.nbytes)
         waiting.append((layout, area, readers.submit(layout.reads, area)))
-        if device.type != "cpu":  # one at a time: the host copy is only passing through
-            tensors.update(_arrived(waiting, readers, finish, device, tell))
-    tensors.update(_arrived(waiting, readers, finish, device, tell))
+    tensors.update(_arrived(waiting, readers, finish, tell))
     tell()
     return tensors
 
 
 def _arrived(
-    waiting: list[tuple[Layout, Area, Ticket]],
-    readers: Readers,
-    finish: Finish,
-    device: torch.device,
-    tell: Callable[[], None],
+    waiting: list[tuple[Layout, Area, Ticket]], readers: Readers, finish: Finish, tell: Callable[[], None]
 ) -> dict[str, torch.Tensor]:
-    """The tensors of areas that are being read, once they are; `waiting` is empty afterwards."""
+    """The tensors of areas that are being read, once they are."""
     tensors = {}
     for layout, area, ticket in waiting:
         _wait(readers, ticket, tell)
         for placed in layout.placed:
-            tensors[placed.part.weight] = finish(placed, area.tensor).detach().to(device)
-    waiting.clear()
+            tensors[placed.part.weight] = finish(placed, area.tensor).detach()
     return tensors
 
 
-def _converted(weight: Weight, readers: Readers, finish: Finish, tell: Callable[[], None]) -> torch.Tensor:
-    """A weight whose stored bytes are not the tensor: converted in blocks of rows where that is possible."""
+def _in_blocks(
+    weight: Weight, readers: Readers, finish: Finish, device: torch.device, tell: Callable[[], None]
+) -> torch.Tensor:
+    """A weight whose bytes only pass through host memory, to be converted or on their way to a device: by rows."""
     rows = weight.rows
-    if weight.convert is Convert.CAST and weight.shape:
-        rows = max(min(rows, CONVERTED_AT_ONCE * weight.rows // max(weight.stored_nbytes, 1)), 1)
+    if weight.convert is not Convert.REPLAY and weight.shape:
+        rows = max(min(rows, AT_ONCE * weight.rows // max(weight.stored_nbytes, 1)), 1)
     out = None
     for first in range(0, max(weight.rows, 1), max(rows, 1)):
-        layout: Layout = lay_out([(weight, Part(weight.name, first, min(rows, weight.rows - first)))])
+        layout = lay_out([(weight, Part(weight.name, first, min(rows, weight.rows - first)))])
         area = Area(layout.nbytes)
         _wait(readers, readers.submit(layout.reads, area), tell)
-        block = finish(layout.placed[0], area.tensor)
+        block = finish(layout.placed[0], area.tensor).detach()
         if rows >= weight.rows:
-            return block.detach().clone()
+            return block.to(device, copy=True)
         if out is None:
-            out = torch.empty(weight.shape, dtype=block.dtype)
-        out[first : first + block.shape[0]] = block.detach()
+            out = torch.empty(weight.shape, dtype=block.dtype, device=device)
+        out[first : first + block.shape[0]] = block
     assert out is not None
     return out
 

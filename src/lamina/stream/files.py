@@ -12,6 +12,7 @@ import sys
 import threading
 from typing import Protocol
 
+from lamina.checkpoint import Fingerprint
 from lamina.errors import ChangedError, CheckpointError, ReadError, TruncatedError
 from lamina.plan.layout import ALIGNMENT
 
@@ -29,6 +30,9 @@ class File(Protocol):
             TruncatedError: the file ends before them.
             ReadError: the operating system refused.
         """
+
+    def fingerprint(self) -> Fingerprint:
+        """Size and time of change of the open file, whatever its name leads to by now."""
 
     def close(self) -> None: ...
 
@@ -91,6 +95,10 @@ class PosixFile:
         if not self.direct and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._fd, offset, needed, os.POSIX_FADV_DONTNEED)
 
+    def fingerprint(self) -> Fingerprint:
+        status = os.fstat(self._fd)
+        return Fingerprint(status.st_size, status.st_mtime_ns)
+
     def close(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:
@@ -122,6 +130,10 @@ class PlainFile:
                 if not got:
                     raise TruncatedError(f"{self.path} ends at byte {offset + done}, wanted {offset + needed}")
                 done += got
+
+    def fingerprint(self) -> Fingerprint:
+        status = os.fstat(self._file.fileno())
+        return Fingerprint(status.st_size, status.st_mtime_ns)
 
     def close(self) -> None:
         self._file.close()

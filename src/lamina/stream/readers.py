@@ -11,10 +11,11 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lamina.errors import ClosedError
+from lamina.checkpoint import Fingerprint
+from lamina.errors import ChangedError, ClosedError
 from lamina.plan.layout import ALIGNMENT, Read, align
 from lamina.stream.files import File, open_file
 from lamina.stream.memory import Area
@@ -53,6 +54,7 @@ class _Shared:
     """What the threads hold: no reference leads from here to the stream or the model."""
 
     opener: Callable[[str], File]
+    fingerprints: Mapping[str, Fingerprint]
     jobs: deque[_Job] = field(default_factory=deque)
     urgent: deque[_Job] = field(default_factory=deque)
     lock: threading.RLock = field(default_factory=threading.RLock)  # entered as it is: Ctrl-C cannot leave it held
@@ -81,8 +83,28 @@ class _Shared:
     def file(self, path: str) -> File:
         with self.lock:
             if path not in self.files:
-                self.files[path] = self.opener(path)
+                file = self.opener(path)
+                try:
+                    self.check(file)
+                except ChangedError:
+                    file.close()
+                    raise
+                self.files[path] = file
             return self.files[path]
+
+    def check(self, file: File) -> None:
+        """Raise ChangedError where an open file is not what its header was read from."""
+        known = self.fingerprints.get(file.path)
+        if known is None:
+            return
+        now = file.fingerprint()
+        if now.size != known.size:
+            change = f"had {known.size} bytes when it was opened and has {now.size} now"
+        elif now != known:
+            change = "was written to since it was opened"
+        else:
+            return
+        raise ChangedError(f"{file.path} {change}: load the model again")
 
     def forget_file(self, path: str) -> None:
         """After a failed read: the file is opened anew next time, for it may have been put back by then."""
@@ -104,11 +126,18 @@ class Readers:
         threads: how many reads are in flight.
         chunk: bytes of one read.
         opener: gives a `File` for a path; tests pass one that reads from memory.
+        fingerprints: what each file was when its header was read; another one is never read as this one.
     """
 
-    def __init__(self, threads: int = THREADS, chunk: int = CHUNK, opener: Callable[[str], File] = open_file) -> None:
+    def __init__(
+        self,
+        threads: int = THREADS,
+        chunk: int = CHUNK,
+        opener: Callable[[str], File] = open_file,
+        fingerprints: Mapping[str, Fingerprint] | None = None,
+    ) -> None:
         self.threads, self.chunk = threads, align(chunk)
-        self._shared = _Shared(opener)
+        self._shared = _Shared(opener, fingerprints or {})
         self._pool: list[threading.Thread] = []
         self.generation = 0  # of the process: a forked child's is one more
         _watch_forks(self)
@@ -174,6 +203,20 @@ class Readers:
             while ticket.left and not self._shared.closed:
                 self.changed.wait()
 
+    def verify(self) -> None:
+        """Look whether every open file is still what its header was read from.
+
+        Raises:
+            ChangedError: one was written to; nothing of it may be used.
+        """
+        with self._shared.lock:
+            for path, file in list(self._shared.files.items()):
+                try:
+                    self._shared.check(file)
+                except ChangedError:
+                    self._shared.forget_file(path)  # opened anew next time: it may have been put back by then
+                    raise
+
     def close(self) -> None:
         """Stop the threads; the last one closes the files. Safe to call twice, from any thread."""
         shared = self._shared
@@ -205,7 +248,7 @@ class Readers:
         """After a fork: the child has the memory but no threads; begin again with none and nothing queued."""
         old = self._shared
         old.close_files()
-        self._shared = _Shared(old.opener, bytes_read=old.bytes_read, closed=old.closed)
+        self._shared = _Shared(old.opener, old.fingerprints, bytes_read=old.bytes_read, closed=old.closed)
         self._pool = []
         self.generation += 1
 
