@@ -31,7 +31,6 @@ Progress = Callable[[str, int, int], None]
 HUB = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
 IGNORED = ("max_seq_len", "device_map", "max_memory", "offload_folder", "low_cpu_mem_usage", "use_safetensors")
 PROBED_BYTES = 128 << 20  # read for the forecast
-PROBE_AREA = 32 << 20  # memory that the probe reads into
 PROBE_SETTING = ((4, 8 << 20),)  # threads, bytes of a read
 
 
@@ -242,7 +241,7 @@ def _probed(checkpoint: Checkpoint) -> Hardware:
     if not extents or extents[0].file.startswith("hf://"):
         return Hardware()
     extents.sort(key=lambda extent: (extent.file, extent.offset))
-    return Hardware(disk_bytes_per_second=measure_disk(extents, PROBED_BYTES, PROBE_SETTING, PROBE_AREA))
+    return Hardware(disk_bytes_per_second=measure_disk(extents, PROBED_BYTES, PROBE_SETTING))
 
 
 def choose_device(device: str | torch.device) -> torch.device:

@@ -82,9 +82,9 @@ def bench_model(
 class _Meter(StoppingCriteria):  # type: ignore[misc]
     """Between two decode steps the bare disk has its turn, so that both see the same drive at nearly the same time.
 
-    The stream goes on reading ahead until its ring is full, then rests while the bytes of one pass are read
-    with nothing else going on. A step that begins with a full ring is given no credit for it: its rate counts
-    the bytes that were read within it, and its seconds are scaled to the bytes of a whole pass.
+    The ring lends its memory while the bytes of one pass are read with nothing else going on, and is filled again
+    before the next step. A step is given no credit for a ring that was full when it began: its rate counts the
+    bytes that were read within it, and its seconds are scaled to the bytes of a whole pass.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -125,15 +125,19 @@ class _Meter(StoppingCriteria):  # type: ignore[misc]
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     def _disk_alone(self) -> None:
-        self.engine.readers.settle()
+        assert self.engine.stream is not None
+        self.engine.stream.rewind()
+        window = self.engine.stream.window
         if len(self.alone) < len(SETTINGS):  # at first every setting on a part of the bytes, then the best ones on all
             for setting in SETTINGS:
-                self.alone.setdefault(setting, []).append(measure_disk(self.extents, TRIAL, [setting]))
+                self.alone.setdefault(setting, []).append(measure_disk(self.extents, TRIAL, [setting], window))
             ranked = sorted(self.alone, key=lambda setting: -max(self.alone[setting]))
             self.turns = itertools.cycle(ranked[:CONTENDERS])
             self.alone = {setting: [] for setting in SETTINGS}
         setting = next(self.turns)
-        self.alone[setting].append(measure_disk(self.extents, MOST, [setting]))
+        self.alone[setting].append(measure_disk(self.extents, MOST, [setting], window))
+        self.engine.stream.pump()
+        self.engine.readers.settle()
 
 
 def _generate(model: PreTrainedModel, ids: Sequence[int], new_tokens: int, meter: _Meter) -> list[int]:

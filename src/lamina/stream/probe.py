@@ -122,7 +122,7 @@ def measure_disk(
     extents: Sequence[Extent],
     most_bytes: int | None = None,
     settings: Iterable[tuple[int, int]] = SETTINGS[:1],
-    area_bytes: int = 64 << 20,
+    area: Area | None = None,
 ) -> float:
     """Bytes per second at which the drive delivers these extents, nothing else going on: the best of `settings`.
 
@@ -130,13 +130,16 @@ def measure_disk(
         extents: what to read, in order; each setting reads the same bytes.
         most_bytes: stop after about so many, spread over all extents.
         settings: pairs of threads and bytes of a read to try.
-        area_bytes: memory to read into.
+        area: memory to read into; of its own where None. A small one makes the reads smaller.
     """
     best = 0.0
     for threads, chunk in settings:
+        target = area or Area(threads * align(chunk))
+        chunk = min(align(chunk), target.nbytes // threads // ALIGNMENT * ALIGNMENT) or ALIGNMENT
+        threads = min(threads, target.nbytes // chunk)
         readers = Readers(threads, chunk)
         try:
-            best = max(best, _rate(readers, list(_spans(extents, chunk, most_bytes)), chunk, area_bytes))
+            best = max(best, _rate(readers, list(_spans(extents, chunk, most_bytes)), chunk, target))
         finally:
             readers.close()
     return best
@@ -158,15 +161,14 @@ def _spans(extents: Sequence[Extent], chunk: int, most_bytes: int | None) -> Ite
             yield Read(extent.file, offset, align(needed), 0, needed, True)
 
 
-def _rate(readers: Readers, reads: Sequence[Read], chunk: int, area_bytes: int) -> float:
-    places = max(area_bytes // align(chunk), readers.threads)
-    area = Area(places * align(chunk))
+def _rate(readers: Readers, reads: Sequence[Read], chunk: int, area: Area) -> float:
+    places = area.nbytes // chunk
     tickets: list[Ticket] = []
     began = time.perf_counter()
     for i, read in enumerate(reads):
         if i >= places:
             readers.wait(tickets[i - places])
-        tickets.append(readers.submit([read], area, i % places * align(chunk)))
+        tickets.append(readers.submit([read], area, i % places * chunk))
     for ticket in tickets:
         readers.wait(ticket)
     return sum(read.needed for read in reads) / max(time.perf_counter() - began, 1e-9)

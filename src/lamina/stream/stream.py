@@ -122,6 +122,11 @@ class Stream:
         self._generation = self.readers.generation
         self._broken = False
 
+    @property
+    def window(self) -> Area:
+        """The ring's memory; free for other use after `rewind`, until the next pass."""
+        return self._area
+
     def forget(self) -> None:
         """In a forked child, where nothing is under way: begin again."""
         self.rewind()
