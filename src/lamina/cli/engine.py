@@ -22,6 +22,9 @@ def library(options: ModelOptions) -> Any:
     # Read by their libraries once, at import. The user's own setting wins.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # OpenMP's threads spin for milliseconds after each matrix product, which the drive's own work then lacks
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if options.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     module = importlib.import_module("lamina.model")
