@@ -36,7 +36,7 @@ def summary(stats: Mapping[str, Any], tokens: int) -> str:
     """What an answer took, in one line. Numbers that were not measured are left out."""
     parts = [f"{tokens} token" + ("" if tokens == 1 else "s")]
     if per_token := stats.get("seconds_per_token"):
-        parts.append(f"{per_token:.3g} s/token")
+        parts.append(f"{_number(per_token)} s/token")
     if (per_pass := stats.get("tokens_per_pass")) and per_pass > 1:
         parts.append(f"{per_pass:.2f} tokens a pass")
     if (rate := stats.get("read_bytes_per_second")) and stats.get("bytes_read"):
@@ -55,7 +55,7 @@ def intention(plan: Mapping[str, Any]) -> str:
     if not plan.get("bytes_read_per_pass"):
         return f"{budget} · all {format_size(plan['model_bytes'])} of the weights stay in memory"
     read = f"{format_size(plan['bytes_read_per_pass'])} are read for each pass"
-    return f"{budget} · {kept} · {read} · about {plan['predicted_seconds_per_token']:.2g} s/token"
+    return f"{budget} · {kept} · {read} · about {_number(plan['predicted_seconds_per_token'])} s/token"
 
 
 _PLAN_ROWS = {
@@ -89,6 +89,11 @@ _BENCH_ROWS = {
 }
 
 
+def _number(value: float) -> str:
+    """Three significant digits, never with an exponent for what is large."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def plan_table(plan: Mapping[str, Any]) -> str:
     """What would live where, as two columns."""
     rows = _rows(plan, _PLAN_ROWS)
@@ -114,7 +119,7 @@ def _show(key: str, value: Any) -> str:
     if key.endswith("fraction"):
         return f"{value:.0%}"
     if "seconds" in key:
-        return f"{value:.3g} s"
+        return f"{_number(value)} s"
     if "bytes" in key:
         return format_size(value)
     if key == "parameters":
