@@ -55,13 +55,7 @@ class Checkpoint:
                 status = os.stat(file)
             except OSError:
                 raise ChangedError(f"{file} is gone since it was opened: load the model again") from None
-            if status.st_size != opened.size:
-                change = f"had {opened.size} bytes when it was opened and has {status.st_size} now"
-            elif status.st_mtime_ns != opened.mtime_ns:
-                change = "was written to since it was opened"
-            else:
-                continue
-            raise ChangedError(f"{file} {change}: load the model again")
+            opened.verify(Fingerprint(status.st_size, status.st_mtime_ns), file)
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, variant: str | None = None, subfolder: str = "") -> Checkpoint:

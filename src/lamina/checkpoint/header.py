@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from lamina.checkpoint.extent import DTYPE_BITS, Extent, TensorEntry
 from lamina.checkpoint.strict import parse_object, quote, refuse_other_content
-from lamina.errors import CheckpointError, HeaderError, MissingShardError, TruncatedError
+from lamina.errors import ChangedError, CheckpointError, HeaderError, MissingShardError, TruncatedError
 
 PREFIX_BYTES = 8
 """A file begins with the length of its header, a little-endian u64."""
@@ -29,6 +29,20 @@ class Fingerprint(NamedTuple):
 
     size: int
     mtime_ns: int
+
+    def verify(self, now: Fingerprint, file: str) -> None:
+        """Compare with what `file` is now.
+
+        Raises:
+            ChangedError: it was written to.
+        """
+        if now.size != self.size:
+            change = f"had {self.size} bytes when it was opened and has {now.size} now"
+        elif now != self:
+            change = "was written to since it was opened"
+        else:
+            return
+        raise ChangedError(f"{file} {change}: load the model again")
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, TensorEntry]:

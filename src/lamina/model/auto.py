@@ -95,6 +95,7 @@ class AutoModel:
         engine = Engine(prepared.model, prepared.weights, prepared.plan, prepared.device, readers)
         try:
             engine.start(prepared.model, progress)
+            prepared.checkpoint.verify_unchanged()  # while it was loaded, or since its headers were read
         except BaseException:
             engine.close()
             raise

@@ -95,16 +95,8 @@ class _Shared:
     def check(self, file: File) -> None:
         """Raise ChangedError where an open file is not what its header was read from."""
         known = self.fingerprints.get(file.path)
-        if known is None:
-            return
-        now = file.fingerprint()
-        if now.size != known.size:
-            change = f"had {known.size} bytes when it was opened and has {now.size} now"
-        elif now != known:
-            change = "was written to since it was opened"
-        else:
-            return
-        raise ChangedError(f"{file.path} {change}: load the model again")
+        if known is not None:
+            known.verify(file.fingerprint(), file.path)
 
     def forget_file(self, path: str) -> None:
         """After a failed read: the file is opened anew next time, for it may have been put back by then."""
