@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from families import tiny_config, tiny_model, write_tiny
-from lamina.plan import planner
+from lamina.plan import cut, planner
 from lamina.plan.schedule import Convert
 from parity.judge import BUDGETS, assert_equal, judge, plain_model, steady, streamed_model
 
@@ -186,7 +186,7 @@ def test_linears_of_layers_in_blocks_of_rows(
     family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planner, "UNIT_SIZES", (0,))
-    monkeypatch.setattr(planner, "ROW_MULTIPLE", 32)
+    monkeypatch.setattr(cut, "ROW_MULTIPLE", 32)
     write_tiny(family, tmp_path, dtype=dtype)
     said = judge(tmp_path)
     plan = assert_equal(said, said.minimum).lamina.plan

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina.errors import BudgetError
-from lamina.plan.planner import MOST_UNITS, Budget, Hardware, Plan, make_plan, resident_size, widest_window
+from lamina.plan.cut import widest_window
+from lamina.plan.planner import MOST_UNITS, Budget, Hardware, Plan, make_plan, resident_size
 from lamina.plan.schedule import Call, Convert, Cut, Schedule
 from schedules import Checkpoint, llama, mixture, random_schedule
 

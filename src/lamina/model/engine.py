@@ -22,8 +22,9 @@ from lamina.model.blocks import Blocks
 from lamina.model.disk_tensor import DiskTensor
 from lamina.model.residents import load_residents
 from lamina.model.weights import Weights
+from lamina.plan.cut import Item
 from lamina.plan.layout import Part, Placed, Read, lay_out
-from lamina.plan.planner import Item, Plan
+from lamina.plan.planner import Plan
 from lamina.plan.schedule import Convert, Weight
 from lamina.stream.device import device_for
 from lamina.stream.memory import Area

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from lamina.errors import ClosedError
-from lamina.plan.planner import Item, Plan
+from lamina.plan.cut import Item
+from lamina.plan.planner import Plan
 from lamina.stream.device import Device, Lane, Slot
 from lamina.stream.memory import Area
 from lamina.stream.readers import Readers, Ticket
