@@ -14,7 +14,7 @@ import argparse
 import json
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,8 +74,8 @@ def nbytes(shape: tuple[int, ...]) -> int:
     return 2 * int(np.prod(shape, dtype=np.int64))
 
 
-def write_config(folder: Path, shape: Shape) -> None:
-    config = {
+def config_of(shape: Shape) -> dict[str, object]:
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "dtype": "bfloat16",
@@ -97,7 +97,6 @@ def write_config(folder: Path, shape: Shape) -> None:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def split_into_shards(tensors: dict[str, tuple[int, ...]]) -> list[list[str]]:
@@ -120,11 +119,28 @@ def random_weights(shape: tuple[int, ...], generator: torch.Generator) -> torch.
 
 
 def write_checkpoint(folder: Path, shape: Shape, sparse: bool = False, seed: int = 0) -> int:
-    """Write config, shards and index into `folder`; the bytes of weights it stands for."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write config, shards and index of a Llama into `folder`; the bytes of weights it stands for."""
     generator = torch.Generator().manual_seed(seed)
     tensors = tensor_shapes(shape)
-    shards = split_into_shards(tensors)
+    weights = None if sparse else lambda name: random_weights(tensors[name], generator)
+    return write_folder(folder, config_of(shape), tensors, split_into_shards(tensors), weights)
+
+
+def write_folder(
+    folder: Path,
+    config: dict[str, object],
+    tensors: dict[str, tuple[int, ...]],
+    shards: list[list[str]],
+    weights: Callable[[str], torch.Tensor] | None,
+) -> int:
+    """Write a checkpoint as the hub has it, one tensor in memory at a time; the bytes of weights it stands for.
+
+    Args:
+        tensors: the shape of each bfloat16 tensor by name.
+        shards: the names in each file, in the order of their bytes.
+        weights: from a name to its tensor; None for holes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
     for i, names in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
@@ -139,14 +155,14 @@ def write_checkpoint(folder: Path, shape: Shape, sparse: bool = False, seed: int
         raw += b" " * (-len(raw) % 8)
         with open(folder / file, "wb") as out:
             out.write(struct.pack("<Q", len(raw)) + raw)
-            if sparse:
+            if weights is None:
                 out.truncate(8 + len(raw) + at)
                 continue
             for name in names:
-                out.write(random_weights(tensors[name], generator).view(torch.int16).numpy().data)
+                out.write(weights(name).view(torch.int16).numpy().data)
     total = sum(map(nbytes, tensors.values()))
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}) + "\n")
-    write_config(folder, shape)  # last: a folder with a config is whole
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")  # last: a folder with a config is whole
     return total
 
 
