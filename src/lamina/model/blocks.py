@@ -1,7 +1,7 @@
 """Weights that never exist as a whole: a linear in blocks of rows, experts one at a time.
 
-Both are tensor subclasses that stand in the module in place of the parameter. The one operation that the
-trace saw on them is answered block by block, as the blocks arrive; any other one reads the whole weight.
+Both are tensor subclasses that stand in the module in place of the parameter. The operations that the
+trace saw on them are answered block by block, as the blocks arrive; any other one reads the whole weight.
 """
 
 from __future__ import annotations
@@ -21,20 +21,31 @@ class Blocks(torch.Tensor):
     Attributes:
         whole: the weight as a DiskTensor, for operations that need all of it.
         linear: computes `x @ weight.T + bias` block by block.
-        expert: gives index `i` of dimension 0, valid until the next one is asked for.
+        experts: how many experts lie one after another along dimension 0.
+        expert: gives the rows of one of them, valid until the next one is asked for.
+        batched: computes `bmm(x, weight)`, x of shape (experts, tokens, inputs), without the experts for which
+            all of x is zero.
     """
 
     whole: DiskTensor
     linear: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] | None
+    experts: int
     expert: Callable[[int], torch.Tensor] | None
+    batched: Callable[[torch.Tensor], torch.Tensor] | None
 
     @staticmethod
-    def __new__(cls, whole: DiskTensor) -> Blocks:
+    def __new__(cls, whole: DiskTensor, shape: torch.Size | None = None) -> Blocks:
         self: Blocks = torch.Tensor._make_wrapper_subclass(
-            cls, whole.shape, dtype=whole.dtype, device=whole.device, requires_grad=False
+            cls, whole.shape if shape is None else shape, dtype=whole.dtype, device=whole.device, requires_grad=False
         )
-        self.whole, self.linear, self.expert = whole, None, None
+        self.whole, self.linear, self.experts, self.expert, self.batched = whole, None, 0, None, None
         return self
+
+    def reshaped(self, shape: torch.Size) -> Blocks:
+        """The same weight, seen in another shape."""
+        seen = Blocks(self.whole, shape)
+        seen.experts, seen.expert, seen.batched = self.experts, self.expert, self.batched
+        return seen
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Blocks(shape={tuple(self.shape)}, dtype={self.dtype})"
@@ -49,10 +60,14 @@ class Blocks(torch.Tensor):
             x, weight, bias = _linear_arguments(*args, **kwargs)
             if isinstance(weight, Blocks) and weight.linear is not None and not isinstance(x, Blocks):
                 return weight.linear(x, bias)
-        if func is torch.Tensor.__getitem__ and isinstance(args[0], Blocks) and args[0].expert is not None:
-            index = args[1]
-            if isinstance(index, int) or (isinstance(index, torch.Tensor) and index.dim() == 0):
-                return args[0].expert(int(index))
+        if isinstance(args[0], Blocks) and args[0].expert is not None and not kwargs:
+            picked = _expert(func, *args)
+            if picked is not None:
+                return picked
+        if func in (torch.bmm, torch.Tensor.bmm) and isinstance(args[-1], Blocks) and args[-1].batched is not None:
+            x, weight = args
+            if not isinstance(x, Blocks) and not kwargs:
+                return weight.batched(x)
         return func(*tree_map(_whole, args), **tree_map(_whole, kwargs))
 
     @classmethod
@@ -72,5 +87,28 @@ def _linear_arguments(
     return input, weight, bias
 
 
+def _expert(func: Any, weight: Blocks, *args: Any) -> torch.Tensor | None:
+    """One expert of a weight, or the weight in a shape that divides it into experts; None for anything else."""
+    assert weight.expert is not None
+    if func in (torch.Tensor.view, torch.Tensor.reshape):
+        with torch._C.DisableTorchFunctionSubclass():
+            shape = torch.empty(weight.shape, dtype=weight.dtype, device="meta").view(*args).shape
+        return weight.reshaped(shape) if len(shape) and shape[0] == weight.experts else None
+    if func is torch.Tensor.__getitem__ and weight.shape[0] == weight.experts:
+        (index,) = args
+        if isinstance(index, bool) or not (isinstance(index, int) or _is_number(index)):
+            return None
+        number = int(index)
+        if -weight.experts <= number < weight.experts:
+            return weight.expert(number % weight.experts).view(weight.shape[1:])
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() == 0 and value.dtype is not torch.bool
+
+
 def _whole(value: Any) -> Any:
-    return value.whole if isinstance(value, Blocks) else value
+    if not isinstance(value, Blocks):
+        return value
+    return value.whole if value.shape == value.whole.shape else value.whole.view(value.shape)

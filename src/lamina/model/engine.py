@@ -20,13 +20,16 @@ from transformers import PreTrainedModel
 
 from lamina.model.blocks import Blocks
 from lamina.model.disk_tensor import DiskTensor
+from lamina.model.experts import routed_tokens
 from lamina.model.residents import load_residents
 from lamina.model.weights import Weights
 from lamina.plan.cut import Item
+from lamina.plan.experts import Experts
 from lamina.plan.layout import Part, Placed, Read, lay_out
 from lamina.plan.planner import Plan
 from lamina.plan.schedule import Convert, Weight
-from lamina.stream.device import device_for
+from lamina.stream.device import Device, device_for
+from lamina.stream.experts import ExpertStream
 from lamina.stream.memory import Area
 from lamina.stream.readers import Readers
 from lamina.stream.stream import Held, Stream
@@ -53,12 +56,12 @@ class Engine:
         self.plan, self.weights, self.device, self.readers = plan, weights, device, readers
         self.lock = threading.RLock()
         self.stream: Stream | None = None
+        self.experts: ExpertStream | None = None
         self._handles: list[Any] = []
         self._held: dict[str, list[Held]] = defaultdict(list)
-        self._expert: tuple[str, int, Held | None, dict[str, torch.Tensor]] | None = None
         self._pid = os.getpid()
         self._in_pass = False
-        self.seconds_waiting = 0.0
+        self._waited = 0.0  # in streams that are no more
         self.load_rate: float | None = None  # bytes per second, where enough was loaded to tell
         self._sites = _sites(model)
         self._disk = {name: self._disk_tensor(name) for name in self._sites}
@@ -87,7 +90,7 @@ class Engine:
             handle.remove()
         self._handles.clear()
         if self.stream is not None:
-            self.seconds_waiting += self.stream.seconds_waiting
+            self._waited += self.stream.seconds_waiting
             self.stream.rewind()
             self.stream = None  # the old ring is gone before the new one is made
         for name in self._sites:
@@ -101,19 +104,27 @@ class Engine:
     def schedule(self) -> Mapping[str, Weight]:
         return self.weights.schedule.weights
 
+    @property
+    def seconds_waiting(self) -> float:
+        """How long the model stood still for the disk."""
+        streams = (self.stream, self.experts)
+        return self._waited + sum(stream.seconds_waiting for stream in streams if stream is not None)
+
     def close(self) -> None:
         """Stop reading. Resident weights stay; a streamed one raises ClosedError from now on."""
         self.readers.close()
 
     def begin_pass(self) -> None:
         """Called when the model is entered."""
-        if self.stream is None:
+        if not self.plan.streams:
             return
         if self._pid != os.getpid():
             self._pid = os.getpid()
-            self.stream.forget()
+            if self.stream is not None:
+                self.stream.forget()
         self.readers.verify()
-        self.stream.begin_pass()
+        if self.stream is not None:
+            self.stream.begin_pass()
         self._in_pass = True
 
     def end_pass(self) -> None:
@@ -124,7 +135,8 @@ class Engine:
                 for part in held.item.parts:
                     self._bind(part.weight, self._disk[part.weight])
         self._held.clear()
-        self._expert = None
+        if self.experts is not None:
+            self.experts.leave()
 
     def read(self, name: str) -> torch.Tensor:
         """A weight, whole, read now."""
@@ -177,7 +189,11 @@ class Engine:
 
     def _attach(self, model: PreTrainedModel) -> None:
         """Hooks for the units, stand-ins for what is served in blocks."""
-        self.stream = Stream(self.plan, self.readers, device_for(self.device), self._cached())
+        device = device_for(self.device)
+        self._attach_experts(model, device)
+        if not self.plan.steps:
+            return
+        self.stream = Stream(self.plan, self.readers, device, self._cached())
         blocked: dict[str, int] = defaultdict(int)
         for item in self.plan.items:
             blocked[item.module] = max(blocked[item.module], item.block)
@@ -225,7 +241,6 @@ class Engine:
 
     def _acquire(self, module: str, block: int) -> Held | None:
         assert self.stream is not None
-        self._leave_expert()
         held = self.stream.acquire(module, block)
         if held is None and not self._in_pass:  # a part of the model, called on its own and not for the first time
             self.stream.begin_pass()
@@ -241,14 +256,14 @@ class Engine:
             disk = self._disk[weight]
             assert disk is not None
             stand_in = Blocks(disk)
-            if len(items[0].parts) == 1 and self.schedule[weight].cut.value == "rows":
-                stand_in.linear = self._linear_in_blocks(module, items)
-            else:
-                stand_in.expert = self._experts_in_blocks(module, weight)
-            for owner, attribute, _ in self._sites[weight]:
-                held: object = owner._parameters[attribute]
-                if held is disk and not isinstance(owner, nn.Embedding):
-                    owner._parameters[attribute] = stand_in  # type: ignore[assignment]
+            stand_in.linear = self._linear_in_blocks(module, items)
+            self._stand_in(weight, stand_in)
+
+    def _stand_in(self, weight: str, stand_in: Blocks) -> None:
+        for owner, attribute, _ in self._sites[weight]:
+            held: object = owner._parameters[attribute]
+            if held is self._disk[weight] and not isinstance(owner, nn.Embedding):
+                owner._parameters[attribute] = stand_in  # type: ignore[assignment]
 
     def _linear_in_blocks(
         self, module: str, items: list[Item]
@@ -270,29 +285,68 @@ class Engine:
 
         return linear
 
-    def _experts_in_blocks(self, module: str, weight: str) -> Callable[[int], torch.Tensor]:
+    def _attach_experts(self, model: PreTrainedModel, device: Device | None) -> None:
+        """Hooks that tell which experts a call is routed to, and stand-ins that give one at a time."""
+        plan = self.plan
+        if self.experts is not None:
+            self.experts.shrink(plan.expert_slots, plan.device_expert_slots)
+        elif plan.experts:
+            self.experts = ExpertStream(plan.experts, plan.expert_slots, plan.expert_slot_bytes, self.readers, device,
+                                        plan.device_expert_slots)  # fmt: skip
+        for experts in plan.experts:
+            module = model.get_submodule(experts.module)
+            self._handles.append(module.register_forward_pre_hook(self._routing(experts), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._routed, always_call=True))
+            for weight in experts.weights:
+                disk = self._disk[weight.name]
+                assert disk is not None
+                stand_in = Blocks(disk)
+                stand_in.experts = weight.experts
+                stand_in.expert = self._one_expert(experts.module, weight.name)
+                if len(weight.shape) == 3 and weight.rows == weight.experts:
+                    stand_in.batched = self._all_experts(experts.module, weight)
+                self._stand_in(weight.name, stand_in)
+
+    def _routing(self, experts: Experts) -> Callable[..., None]:
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            assert self.experts is not None
+            found = routed_tokens(args, kwargs, experts.count)
+            if found is not None:
+                self.experts.route(experts.module, *found)
+
+        return enter
+
+    def _routed(self, *_: object) -> None:
+        assert self.experts is not None
+        self.experts.leave()
+
+    def _one_expert(self, module: str, weight: str) -> Callable[[int], torch.Tensor]:
         def expert(index: int) -> torch.Tensor:
-            if self._expert is None or self._expert[:2] != (module, index):
-                held = self._acquire(module, index)
-                if held is None:
-                    item = next(i for i in self.plan.items if i.module == module and i.block == index)
-                    area = Area(item.nbytes)
-                    self.readers.read(item.layout.reads, area)
-                    memory = area.tensor.to(self.device)
-                else:
-                    item, memory = held.item, held.memory
-                tensors = {p.part.weight: self._finish(p, memory)[0] for p in item.layout.placed}
-                self._expert = (module, index, held, tensors)
-            return self._expert[3][weight]
+            assert self.experts is not None
+            found = self.experts.acquire(module, index)
+            if found.tensors is None:
+                found.tensors = {p.part.weight: self._finish(p, found.memory) for p in found.layout.placed}
+            tensor: torch.Tensor = found.tensors[weight]
+            return tensor
 
         return expert
 
-    def _leave_expert(self) -> None:
-        """Give the last expert's block back; its tensors are not used beyond the next one."""
-        if self._expert is not None:
-            held, self._expert = self._expert[2], None
-            if held is not None and self.stream is not None:
-                self.stream.release(held)
+    def _all_experts(self, module: str, weight: Weight) -> Callable[[torch.Tensor], torch.Tensor]:
+        expert = self._one_expert(module, weight.name)
+
+        def batched(x: torch.Tensor) -> torch.Tensor:
+            """`bmm(x, weight)`, where x holds a token's states for the experts it goes to and zeros for the others."""
+            assert self.experts is not None
+            sent = (torch.linalg.vector_norm(x, ord=float("inf"), dim=-1) != 0).sum(-1).tolist()  # NaN is not zero
+            tokens = {index: count for index, count in enumerate(sent) if count}
+            if not self.experts.routed(module):
+                self.experts.route(module, tokens, x.shape[1])
+            out = x.new_zeros(x.shape[0], x.shape[1], weight.shape[2])
+            for index in tokens:
+                torch.bmm(x[index : index + 1], expert(index), out=out[index : index + 1])
+            return out
+
+        return batched
 
     def _block(self, item: Item) -> torch.Tensor:
         area = Area(item.nbytes)

@@ -105,8 +105,7 @@ class Lamina:
             new_tokens=self._new_tokens,
             tokens_per_pass=per_pass,
             seconds_per_token=step / max(per_pass, 1.0),
-            seconds_waiting_for_disk=self._engine.seconds_waiting
-            + (stream.seconds_waiting if stream is not None else 0.0),
+            seconds_waiting_for_disk=self._engine.seconds_waiting,
             seconds_in_passes=self._seconds_in_passes,
             peak_rss_bytes=peak_resident_bytes(),
             memory_budget_bytes=plan.budget.memory_bytes,

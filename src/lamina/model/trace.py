@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedModel
 
-from lamina.model.experts import standing_in
+from lamina.model.experts import experts_by_config, picks, routes, standing_in
 from lamina.plan.schedule import Call
 
 _VIEW_PROPERTIES = (torch.Tensor.T, torch.Tensor.mT, torch.Tensor.H, torch.Tensor.mH, torch.Tensor.data)
@@ -30,6 +30,7 @@ WORKSPACE = 2.75  # kernels' workspaces and what the allocator keeps: measured u
 LENGTHS = (16, 32, 64)  # tokens of the traced prefills: enough to fit a + b T + c T^2
 # (guarded, answering) where code asks for values: as it is, failing modules stubbed, values made up, both
 _WAYS_ROUND = ((False, False), (True, False), (False, True), (True, True))
+_RESHAPES = (torch.Tensor.view, torch.Tensor.reshape)
 
 
 @dataclass
@@ -52,6 +53,8 @@ class Trace:
         lookups: (module, weight) where the module's own code only looks rows of the weight up.
         activation_bytes: for each traced length, the most bytes of activations alive at once.
         cache_bytes: for each traced length, bytes of the key-value cache after it.
+        experts: how many experts a weight holds, where it is used one expert at a time.
+        routed: how many experts of a module a token is sent to.
         traced: False for the order of definition.
         why_not: the error that kept the model from being traced.
     """
@@ -61,6 +64,8 @@ class Trace:
     lookups: frozenset[tuple[str, str]] = frozenset()
     activation_bytes: Mapping[int, int] = field(default_factory=dict)
     cache_bytes: Mapping[int, int] = field(default_factory=dict)
+    experts: Mapping[str, int] = field(default_factory=dict)
+    routed: Mapping[str, int] = field(default_factory=dict)
     traced: bool = True
     why_not: str = ""
 
@@ -94,7 +99,9 @@ def trace(model: PreTrainedModel) -> Trace:
             failure = failure or f"{type(error).__name__}: {error}"
             continue
         assert recorder is not None
-        return Trace(recorder.root.freeze(), *_uses(recorder.kinds), activations, caches)
+        return Trace(
+            recorder.root.freeze(), *_uses(recorder.kinds), activations, caches, recorder.experts, recorder.routed
+        )
     return _by_definition(model, failure)
 
 
@@ -102,7 +109,7 @@ def _uses(kinds: Mapping[tuple[str, str], set[str]]) -> tuple[dict[str, frozense
     """`uses` and `lookups` of a trace, from the kinds of operation by module and weight."""
     uses: dict[str, frozenset[str]] = {}
     for (_, name), own in kinds.items():
-        uses[name] = uses.get(name, frozenset()) | own
+        uses[name] = uses.get(name, frozenset()) | (own - {"view"} or {"other"})
     return uses, frozenset(key for key, own in kinds.items() if own == {"embedding"})
 
 
@@ -167,7 +174,8 @@ def _run(
     """One forward on meta tensors; the recorder that watched it and the bytes of its cache."""
     named = weight_names(model)
     tensors = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in named.items()}
-    recorder = _Recorder({id(tensor): name for name, tensor in tensors.items()}, answering)
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    recorder = _Recorder(names, answering, experts_by_config(model.config))
     inputs = way(tokens)
     inside = recorder.guarding(model) if guarded else nullcontext()
     with torch.no_grad(), standing_in(model), recorder.watching(model), inside, recorder:
@@ -182,11 +190,17 @@ class _Recorder(TorchFunctionMode):
     Args:
         names: of the weights, by id.
         answering: answer for the values that meta tensors do not have.
+        counts: how many experts a layer may have, where it multiplies with all of them at once.
     """
 
-    def __init__(self, names: Mapping[int, str], answering: bool = False) -> None:
+    def __init__(self, names: Mapping[int, str], answering: bool = False, counts: frozenset[int] = frozenset()) -> None:
         super().__init__()
-        self.names, self.answering = names, answering
+        self.names, self.answering, self.counts = names, answering, counts
+        self.views: dict[int, tuple[str, torch.Tensor]] = {}  # of weights, which may divide them into experts
+        self.experts: dict[str, int] = {}
+        self.routed: dict[str, int] = {}
+        self.picked: dict[str, int] = {}  # by module: experts a token, if its integers are routed ids
+        self.last_choice = 0  # of a `topk`
         self.root = _Node("")
         self.stack = [self.root]
         self.kinds: dict[tuple[str, str], set[str]] = {}  # by module and weight
@@ -197,20 +211,31 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") != "__get__" or getattr(func, "__self__", None) in _VIEW_PROPERTIES:
             for position, leaf in enumerate(tree_leaves((args, kwargs))):
-                name = self.names.get(id(leaf))
-                if name is not None:
-                    self._touch(name, _kind(func, position, args))
+                if (name := self.names.get(id(leaf))) is not None:
+                    self._touch(name, _kind(func, position, args, self.counts), leaf)
+                elif (seen := self.views.get(id(leaf))) is not None:
+                    kind = _kind(func, position, args, frozenset())
+                    self._touch(seen[0], kind if kind == "experts" else "other", leaf)
         answer = _VALUES.get(func) if self.answering else None
         out = func(*args, **kwargs) if answer is None else answer(func, args, kwargs)
+        if func in _RESHAPES and id(args[0]) in self.names:
+            self.views[id(out)] = self.names[id(args[0])], out
+        if getattr(func, "__name__", "") == "topk":
+            self.last_choice = int(out[1].shape[-1])
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor) and not leaf._is_view() and id(leaf) not in self.names:
                 self._count(leaf)
         return out
 
-    def _touch(self, name: str, kind: str) -> None:
+    def _touch(self, name: str, kind: str, tensor: torch.Tensor | None = None) -> None:
         node = self.stack[-1]
         node.touches.append(name)
         self.kinds.setdefault((node.module, name), set()).add(kind)
+        if kind == "experts" and tensor is not None:
+            count = int(tensor.shape[0])
+            if self.experts.setdefault(name, count) != count:
+                self.kinds[node.module, name].add("other")
+            self.routed[node.module] = self.picked.get(node.module, 0) or self.last_choice
 
     def _count(self, tensor: torch.Tensor) -> None:
         if id(tensor) in self.seen:
@@ -232,7 +257,7 @@ class _Recorder(TorchFunctionMode):
         handles = []
         for name, module in model.named_modules():
             if name:
-                handles.append(module.register_forward_pre_hook(self._entering(name)))
+                handles.append(module.register_forward_pre_hook(self._entering(name), with_kwargs=True))
                 handles.append(module.register_forward_hook(self._leaving))
         try:
             yield
@@ -244,8 +269,8 @@ class _Recorder(TorchFunctionMode):
     def guarding(self, model: torch.nn.Module) -> Iterator[None]:
         """Let a decoder layer, or a module inside one, fail alone.
 
-        It then needs all its weights, and gives its input's shape. Some experts ask for the routed ids, which meta
-        tensors do not have.
+        It then needs all its weights, and gives its input's shape. Experts that ask for the routed ids, which meta
+        tensors do not have, are given some.
         """
         layers = layer_names(model)
         inside = tuple(f"{name}." for name in layers)
@@ -261,20 +286,32 @@ class _Recorder(TorchFunctionMode):
     def _guard(self, module: torch.nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def guard(*args: Any, **kwargs: Any) -> Any:
             node, depth = self.stack[-1], len(self.stack)
-            try:
-                return forward(*args, **kwargs)
-            except Exception:
-                del self.stack[depth:]
-                node.calls.clear()
-                node.touches.clear()
-                for name in (self.names[id(p)] for p in module.parameters() if id(p) in self.names):
-                    self._touch(name, "other")
-                return torch.empty_like(next(a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)))
+            values, answers = (*args, *kwargs.values()), self.answering
+            ways = {answers, answers or routes(values) or self._holds_experts(module)}
+            for self.answering in sorted(ways):
+                try:
+                    return forward(*args, **kwargs)
+                except Exception:
+                    del self.stack[depth:]
+                    node.calls.clear()
+                    node.touches.clear()
+                finally:
+                    self.answering = answers
+            for name in (self.names[id(p)] for p in module.parameters() if id(p) in self.names):
+                self._touch(name, "other")
+            return torch.empty_like(next(value for value in values if isinstance(value, torch.Tensor)))
 
         return guard
 
+    def _holds_experts(self, module: torch.nn.Module) -> bool:
+        shapes = [parameter.shape for parameter in module.parameters()]
+        return any(len(shape) == 3 and shape[0] in self.counts for shape in shapes)
+
     def _entering(self, name: str) -> Callable[..., None]:
-        def enter(*_: object) -> None:
+        def enter(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            ids = picks((*args, *kwargs.values()))
+            if ids is not None:
+                self.picked[name] = int(ids.shape[-1])
             node = _Node(name)
             self.stack[-1].calls.append(node)
             self.stack.append(node)
@@ -285,18 +322,27 @@ class _Recorder(TorchFunctionMode):
         self.stack.pop()
 
 
-def _kind(func: Any, position: int, args: Any) -> str:
-    """What an operation does with the weight at `position` among its tensors."""
+def _kind(func: Any, position: int, args: Any, counts: frozenset[int]) -> str:
+    """What an operation does with the weight at `position` among its tensors; see `Trace.uses`.
+
+    Where a reshape divides a weight, what is done with the parts tells.
+    """
     if func is torch.nn.functional.linear or getattr(func, "__name__", "") == "linear":
         return "linear" if position == 1 else "other"
     if func is torch.nn.functional.embedding:
         return "embedding" if position == 1 else "other"
     if func is torch.Tensor.__getitem__ and position == 0:
         index = args[1]
-        if isinstance(index, int):
+        if isinstance(index, int) or (
+            isinstance(index, torch.Tensor) and not index.dim() and index.dtype != torch.bool
+        ):
             return "experts"
         if isinstance(index, tuple) and isinstance(index[0], int):
             return "embedding"
+    if func in _RESHAPES and position == 0:
+        return "view"
+    if func in (torch.bmm, torch.Tensor.bmm) and position == 1 and args[1].shape[0] in counts:
+        return "experts"  # of a token that goes elsewhere the input is zero
     return "other"
 
 
@@ -316,11 +362,21 @@ def _made_up_indices(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _made_up_choice(func: Any, args: Any, kwargs: Any) -> Any:
-    """What a mask picks: everything."""
+    """What a mask picks: everything; what a number picks: the first."""
     x, mask = args
+    if isinstance(mask, torch.Tensor) and not mask.ndim and mask.dtype is not torch.bool:
+        return func(x, 0)
     if not isinstance(mask, torch.Tensor) or mask.dtype is not torch.bool or mask.dim() == 0:
         return func(*args, **kwargs)
     return x.new_empty(mask.numel(), *x.shape[mask.dim() :])
+
+
+def _made_up_parts(func: Any, args: Any, kwargs: Any) -> Any:
+    """Parts of made-up sizes: the first is everything."""
+    x, sizes, dim = args[0], args[1] if len(args) > 1 else None, kwargs.get("dim", 0)
+    if not isinstance(sizes, list) or len(args) > 2 or sum(sizes) == x.shape[dim]:
+        return func(*args, **kwargs)
+    return func(x, [x.shape[dim], *(0 for _ in sizes[1:])], dim=dim)
 
 
 _VALUES: Mapping[Any, Callable[[Any, Any, Any], Any]] = {
@@ -334,6 +390,7 @@ _VALUES: Mapping[Any, Callable[[Any, Any, Any], Any]] = {
     torch.nonzero: _made_up_indices,
     torch.where: _made_up_indices,
     torch.Tensor.__getitem__: _made_up_choice,
+    torch.Tensor.split: _made_up_parts,
 }
 
 

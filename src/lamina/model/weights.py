@@ -63,7 +63,8 @@ def describe(model: torch.nn.Module, checkpoint: Checkpoint, traced: Trace) -> W
     for name, tensor in weight_names(model).items():
         if not isinstance(tensor, DiskTensor):
             continue
-        weight, own = _weight(name, tensor, checkpoint, traced.uses.get(name, frozenset()), name in buffers)
+        uses, experts = traced.uses.get(name, frozenset()), traced.experts.get(name, 0)
+        weight, own = _weight(name, tensor, checkpoint, uses, experts, name in buffers)
         if own is not None:
             replays[name] = own
         elif tensor.boxes:
@@ -72,11 +73,12 @@ def describe(model: torch.nn.Module, checkpoint: Checkpoint, traced: Trace) -> W
     for name in _small(weights):
         weights[name] = _with(weights[name], always=True)
     root = _without_lookups(traced.root, traced.lookups, weights)
-    return Weights(Schedule(root, weights, layer_names(model), traced.traced), replays, stored)
+    schedule = Schedule(root, weights, layer_names(model), traced.traced, dict(traced.routed))
+    return Weights(schedule, replays, stored)
 
 
 def _weight(
-    name: str, tensor: DiskTensor, checkpoint: Checkpoint, uses: frozenset[str], is_buffer: bool
+    name: str, tensor: DiskTensor, checkpoint: Checkpoint, uses: frozenset[str], experts: int, is_buffer: bool
 ) -> tuple[Weight, Replay | None]:
     shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
     pieces = _pieces(tensor, checkpoint) if tensor.boxes is not None else None
@@ -90,11 +92,12 @@ def _weight(
     cut = Cut.WHOLE
     if uses - {"embedding"} == {"linear"} and len(shape) == 2:
         cut = Cut.ROWS
-    elif uses == {"experts"} and len(shape) >= 2:
+    elif uses == {"experts"} and len(shape) >= 2 and experts and shape[0] % experts == 0:
         cut = Cut.EXPERTS
     gathered = looked_up and uses == {"embedding"} and len(shape) == 2
     nbytes = sum(piece.extent.length for piece in pieces)
-    weight = Weight(name, shape, dtype, tensor.element_size(), pieces, stored_itemsize, nbytes, convert, cut, gathered)
+    weight = Weight(name, shape, dtype, tensor.element_size(), pieces, stored_itemsize, nbytes, convert, cut, gathered,
+                    experts=experts if cut is Cut.EXPERTS else 0)  # fmt: skip
     return _with(weight, always=is_buffer or not tensor.numel()), None
 
 

@@ -107,8 +107,6 @@ def _blocks(weights: Sequence[Weight], size: int) -> list[list[tuple[Weight, Par
         count = math.ceil(weight.rows / rows)
         rows = align(math.ceil(weight.rows / count), ROW_MULTIPLE)  # even blocks read better
         return [[(weight, Part(weight.name, at, min(rows, weight.rows - at)))] for at in range(0, weight.rows, rows)]
-    if weights and all(w.cut is Cut.EXPERTS and w.rows == weights[0].rows for w in weights):
-        return [[(w, Part(w.name, e, 1)) for w in weights] for e in range(weights[0].rows)]
     return [whole]
 
 

@@ -72,11 +72,12 @@ def align(value: int, to: int = ALIGNMENT) -> int:
     return -(-value // to) * to
 
 
-def lay_out(parts: Sequence[tuple[Weight, Part]]) -> Layout:
+def lay_out(parts: Sequence[tuple[Weight, Part]], gap: int | None = None) -> Layout:
     """Place parts of weights in one area.
 
     Args:
         parts: the weights and the rows of each that are wanted.
+        gap: the longest hole in a file that is read rather than skipped; `GAP` where not said.
 
     Returns:
         The layout; `placed` is in the order of `parts`.
@@ -84,7 +85,7 @@ def lay_out(parts: Sequence[tuple[Weight, Part]]) -> Layout:
     pieces = [weight.pieces_of_rows(part.first, part.count) for weight, part in parts]
     in_place = [i for i, (weight, _) in enumerate(parts) if len(pieces[i]) == 1 and _viewable(weight, pieces[i][0])]
     in_place.sort(key=lambda i: (pieces[i][0].extent.file, pieces[i][0].extent.offset))
-    reads, stored_at, end = _spans([(i, pieces[i][0]) for i in in_place])
+    reads, stored_at, end = _spans([(i, pieces[i][0]) for i in in_place], GAP if gap is None else gap)
     for i, own in enumerate(pieces):
         if i in stored_at:
             continue
@@ -120,7 +121,7 @@ def _viewable(weight: Weight, piece: Piece) -> bool:
     return len(weight.pieces) == 1 or weight.stored_itemsize < 4 or piece.extent.offset % PACKING == 0
 
 
-def _spans(runs: Sequence[tuple[int, Piece]]) -> tuple[list[Read], dict[int, int], int]:
+def _spans(runs: Sequence[tuple[int, Piece]], gap: int) -> tuple[list[Read], dict[int, int], int]:
     """Aligned reads over sorted runs, neighbours joined; where each run's first byte lands; the area's end."""
     reads: list[Read] = []
     stored_at: dict[int, int] = {}
@@ -128,7 +129,7 @@ def _spans(runs: Sequence[tuple[int, Piece]]) -> tuple[list[Read], dict[int, int
     for i, piece in runs:
         file, begin, stop = piece.extent.file, piece.extent.offset, piece.extent.offset + piece.extent.length
         last = reads[-1] if reads else None
-        if last is not None and last.file == file and begin <= last.offset + last.length + GAP:
+        if last is not None and last.file == file and begin <= last.offset + last.length + gap:
             length = max(last.length, align(stop) - last.offset)
             needed = max(last.needed, stop - last.offset)
             reads[-1] = last = Read(file, last.offset, length, last.at, needed, True)

@@ -7,17 +7,21 @@ reading, while a cache that evicts the least recently used would save nothing. T
    block of its rows, so that the window stays small and the reads stay long;
 2. the ring: enough for reads to run ahead while the model computes;
 3. the resident units: whatever memory is left, spread evenly through the pass, so that the disk never idles.
+
+Experts are no part of the scan: they are read when a token is routed to them, and have what the dense weights
+leave as a cache (`lamina.plan.experts`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from lamina.errors import BudgetError
 from lamina.plan.cut import Item, cut_up, widest_window
+from lamina.plan.experts import KNOWN, Experts, divide, experts_of, names_of, slot_bytes
 from lamina.plan.layout import Part, align, lay_out
 from lamina.plan.schedule import Convert, Schedule, Weight
 from lamina.sizes import format_size
@@ -85,6 +89,10 @@ class Plan:
         items: everything that is streamed; `steps` are indices into it, in the order of a pass.
         ring_bytes: the window on the host; `device_ring_bytes` the one on the device.
         minimum_memory_bytes: the smallest budget that holds this model with this context.
+        active_bytes_per_token: of the weights that one token needs; less than `model_bytes` where it is routed.
+        experts: those that are read when they are routed to; empty where all of them are resident.
+        expert_slots: how many of them the cache in memory holds, each in `expert_slot_bytes`.
+        device_expert_slots: how many the cache on the device holds.
     """
 
     budget: Budget
@@ -101,14 +109,37 @@ class Plan:
     device_ring_bytes: int = 0
     minimum_device_memory_bytes: int = 0
     traced: bool = True
+    active_bytes_per_token: int = 0
+    experts: tuple[Experts, ...] = ()
+    expert_slots: int = 0
+    expert_slot_bytes: int = 0
+    device_expert_slots: int = 0
 
     @property
     def streams(self) -> bool:
-        return bool(self.steps)
+        """Whether anything is read while the model runs."""
+        return bool(self.steps or self.experts)
 
     @cached_property
-    def bytes_read_per_pass(self) -> int:
+    def bytes_streamed_per_pass(self) -> int:
+        """Bytes that every pass reads, whatever the tokens are."""
         return sum(self.items[i].layout.read_bytes for i in self.steps if not self.items[i].cached)
+
+    @cached_property
+    def expert_bytes_per_token(self) -> int:
+        """Bytes of experts that a token makes the disk give, if all are as likely and the cache is full."""
+        total = sum(module.count for module in self.experts)
+        missing = 1 - self.expert_slots / total if total else 0.0
+        return round(sum(module.routed_bytes for module in self.experts) * missing)
+
+    @property
+    def bytes_read_per_pass(self) -> int:
+        """Bytes that a decode step of one token reads: what streams, and the experts that are expected to miss."""
+        return self.bytes_streamed_per_pass + self.expert_bytes_per_token
+
+    @property
+    def expert_cache_bytes(self) -> int:
+        return self.expert_slots * self.expert_slot_bytes
 
     @property
     def units(self) -> int:
@@ -117,12 +148,16 @@ class Plan:
 
     @property
     def predicted_seconds_per_token(self) -> float:
-        """The slowest of disk, link and memory: they overlap, so a decode step costs the longest of them."""
+        """The slowest of disk, link and memory: they overlap, so a decode step costs the longest of them.
+
+        Experts overlap with nothing: which ones to read is known only when everything before them is computed.
+        """
+        disk = self.hardware.disk_bytes_per_second
         moved = sum(self.items[i].nbytes for i in self.steps) if self.budget.on_device else 0
-        return max(
-            self.bytes_read_per_pass / self.hardware.disk_bytes_per_second,
+        return self.expert_bytes_per_token / disk + max(
+            self.bytes_streamed_per_pass / disk,
             moved / self.hardware.link_bytes_per_second,
-            self.model_bytes / self.hardware.memory_bytes_per_second,
+            self.active_bytes_per_token / self.hardware.memory_bytes_per_second,
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -135,6 +170,12 @@ class Plan:
             "parameters": self.parameters,
             "resident_bytes": self.resident_bytes,
             "bytes_read_per_pass": self.bytes_read_per_pass,
+            "active_bytes_per_token": self.active_bytes_per_token,
+            "expert_bytes": sum(module.stored_bytes for module in self.experts),
+            "expert_bytes_per_token": self.expert_bytes_per_token,
+            "expert_cache_bytes": self.expert_cache_bytes,
+            "expert_slots": self.expert_slots,
+            "experts": sum(module.count for module in self.experts),
             "ring_bytes": self.ring_bytes,
             "device_ring_bytes": self.device_ring_bytes,
             "minimum_memory_bytes": self.minimum_memory_bytes,
@@ -206,25 +247,33 @@ class _Planner:
         self.always = [w for w in schedule.weights.values() if w.always]
         self.always_names = frozenset(w.name for w in self.always)
         self.gathered = {w.name: w for w in schedule.weights.values() if w.gathered and not w.always}
-        self.movable = [w for w in self.order if w.name not in self.always_names and w.name not in self.gathered]
+        movable = [w for w in self.order if w.name not in self.always_names and w.name not in self.gathered]
+        self.experts = experts_of(schedule, movable)
+        routed = names_of(self.experts)
+        self.movable = [w for w in movable if w.name not in routed]
+        self.slot = slot_bytes(self.experts)
+        self.known = KNOWN * sum(module.count for module in self.experts)
         self.always_bytes = resident_size(self.always)
         finest = sum(w.nbytes for w in self.movable) // MOST_UNITS
         self.sizes = [size for size in UNIT_SIZES if size >= finest] or [finest]
         self._cuts: dict[int, tuple[tuple[Item, ...], tuple[int, ...]]] = {}
 
         self.everything = list(
-            {w.name: w for w in (*self.always, *self.movable, *self.gathered.values(), *self.untouched)}.values()
+            {w.name: w for w in (*self.always, *movable, *self.gathered.values(), *self.untouched)}.values()
         )
         self.whole = resident_size(self.everything)
+        self.dense_bytes = resident_size([*self.always, *self.movable]) - self.always_bytes
+        dense = sum(w.stored_nbytes for w in {w.name: w for w in (*self.always, *self.movable)}.values())
+        self.active_bytes = dense + sum(module.routed_bytes for module in self.experts)
 
     def minimum(self) -> tuple[int, int]:
         """Least bytes of memory, and of device memory."""
         budget = self.budget
-        least = self._windows(self.sizes[-1])[0] if self.movable else 0
+        least = (self._windows(self.sizes[-1])[0] if self.movable else 0) + self.slot
         weights = min(self.always_bytes + least, self.whole)
         if not budget.on_device:
-            return budget.spoken_for + weights, 0
-        return budget.spoken_for + min(least, self.whole), budget.spoken_for_on_device + weights
+            return budget.spoken_for + min(self.always_bytes + least + self.known, self.whole), 0
+        return budget.spoken_for + min(least + self.known, self.whole), budget.spoken_for_on_device + weights
 
     def plan(self) -> Plan:
         budget = self.budget
@@ -236,10 +285,43 @@ class _Planner:
         names = frozenset(w.name for w in self.everything)
         if self.whole <= compute_room and (self.keep is None or self.keep >= names):
             return self._finished(names, frozenset(), 0, minimum, minimum_device)
-        if not self.movable:
+        if not self.movable and not self.experts:
             return self._finished(self.always_names, frozenset(self.gathered), 0, minimum, minimum_device)
-        room = compute_room - self.always_bytes
-        host_room = budget.memory_bytes - budget.spoken_for if budget.on_device else room
+        room = compute_room - self.always_bytes - (0 if budget.on_device else self.known)
+        host_room = budget.memory_bytes - budget.spoken_for - self.known if budget.on_device else room
+        return self._divided(room, host_room, minimum, minimum_device)
+
+    def _divided(self, room: int, host_room: int, minimum: int, minimum_device: int) -> Plan:
+        """A plan for the dense weights, after the expert cache has its least share; it has the rest as well."""
+        least = self._windows(self.sizes[-1])[0] if self.movable else 0
+        slots = divide(self.experts, self.dense_bytes, least, room).slots
+        host_slots = divide(self.experts, 0, least, host_room).slots if self.budget.on_device else slots
+        dense_room, host = room - slots * self.slot, host_room - host_slots * self.slot
+        if self._all_dense(dense_room):
+            plan = self._finished(self.always_names | {w.name for w in self.movable}, frozenset(self.gathered), 0,
+                                  minimum, minimum_device)  # fmt: skip
+        else:
+            plan = self._sized(dense_room, host, minimum, minimum_device)
+        return self._with_experts(plan, room, host_room) if self.experts else plan
+
+    def _all_dense(self, room: int) -> bool:
+        keep = self.keep is None or self.keep.issuperset(w.name for w in self.movable)
+        return self.dense_bytes <= room and keep and bool(self.experts)
+
+    def _with_experts(self, plan: Plan, room: int, host_room: int) -> Plan:
+        """The plan with a cache that has what the dense weights left."""
+        total = sum(module.count for module in self.experts)
+        resident = resident_size(self.schedule.weights[name] for name in plan.resident) - self.always_bytes
+        left = min((room - resident - plan.ring_bytes) // self.slot, total)
+        slots, device_slots = left, 0
+        if self.budget.on_device:
+            cached = sum(item.nbytes for item in plan.items if item.cached)
+            slots, device_slots = min((host_room - plan.ring_bytes - cached) // self.slot, total), left
+        return replace(plan, experts=self.experts, expert_slots=slots, expert_slot_bytes=self.slot,
+                       device_expert_slots=device_slots)  # fmt: skip
+
+    def _sized(self, room: int, host_room: int, minimum: int, minimum_device: int) -> Plan:
+        """A plan with units as large as the room allows."""
         least_room = min(room, host_room)
         comfortable = [s for s in self.sizes if self._windows(s)[0] <= max(least_room * RING_SHARE, RING_LEAST)]
         size = next((s for s in comfortable if self._windows(s)[0] <= least_room), self.sizes[-1])
@@ -349,6 +431,7 @@ class _Planner:
             device_ring_bytes=ring if self.budget.on_device and steps else 0,
             minimum_device_memory_bytes=minimum_device,
             traced=self.schedule.traced,
+            active_bytes_per_token=self.active_bytes,
         )
 
 

@@ -17,7 +17,7 @@ class Cut(Enum):
 
     WHOLE = "whole"
     ROWS = "rows"  # every use is a linear: output rows are independent
-    EXPERTS = "experts"  # every use picks one index of dimension 0
+    EXPERTS = "experts"  # every use picks one expert: `experts` of them lie one after another along dimension 0
 
 
 class Convert(Enum):
@@ -52,6 +52,7 @@ class Weight:
         cut: how it may be consumed in blocks.
         gathered: every use looks rows up; only those rows need to be read.
         always: small or special enough to be resident in every plan.
+        experts: how many experts dimension 0 holds, where it is cut by experts.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Weight:
     cut: Cut = Cut.WHOLE
     gathered: bool = False
     always: bool = False
+    experts: int = 0
 
     @property
     def elements(self) -> int:
@@ -126,6 +128,7 @@ class Schedule:
         root: the call of the whole model.
         weights: every weight by name.
         layers: names of the decoder layer modules; a unit is never larger than one of them.
+        routed: by module, how many of its experts a token is sent to, where the trace could tell.
         traced: False where the order is the order of definition, because the model could not be traced.
     """
 
@@ -133,6 +136,7 @@ class Schedule:
     weights: Mapping[str, Weight]
     layers: frozenset[str] = field(default_factory=frozenset)
     traced: bool = True
+    routed: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,356 @@
+"""Experts on demand: read when the router has spoken, kept as far as the cache goes.
+
+The story on one screen: `route` is told which experts a call of a module will use and starts reading all that are
+missing, as far as there are slots; `acquire` waits for the next of them, moves the window on, so that experts
+that were passed make room for those still to come; `leave` ends the call. On an accelerator a second cache holds
+experts on the device, above the one in memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lamina.plan.experts import Experts
+from lamina.plan.layout import Layout
+from lamina.stream.device import Device, Event
+from lamina.stream.expert_cache import ExpertCache, Key
+from lamina.stream.memory import Area
+from lamina.stream.readers import Readers, Ticket
+
+
+@dataclass(eq=False)
+class Expert:
+    """One expert in a slot.
+
+    Attributes:
+        layout: what lies where in `memory`.
+        memory: uint8 of the layout's bytes, where the model computes.
+        tensors: what the model made of them; whoever asks first writes them here.
+    """
+
+    layout: Layout
+    memory: torch.Tensor
+    ticket: Ticket | None = None  # of its reads; None while it is on the device only
+    copied: Event | None = None  # to the device, or from this memory to the device
+    used: Event | None = None  # the last computation with it is queued before this
+    tensors: Any = None
+
+
+@dataclass
+class Counts:
+    """What the cache did so far.
+
+    Attributes:
+        routed: experts that calls asked for, each once a call.
+        hits: of these, how many were there already.
+        nbytes: read from disk for the others.
+        tokens: routed to each expert, by module.
+    """
+
+    routed: int = 0
+    hits: int = 0
+    nbytes: int = 0
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def misses(self) -> int:
+        return self.routed - self.hits
+
+
+class ExpertStream:
+    """Gives experts to the one thread that runs the model.
+
+    Args:
+        experts: the modules, in the order of a pass.
+        slots: how many experts the memory holds, in `slot_bytes` each.
+        readers: who reads; urgent, before what streams.
+        device: None where the processor computes.
+        device_slots: how many experts the device holds.
+    """
+
+    def __init__(
+        self,
+        experts: Sequence[Experts],
+        slots: int,
+        slot_bytes: int,
+        readers: Readers,
+        device: Device | None = None,
+        device_slots: int = 0,
+    ) -> None:
+        self.experts, self.readers, self.device = experts, readers, device
+        self.counts = Counts(tokens={module.module: [0] * module.count for module in experts})
+        self.seconds_waiting = 0.0
+        self._number = {module.module: number for number, module in enumerate(experts)}
+        self._layouts: dict[Key, Layout] = {}
+        sizes = [module.count for module in experts]
+        self._cache = ExpertCache(slots, sizes)
+        self._areas: dict[int, Area] = {slot: Area(slot_bytes) for slot in range(slots)}
+        self._kept: dict[Key, Expert] = {}
+        self._above = ExpertCache(device_slots, sizes)  # on the device
+        self._places: dict[int, torch.Tensor] = {}
+        self._on_device: dict[Key, Expert] = {}
+        if device is not None:
+            for area in self._areas.values():
+                device.pin(area.tensor)
+            self._places = {slot: device.memory(slot_bytes) for slot in range(device_slots)}
+        self._free_after: dict[int, Event] = {}  # device slots: when what used them before is computed
+        self._busy_until: dict[int, Event] = {}  # host slots: when they are copied
+        self._module = ""
+        self._queue: list[Key] = []  # of the call under way, in the order of use
+        self._wanted: dict[Key, int] = {}  # from the one in use on, with its place in the queue
+        self._next = 0  # place in the queue of the next one to start reading
+        self._broken = False
+        self._generation = readers.generation
+
+    def route(self, module: str, tokens: Mapping[int, int], total: int) -> None:
+        """A call of `module` begins, with `total` tokens that go to the experts in `tokens`, each with its count."""
+        number = self._number[module]
+        with self._whole():
+            self._leave()
+            self._begin(module, sorted(tokens))
+            counted = self.counts.tokens[module]
+            for expert, count in tokens.items():
+                counted[expert] += count
+            self._cache.saw(number, tokens, total)
+            self._above.saw(number, tokens, total)
+            self._pump()
+
+    def routed(self, module: str) -> bool:
+        """Whether a call of `module` is under way that was told where its tokens go."""
+        return self._module == module
+
+    def acquire(self, module: str, expert: int) -> Expert:
+        """The expert, ready to be computed with until the next one is asked for.
+
+        Raises:
+            ReadError, TruncatedError: what a reader thread met.
+            ClosedError: the stream was closed.
+        """
+        key = (self._number[module], expert)
+        with self._whole():
+            if key in self._queue and key not in self._wanted:
+                self._go_back(key)
+            elif key not in self._wanted:
+                self._leave()
+                self._begin(module, [expert])
+            self._move_on(key)
+            self._pump()
+            began = time.perf_counter()
+            found = self._arrived(key)
+            self.seconds_waiting += time.perf_counter() - began
+            self._upload_ahead()
+        return found
+
+    def leave(self) -> None:
+        """The call is over, however it ended."""
+        with self._whole():
+            self._leave()
+
+    def shrink(self, slots: int, device_slots: int = 0) -> None:
+        """Have at most this many slots from now on; the experts that are worth least go."""
+        with self._whole():
+            self._leave()
+            for slot in self._cache.shrink(slots):
+                self._wait_for_copy(slot)
+                del self._areas[slot]
+            for slot in self._above.shrink(device_slots):
+                self._free_after.pop(slot, None)
+                del self._places[slot]
+            self._kept = {key: expert for key, expert in self._kept.items() if key in self._cache}
+            self._on_device = {key: expert for key, expert in self._on_device.items() if key in self._above}
+
+    @property
+    def slots(self) -> int:
+        return self._cache.slots
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """What is done inside is done as a whole, or put right before anything else is done."""
+        if self._broken or self._generation != self.readers.generation:
+            self._broken = True
+            self._put_right()
+        self._broken = True
+        yield
+        self._broken = False
+
+    def _put_right(self) -> None:
+        """After an interrupt or in a forked child: keep what is known to be read whole, forget the rest."""
+        self.readers.settle()
+        self._end()
+        self._kept = {key: kept for key, kept in self._kept.items() if key in self._cache}
+        for key in self._cache.held():
+            kept = self._kept.get(key)
+            if kept is None or kept.ticket is None or not kept.ticket.done or kept.ticket.error is not None:
+                self._forget(key)
+        for key in self._above.held():
+            if key not in self._on_device:
+                self._above.drop(key)
+        if self.device is not None and self._places:  # a copy whose event was lost: they are done in order
+            some, nowhere = next(iter(self._areas.values())), next(iter(self._places.values()))
+            self.device.copy(nowhere[:0], some.tensor[:0], None).wait()
+        self._generation = self.readers.generation
+
+    def _begin(self, module: str, experts: Iterable[int]) -> None:
+        number = self._number[module]
+        self._module, self._next = module, 0
+        self._queue = [(number, expert) for expert in experts]
+        self._wanted = {key: place for place, key in enumerate(self._queue)}
+        self.counts.routed += len(self._queue)
+        self.counts.hits += sum(1 for key in self._queue if key in self._cache or key in self._above)
+
+    def _leave(self) -> None:
+        """Nothing is in use and nothing under way."""
+        for key in self._wanted:
+            self._used(key)
+            kept = self._kept.get(key)
+            if kept is not None and kept.ticket is not None and not kept.ticket.done:
+                self.readers.settled(kept.ticket)
+            if kept is not None and kept.ticket is not None and kept.ticket.error is not None:
+                self._forget(key)
+        self._end()
+
+    def _end(self) -> None:
+        self._module, self._queue, self._wanted, self._next = "", [], {}, 0
+
+    def _move_on(self, key: Key) -> None:
+        """Those before `key` in the queue were used, or never will be."""
+        place = self._wanted[key]
+        for passed in list(self._wanted):
+            if self._wanted[passed] >= place:
+                break
+            self._used(passed)
+            kept = self._kept.get(passed)
+            if kept is not None and kept.ticket is not None and not kept.ticket.done:
+                self.readers.settled(kept.ticket)  # nobody asked for it, but its slot may be wanted
+            del self._wanted[passed]
+        self._next = max(self._next, place)
+
+    def _go_back(self, key: Key) -> None:
+        """The call asks again for what it was past."""
+        self._next = self._queue.index(key)
+        self._wanted = {later: place for place, later in enumerate(self._queue) if place >= self._next}
+
+    def _pump(self) -> None:
+        """Start reading what the call still needs, as far as there are slots."""
+        while self._next < len(self._queue):
+            key = self._queue[self._next]
+            if key not in self._above and not self._start(key, self._wanted):
+                return
+            self._next += 1
+
+    def _start(self, key: Key, keep: Mapping[Key, int]) -> bool:
+        """Have an expert in memory or on its way there; False where every slot is in use."""
+        if key in self._cache:
+            return True
+        if self.device is not None and len(self._cache) == self._cache.slots:
+            self._prefer_copies()
+        taken = self._cache.take(key, keep)
+        if taken is None:
+            return False
+        slot, gone = taken
+        if gone is not None:
+            self._kept.pop(gone, None)
+        self._wait_for_copy(slot)
+        layout = self._layout(key)
+        area = self._areas[slot]
+        ticket = self.readers.submit(layout.reads, area, urgent=True)
+        self._kept[key] = Expert(layout, area.tensor[: layout.nbytes], ticket)
+        self.counts.nbytes += layout.read_bytes
+        return True
+
+    def _arrived(self, key: Key) -> Expert:
+        """The expert where it is computed with; what is not needed yet gives way, if nothing else does."""
+        if self.device is not None and key in self._above:
+            return self._entered(key)
+        while not self._start(key, self._wanted):
+            last = max((k for k in self._wanted if k in self._cache), key=self._wanted.__getitem__)
+            self._next = min(self._next, self._wanted[last])
+            kept = self._kept[last]
+            assert kept.ticket is not None
+            self.readers.settled(kept.ticket)
+            self._forget(last)
+        kept = self._kept[key]
+        assert kept.ticket is not None
+        try:
+            self.readers.wait(kept.ticket)
+        except BaseException:
+            if kept.ticket.done:
+                self._forget(key)
+            raise
+        if self.device is None:
+            return kept
+        self._upload(key, {key: 0})
+        return self._entered(key)
+
+    def _forget(self, key: Key) -> None:
+        self._cache.drop(key)
+        self._kept.pop(key, None)
+
+    def _layout(self, key: Key) -> Layout:
+        found = self._layouts.get(key)
+        if found is None:
+            found = self._layouts[key] = self.experts[key[0]].layout(key[1])
+        return found
+
+    # The device's tier
+
+    def _prefer_copies(self) -> None:
+        """Where the memory is full, an expert that is on the device as well goes first."""
+        double = [key for key in self._on_device if key in self._cache and key not in self._wanted]
+        if double:
+            self._forget(min(double, key=self._cache.worth))
+
+    def _upload_ahead(self) -> None:
+        """Copy what has been read of the call and fits beside what it still uses."""
+        if self.device is None:
+            return
+        for key in self._wanted:
+            kept = self._kept.get(key)
+            if key in self._above or kept is None or kept.ticket is None:
+                continue
+            if not kept.ticket.done or kept.ticket.error is not None or not self._upload(key, self._wanted):
+                return
+
+    def _upload(self, key: Key, keep: Mapping[Key, int]) -> bool:
+        """Queue the copy of an expert to the device; False where every slot there is in use."""
+        assert self.device is not None
+        taken = self._above.take(key, keep)
+        if taken is None:
+            return False
+        slot, gone = taken
+        if gone is not None:
+            old = self._on_device.pop(gone, None)
+            if old is not None and old.used is not None:
+                self._free_after[slot] = old.used
+        kept = self._kept[key]
+        target = self._places[slot][: kept.layout.nbytes]
+        copied = self.device.copy(target, kept.memory, self._free_after.get(slot))
+        self._on_device[key] = Expert(kept.layout, target, copied=copied)
+        source = self._cache.slot(key)
+        assert source is not None
+        self._busy_until[source] = copied
+        return True
+
+    def _entered(self, key: Key) -> Expert:
+        """An expert on the device, for computations queued from now on."""
+        assert self.device is not None
+        found = self._on_device[key]
+        assert found.copied is not None
+        self.device.compute_after(found.copied)
+        return found
+
+    def _used(self, key: Key) -> None:
+        """Every computation with an expert has been queued."""
+        if self.device is not None and key in self._on_device:
+            self._on_device[key].used = self.device.computed()
+
+    def _wait_for_copy(self, slot: int) -> None:
+        event = self._busy_until.pop(slot, None)
+        if event is not None:
+            event.wait()
