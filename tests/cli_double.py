@@ -25,6 +25,7 @@ class Stats:
     bytes_read_per_pass: int = 1_000_000
     read_bytes_per_second: float = float("nan")
     pass_bytes_done: int = 500_000
+    pass_bytes_expected: int = 1_000_000
     in_pass: bool = True
 
 

@@ -116,7 +116,7 @@ def test_progress_tells_the_stage_then_the_pass_then_the_time_left() -> None:
     assert progress.describe()[:2] == ["reading the prompt 50%", "500 kB of 1.00 MB"]
     progress.count(4)
     assert progress.describe()[:3] == ["token 5 50%", "0.50 s/token", "at most 3 s left"]
-    model.stats = replace(Stats(), bytes_read_per_pass=0, pass_bytes_done=0)
+    model.stats = replace(Stats(), pass_bytes_expected=0, pass_bytes_done=0)
     assert progress.describe()[0] == "token 5", "nothing is streamed when all of it is resident"
 
 

@@ -53,8 +53,8 @@ class Progress:
             self._pass, self._pass_began = stats.passes, now()
         elapsed = now() - self._pass_began
         if not self._tokens:
-            return _moving("reading the prompt", stats.pass_bytes_done, stats.bytes_read_per_pass, elapsed)
-        parts = [_share(f"token {self._tokens + 1}", stats.pass_bytes_done, stats.bytes_read_per_pass)]
+            return _moving("reading the prompt", stats.pass_bytes_done, stats.pass_bytes_expected, elapsed)
+        parts = [_share(f"token {self._tokens + 1}", stats.pass_bytes_done, stats.pass_bytes_expected)]
         if stats.seconds_per_token:
             left = (self._max_new_tokens - self._tokens) * stats.seconds_per_token
             parts += [f"{stats.seconds_per_token:.2f} s/token", f"at most {format_seconds(left)} left"]

@@ -42,6 +42,8 @@ def summary(stats: Mapping[str, Any], tokens: int) -> str:
     if (rate := stats.get("read_bytes_per_second")) and stats.get("bytes_read"):
         parts.append(format_rate(rate))
         parts.append(f"{stats.get('seconds_waiting_for_disk') or 0:.1f} s waiting for the disk")
+    if (hits := stats.get("expert_hit_rate")) is not None:
+        parts.append(f"{hits:.0%} of the experts were there")
     if peak := stats.get("peak_rss_bytes"):
         budget = stats.get("memory_budget_bytes")
         parts.append(f"peak {format_size(peak)}" + (f" of {format_size(budget)}" if budget else ""))
@@ -55,6 +57,9 @@ def intention(plan: Mapping[str, Any]) -> str:
     if not plan.get("bytes_read_per_pass"):
         return f"{budget} · all {format_size(plan['model_bytes'])} of the weights stay in memory"
     read = f"{format_size(plan['bytes_read_per_pass'])} are read for each pass"
+    if plan.get("expert_slots"):
+        kept += f", {plan['expert_slots']:,} of {plan['experts']:,} experts are kept"
+        read = f"about {format_size(plan['bytes_read_per_pass'])} are read for each token"
     return f"{budget} · {kept} · {read} · about {_number(plan['predicted_seconds_per_token'])} s/token"
 
 
@@ -65,6 +70,11 @@ _PLAN_ROWS = {
     "minimum_memory_bytes": "least memory that is enough",
     "resident_bytes": "stays in memory",
     "ring_bytes": "window for the rest",
+    "expert_bytes": "experts, read when routed to",
+    "experts": "experts in all layers",
+    "expert_slots": "experts kept in memory",
+    "expert_cache_bytes": "memory for them",
+    "active_bytes_per_token": "weights a token needs",
     "kv_cache_bytes": "KV cache",
     "activation_bytes": "activations",
     "overhead_bytes": "Python and its libraries",
@@ -79,6 +89,9 @@ _BENCH_ROWS = {
     "load_seconds": "time to load",
     "tokens_per_pass": "tokens a pass",
     "bytes_read_per_pass": "read for each pass",
+    "active_bytes_per_token": "weights a token needs",
+    "expert_bytes_per_token": "of experts, read a token",
+    "expert_hit_rate": "experts that were there",
     "read_bytes_per_second": "read at",
     "disk_bytes_per_second": "the disk alone gives",
     "disk_fraction": "share of the disk reached",
@@ -108,7 +121,10 @@ def bench_table(result: Mapping[str, Any]) -> str:
 
 
 def _rows(record: Mapping[str, Any], labels: Mapping[str, str]) -> dict[str, str]:
-    return {label: _show(key, record[key]) for key, label in labels.items() if record.get(key) is not None}
+    shown = {key: label for key, label in labels.items() if record.get(key) is not None}
+    if not record.get("experts") and record.get("expert_hit_rate") is None:  # no row about what there is none of
+        shown = {key: label for key, label in shown.items() if not key.startswith(("expert", "active"))}
+    return {label: _show(key, record[key]) for key, label in shown.items()}
 
 
 def _show(key: str, value: Any) -> str:
@@ -116,13 +132,13 @@ def _show(key: str, value: Any) -> str:
         return str(len(value))
     if key.endswith("bytes_per_second"):
         return format_rate(value)
-    if key.endswith("fraction"):
+    if key.endswith(("fraction", "hit_rate")):
         return f"{value:.0%}"
     if "seconds" in key:
         return f"{_number(value)} s"
     if "bytes" in key:
         return format_size(value)
-    if key == "parameters":
+    if key in ("parameters", "experts", "expert_slots"):
         return f"{value:,}"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 

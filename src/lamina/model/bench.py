@@ -6,6 +6,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,11 +16,15 @@ from lamina.checkpoint import Extent
 from lamina.errors import RequestError
 from lamina.model.auto import AutoModel
 from lamina.model.engine import Engine
+from lamina.plan.layout import Layout
+from lamina.stream.experts import Counts
+from lamina.stream.memory import Area
 from lamina.stream.probe import SETTINGS, measure_disk
 
 TRIAL = 256 << 20  # bytes that every reader setting reads once
 MOST = 8 << 30  # bytes of one turn of the bare disk, spread over the pass
 CONTENDERS = 2  # settings that take turns
+LENT = 32 << 20  # bytes that the bare disk is read into where no ring can lend its own
 
 
 def bench_model(
@@ -44,6 +49,7 @@ def bench_model(
     Returns:
         Seconds, bytes and rates by name. `disk_fraction` is the rate at which the stream read during the
         decode steps over the best rate at which the drive gave the same bytes alone; None if nothing streams.
+        `bytes_read_per_pass`, `expert_hit_rate` and `expert_bytes_per_token` are those of the decode steps.
     """
     if new_tokens < 2:  # the first token comes from the prefill
         raise RequestError(f"a decode step needs at least 2 new tokens, got {new_tokens}")
@@ -60,7 +66,7 @@ def bench_model(
         "seconds_per_token": statistics.median(meter.steps),
         "time_to_first_token_seconds": stats.time_to_first_token_seconds,
         "load_seconds": stats.load_seconds,
-        "bytes_read_per_pass": stats.bytes_read_per_pass,
+        "bytes_read_per_pass": round(plan.bytes_streamed_per_pass + meter.expert_bytes_per_step),
         "read_bytes_per_second": meter.read_bytes_per_second,
         "disk_bytes_per_second": disk,
         "disk_fraction": meter.read_bytes_per_second / disk if disk else None,
@@ -75,6 +81,12 @@ def bench_model(
         "passes": stats.passes,
         "step_seconds": meter.steps,
         "seconds_waiting_for_disk": stats.seconds_waiting_for_disk,
+        "active_bytes_per_token": plan.active_bytes_per_token,
+        "expert_hit_rate": meter.expert_hit_rate,
+        "expert_bytes_per_token": meter.expert_bytes_per_step if plan.experts else None,
+        "expert_cache_bytes": plan.expert_cache_bytes,
+        "expert_slots": plan.expert_slots,
+        "experts": sum(module.count for module in plan.experts),
         "predicted_seconds_per_token": plan.predicted_seconds_per_token,
     }
 
@@ -82,15 +94,15 @@ def bench_model(
 class _Meter(StoppingCriteria):  # type: ignore[misc]
     """Between two decode steps the bare disk has its turn, so that both see the same drive at nearly the same time.
 
-    The ring lends its memory while the bytes of one pass are read with nothing else going on, and is filled again
-    before the next step. A step is given no credit for a ring that was full when it began: its rate counts the
-    bytes that were read within it, and its seconds are scaled to the bytes of a whole pass.
+    It reads what the step read: the units of a pass into the ring, which lends its memory and is filled again before
+    the next step, and the experts that the step was missing. A step is given no credit for a ring that was full when
+    it began: its rate counts the bytes that were read within it, and its seconds are scaled to all that it needed.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.engine: Engine = model.lamina._engine
         plan = model.lamina.plan
-        self.per_pass = plan.bytes_read_per_pass
+        self.per_pass = plan.bytes_streamed_per_pass
         self.extents = [
             Extent(read.file, read.offset, read.needed)
             for index in plan.steps
@@ -101,11 +113,31 @@ class _Meter(StoppingCriteria):  # type: ignore[misc]
         self.alone: dict[tuple[int, int], list[float]] = {}
         self.read_bytes = self.read_seconds = 0.0
         self._resumed: tuple[float, int] | None = None
+        self._missed: list[Layout] = []
+        self._at_first = self._counts
+        if self.engine.experts is not None:
+            self.engine.experts.on_read = self._missed.append
+        self._window = self.engine.stream.window if self.engine.stream is not None else None
+
+    @property
+    def _counts(self) -> Counts:
+        return replace(self.engine.experts.counts) if self.engine.experts is not None else Counts()
+
+    @property
+    def expert_bytes_per_step(self) -> float:
+        """Bytes of experts that a decode step read."""
+        return (self._counts.nbytes - self._at_first.nbytes) / len(self.steps) if self.steps else 0.0
+
+    @property
+    def expert_hit_rate(self) -> float | None:
+        """Of the experts that the decode steps were routed to, the share that was there."""
+        routed = self._counts.routed - self._at_first.routed
+        return (self._counts.hits - self._at_first.hits) / routed if routed else None
 
     @property
     def read_bytes_per_second(self) -> float:
         """What the stream read during the decode steps."""
-        return self.read_bytes / self.read_seconds if self.read_seconds and self.per_pass else 0.0
+        return self.read_bytes / self.read_seconds if self.read_seconds else 0.0
 
     @property
     def disk_bytes_per_second(self) -> float:
@@ -114,30 +146,41 @@ class _Meter(StoppingCriteria):  # type: ignore[misc]
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         now, read = time.perf_counter(), self.engine.readers.bytes_read
-        if self._resumed is not None:
+        missed = sum(layout.read_bytes for layout in self._missed)
+        if self._resumed is None:
+            self._at_first = self._counts
+        else:
             seconds, nbytes = now - self._resumed[0], read - self._resumed[1]
             self.read_seconds += seconds
             self.read_bytes += nbytes
-            self.steps.append(seconds * self.per_pass / nbytes if nbytes else seconds)
-        if self.extents:
-            self._disk_alone()
+            self.steps.append(seconds * (self.per_pass + missed) / nbytes if nbytes else seconds)
+        self._disk_alone()
+        self._missed.clear()
         self._resumed = time.perf_counter(), self.engine.readers.bytes_read
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     def _disk_alone(self) -> None:
-        assert self.engine.stream is not None
-        self.engine.stream.rewind()
-        window = self.engine.stream.window
+        """Read what the last step read, and leave the ring as full as it was."""
+        experts = [Extent(r.file, r.offset, r.needed) for layout in self._missed for r in layout.reads]
+        extents = self.extents + experts
+        if not extents:
+            return
+        stream = self.engine.stream
+        if stream is not None:
+            stream.rewind()
+        if self._window is None:
+            self._window = Area(LENT)
         if len(self.alone) < len(SETTINGS):  # at first every setting on a part of the bytes, then the best ones on all
             for setting in SETTINGS:
-                self.alone.setdefault(setting, []).append(measure_disk(self.extents, TRIAL, [setting], window))
+                self.alone.setdefault(setting, []).append(measure_disk(extents, TRIAL, [setting], self._window))
             ranked = sorted(self.alone, key=lambda setting: -max(self.alone[setting]))
             self.turns = itertools.cycle(ranked[:CONTENDERS])
             self.alone = {setting: [] for setting in SETTINGS}
         setting = next(self.turns)
-        self.alone[setting].append(measure_disk(self.extents, MOST, [setting], window))
-        self.engine.stream.pump()
-        self.engine.readers.settle()
+        self.alone[setting].append(measure_disk(extents, MOST, [setting], self._window))
+        if stream is not None:
+            stream.pump()
+            self.engine.readers.settle()
 
 
 def _generate(model: PreTrainedModel, ids: Sequence[int], new_tokens: int, meter: _Meter) -> list[int]:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from lamina.plan.layout import Part, Placed, Read, lay_out
 from lamina.plan.planner import Plan
 from lamina.plan.schedule import Convert, Weight
 from lamina.stream.device import Device, device_for
-from lamina.stream.experts import ExpertStream
+from lamina.stream.experts import Counts, ExpertStream
 from lamina.stream.memory import Area
 from lamina.stream.readers import Readers
 from lamina.stream.stream import Held, Stream
@@ -62,6 +63,7 @@ class Engine:
         self._pid = os.getpid()
         self._in_pass = False
         self._waited = 0.0  # in streams that are no more
+        self._before_pass = Counts()
         self.load_rate: float | None = None  # bytes per second, where enough was loaded to tell
         self._sites = _sites(model)
         self._disk = {name: self._disk_tensor(name) for name in self._sites}
@@ -110,6 +112,18 @@ class Engine:
         streams = (self.stream, self.experts)
         return self._waited + sum(stream.seconds_waiting for stream in streams if stream is not None)
 
+    def progress(self) -> tuple[int, int]:
+        """Bytes read for the pass under way, and those that it will come to, as far as can be told."""
+        done = self.stream.bytes_done if self.stream is not None else 0
+        total = self.plan.bytes_streamed_per_pass
+        if self.experts is None:
+            return done, total
+        calls = self.experts.counts.calls - self._before_pass.calls
+        read = self.experts.counts.nbytes - self._before_pass.nbytes
+        modules = len(self.plan.experts)
+        likely = read * modules // calls if 0 < calls <= modules else max(self.plan.expert_bytes_per_token, read)
+        return done + read, total + likely
+
     def close(self) -> None:
         """Stop reading. Resident weights stay; a streamed one raises ClosedError from now on."""
         self.readers.close()
@@ -125,6 +139,8 @@ class Engine:
         self.readers.verify()
         if self.stream is not None:
             self.stream.begin_pass()
+        if self.experts is not None:
+            self._before_pass = replace(self.experts.counts, tokens={})
         self._in_pass = True
 
     def end_pass(self) -> None:

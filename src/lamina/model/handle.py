@@ -10,7 +10,6 @@ import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -21,48 +20,14 @@ from transformers import PreTrainedModel
 from lamina.errors import BudgetError
 from lamina.model.batching import batching_config
 from lamina.model.engine import Engine
+from lamina.model.stats import Stats
 from lamina.model.trace import Trace
 from lamina.plan.planner import Plan, make_plan
+from lamina.stream.experts import Counts
 from lamina.stream.probe import peak_resident_bytes
 
 GROWTH = 1.5  # of the cache, when it outgrows the plan: so that a long answer replans a few times, not every token
 REMEMBERED = 4096  # passes whose times are kept
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What happened so far; a snapshot. Bytes and seconds.
-
-    Attributes:
-        passes: forward passes that came to their end.
-        bytes_read: from disk, resident weights included.
-        new_tokens: tokens that `generate` gave, all sequences together.
-        tokens_per_pass: new tokens over passes within `generate`.
-        seconds_per_token: median time of a decode step over the tokens it gave.
-        seconds_waiting_for_disk: the model stood still because a unit was not there yet.
-        seconds_in_passes: from entering the model to leaving it.
-        read_bytes_per_second: bytes of the decode steps over their time.
-        pass_bytes_done: of `bytes_read_per_pass`, in the pass under way.
-        in_pass: a pass is under way.
-    """
-
-    passes: int
-    bytes_read: int
-    new_tokens: int
-    tokens_per_pass: float
-    seconds_per_token: float
-    seconds_waiting_for_disk: float
-    seconds_in_passes: float
-    peak_rss_bytes: int
-    memory_budget_bytes: int
-    resident_bytes: int
-    model_bytes: int
-    bytes_read_per_pass: int
-    read_bytes_per_second: float
-    load_seconds: float
-    time_to_first_token_seconds: float
-    pass_bytes_done: int
-    in_pass: bool
 
 
 class Lamina:
@@ -84,6 +49,8 @@ class Lamina:
         self._pass_began: float | None = None
         self._generate_began: float | None = None
         self._steps: deque[float] = deque(maxlen=REMEMBERED)  # seconds from the end of one pass to the next's
+        self._expert_bytes = 0.0  # read in these steps
+        self._expert_bytes_before = 0
         self._last_end: float | None = None
         self._closer = weakref.finalize(model, engine.readers.close)  # also when the interpreter ends
 
@@ -95,28 +62,41 @@ class Lamina:
     @property
     def stats(self) -> Stats:
         """Counts and times so far."""
-        plan, stream = self._engine.plan, self._engine.stream
+        plan, engine = self._engine.plan, self._engine
+        counts = engine.experts.counts if engine.experts is not None else Counts()
         per_pass = self._new_tokens / self._passes_in_generate if self._passes_in_generate else 0.0
         step = statistics.median(self._steps) if self._steps else 0.0
+        expert_bytes = self._expert_bytes / len(self._steps) if self._steps else 0.0
+        read = plan.bytes_streamed_per_pass + expert_bytes
         in_pass = self._pass_began is not None
+        done, expected = engine.progress() if in_pass else (0, plan.bytes_read_per_pass)
         return Stats(
             passes=self._passes,
-            bytes_read=self._engine.readers.bytes_read,
+            bytes_read=engine.readers.bytes_read,
             new_tokens=self._new_tokens,
             tokens_per_pass=per_pass,
             seconds_per_token=step / max(per_pass, 1.0),
-            seconds_waiting_for_disk=self._engine.seconds_waiting,
+            seconds_waiting_for_disk=engine.seconds_waiting,
             seconds_in_passes=self._seconds_in_passes,
             peak_rss_bytes=peak_resident_bytes(),
             memory_budget_bytes=plan.budget.memory_bytes,
             resident_bytes=plan.resident_bytes,
             model_bytes=plan.model_bytes,
             bytes_read_per_pass=plan.bytes_read_per_pass,
-            read_bytes_per_second=plan.bytes_read_per_pass / step if step else 0.0,
+            read_bytes_per_second=read / step if step else 0.0,
             load_seconds=self._load_seconds,
             time_to_first_token_seconds=self._first_token,
-            pass_bytes_done=stream.bytes_done if stream is not None and in_pass else 0,
+            pass_bytes_done=done,
+            pass_bytes_expected=expected,
             in_pass=in_pass,
+            active_bytes_per_token=plan.active_bytes_per_token,
+            experts_routed=counts.routed,
+            expert_hits=counts.hits,
+            expert_misses=counts.misses,
+            expert_bytes_read=counts.nbytes,
+            expert_hit_rate=counts.hits / counts.routed if counts.routed else None,
+            expert_bytes_per_token=expert_bytes / max(per_pass, 1.0),
+            expert_tokens={module: tuple(tokens) for module, tokens in counts.tokens.items()},
         )
 
     def close(self) -> None:
@@ -229,6 +209,7 @@ class Lamina:
     def _ended(self) -> None:
         assert self._pass_began is not None
         now = time.perf_counter()
+        experts = self._engine.experts.counts.nbytes if self._engine.experts is not None else 0
         self._seconds_in_passes += now - self._pass_began
         self._passes += 1
         if self._generate_began is not None:
@@ -236,8 +217,11 @@ class Lamina:
             if self._last_end is None:
                 self._first_token = now - self._generate_began
             else:
+                if len(self._steps) == REMEMBERED:
+                    self._expert_bytes *= 1 - 1 / REMEMBERED
                 self._steps.append(now - self._last_end)
-        self._last_end = now
+                self._expert_bytes += experts - self._expert_bytes_before
+        self._last_end, self._expert_bytes_before = now, experts
 
 
 def _in_place_of(method: Any, replacement: Any) -> Any:

@@ -9,7 +9,7 @@ experts on the device, above the one in memory.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,12 +47,14 @@ class Counts:
     """What the cache did so far.
 
     Attributes:
+        calls: of modules that said where their tokens go.
         routed: experts that calls asked for, each once a call.
         hits: of these, how many were there already.
         nbytes: read from disk for the others.
         tokens: routed to each expert, by module.
     """
 
+    calls: int = 0
     routed: int = 0
     hits: int = 0
     nbytes: int = 0
@@ -84,6 +86,7 @@ class ExpertStream:
         device_slots: int = 0,
     ) -> None:
         self.experts, self.readers, self.device = experts, readers, device
+        self.on_read: Callable[[Layout], None] | None = None  # told of every expert that is read
         self.counts = Counts(tokens={module.module: [0] * module.count for module in experts})
         self.seconds_waiting = 0.0
         self._number = {module.module: number for number, module in enumerate(experts)}
@@ -114,6 +117,7 @@ class ExpertStream:
         with self._whole():
             self._leave()
             self._begin(module, sorted(tokens))
+            self.counts.calls += 1
             counted = self.counts.tokens[module]
             for expert, count in tokens.items():
                 counted[expert] += count
@@ -262,6 +266,8 @@ class ExpertStream:
         ticket = self.readers.submit(layout.reads, area, urgent=True)
         self._kept[key] = Expert(layout, area.tensor[: layout.nbytes], ticket)
         self.counts.nbytes += layout.read_bytes
+        if self.on_read is not None:
+            self.on_read(layout)
         return True
 
     def _arrived(self, key: Key) -> Expert:

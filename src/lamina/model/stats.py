@@ -1,0 +1,57 @@
+"""What happened so far, as plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What happened so far; a snapshot. Bytes and seconds.
+
+    Attributes:
+        passes: forward passes that came to their end.
+        bytes_read: from disk, resident weights included.
+        new_tokens: tokens that `generate` gave, all sequences together.
+        tokens_per_pass: new tokens over passes within `generate`.
+        seconds_per_token: median time of a decode step over the tokens it gave.
+        seconds_waiting_for_disk: the model stood still because a unit was not there yet.
+        seconds_in_passes: from entering the model to leaving it.
+        bytes_read_per_pass: of a decode step of one token, as planned.
+        read_bytes_per_second: bytes of the decode steps over their time.
+        pass_bytes_done: read for the pass under way, `pass_bytes_expected` those that it will come to.
+        in_pass: a pass is under way.
+        active_bytes_per_token: of the weights that one token needs, wherever they are.
+        experts_routed: experts that calls were routed to, each once a call; 0 where all of them are resident.
+        expert_hits: of these, how many were in the cache; `expert_misses` were read, `expert_bytes_read` in all.
+        expert_hit_rate: the one over the other; None before the first call.
+        expert_bytes_per_token: of experts, read in the decode steps, over the tokens they gave.
+        expert_tokens: by module, tokens that were routed to each of its experts.
+    """
+
+    passes: int
+    bytes_read: int
+    new_tokens: int
+    tokens_per_pass: float
+    seconds_per_token: float
+    seconds_waiting_for_disk: float
+    seconds_in_passes: float
+    peak_rss_bytes: int
+    memory_budget_bytes: int
+    resident_bytes: int
+    model_bytes: int
+    bytes_read_per_pass: int
+    read_bytes_per_second: float
+    load_seconds: float
+    time_to_first_token_seconds: float
+    pass_bytes_done: int
+    pass_bytes_expected: int
+    in_pass: bool
+    active_bytes_per_token: int
+    experts_routed: int
+    expert_hits: int
+    expert_misses: int
+    expert_bytes_read: int
+    expert_hit_rate: float | None
+    expert_bytes_per_token: float
+    expert_tokens: dict[str, tuple[int, ...]]
