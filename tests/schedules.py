@@ -38,8 +38,11 @@ class Checkpoint:
 
     def add(self, name: str, *shape: int, file: str = "a", gap: int = 0, itemsize: int = 2, stored: int = 0,
             pieces: int = 1, cut: Cut = Cut.WHOLE, gathered: bool = False, always: bool = False,
-            odd: bool = False) -> str:  # fmt: skip
-        """A weight of `shape`, `stored` bytes per element on disk, in `pieces` runs that lie shuffled."""
+            odd: bool = False, experts: int = 0) -> str:  # fmt: skip
+        """A weight of `shape`, `stored` bytes per element on disk, in `pieces` runs that lie shuffled.
+
+        One that is cut by experts holds `experts` of them, or as many as it has rows.
+        """
         stored = stored or itemsize
         elements = 1
         for size in shape:
@@ -56,6 +59,7 @@ class Checkpoint:
             tuple(Piece(at[run], run[0]) for run in runs), stored, nbytes,
             convert=Convert.NONE if stored == itemsize else Convert.CAST,
             cut=cut, gathered=gathered, always=always,
+            experts=(experts or shape[0]) if cut is Cut.EXPERTS else 0,
         )  # fmt: skip
         return name
 
@@ -155,23 +159,32 @@ def llama(layers: int, hidden: int, intermediate: int, kv: int, vocab: int, *, t
     return Schedule(Call("", (), (inner, head)), disk.weights, frozenset(block.module for block in blocks)), disk
 
 
-def mixture(layers: int, hidden: int, intermediate: int, experts: int, vocab: int = 512) -> tuple[Schedule, Checkpoint]:
-    """The pass of a Mixtral: every expert a slice of two 3-D weights, merged from one run per expert."""
+def mixture(layers: int, hidden: int, intermediate: int, experts: int, vocab: int = 512, *, routed: int = 2,
+            runs: int = 1, shard: int = 0) -> tuple[Schedule, Checkpoint]:  # fmt: skip
+    """The pass of a Mixtral: every expert a slice of two 3-D weights, each merged from `runs` runs.
+
+    A token goes to `routed` experts of a layer; a trace that cannot tell says 0.
+    """
     disk = Checkpoint()
     blocks = []
+    of_a_token = {}
     for i in range(layers):
         at = f"model.layers.{i}"
+        file = f"shard-{i // shard}" if shard else "a"
         names = [f"{at}.self_attn.{kind}_proj" for kind in "qkvo"]
-        attention = [Call(name, (disk.add(f"{name}.weight", hidden, hidden, cut=Cut.ROWS),)) for name in names]
-        router = Call(f"{at}.mlp.gate", (disk.add(f"{at}.mlp.gate.weight", experts, hidden, always=True),))
-        up = disk.add(f"{at}.mlp.experts.gate_up_proj", experts, 2 * intermediate, hidden, cut=Cut.EXPERTS)
-        down = disk.add(f"{at}.mlp.experts.down_proj", experts, hidden, intermediate, cut=Cut.EXPERTS)
+        attention = [Call(name, (disk.add(f"{name}.weight", hidden, hidden, file=file, cut=Cut.ROWS),))
+                     for name in names]  # fmt: skip
+        router = Call(f"{at}.mlp.gate", (disk.add(f"{at}.mlp.gate.weight", experts, hidden, file=file, always=True),))
+        sizes = {"gate_up_proj": (2 * intermediate, hidden), "down_proj": (hidden, intermediate)}
+        up, down = (disk.add(f"{at}.mlp.experts.{name}", experts, *size, file=file, pieces=runs, cut=Cut.EXPERTS)
+                    for name, size in sizes.items())  # fmt: skip
+        of_a_token[f"{at}.mlp.experts"] = routed
         mlp = Call(f"{at}.mlp", (), (router, Call(f"{at}.mlp.experts", (up, down))))
         blocks.append(Call(at, (), (Call(f"{at}.self_attn", (), tuple(attention)), mlp)))
     embed = Call("model.embed_tokens", (disk.add("model.embed_tokens.weight", vocab, hidden, gathered=True),))
     head = Call("lm_head", (disk.add("lm_head.weight", vocab, hidden, cut=Cut.ROWS),))
     root = Call("", (), (Call("model", (), (embed, *blocks)), head))
-    return Schedule(root, disk.weights, frozenset(block.module for block in blocks)), disk
+    return Schedule(root, disk.weights, frozenset(block.module for block in blocks), routed=of_a_token), disk
 
 
 def random_schedule(seed: int, scale: int = 4096, *, share: float = 0.15) -> tuple[Schedule, Checkpoint]:
@@ -195,7 +208,10 @@ def random_schedule(seed: int, scale: int = 4096, *, share: float = 0.15) -> tup
         if kind == "cast":
             return disk.add(f"w{count}", rows, columns, itemsize=2, stored=4, cut=Cut.ROWS, **common)
         if kind == "experts":
-            return disk.add(f"w{count}", rng.randint(2, 5), max(rows // 8, 1), columns, cut=Cut.EXPERTS, **common)
+            held, size = rng.randint(2, 5), max(rows // 8, 1)
+            shape = rng.choice(((held, size, columns), (held * size, columns)))
+            pieces = rng.choice((1, 1, 3))
+            return disk.add(f"w{count}", *shape, cut=Cut.EXPERTS, experts=held, pieces=pieces, **common)
         if kind == "table":
             return disk.add(f"w{count}", rows, columns, gathered=True, **common)
         return disk.add(f"w{count}", rng.randint(1, 40), always=rng.random() < 0.5, **common)
@@ -219,7 +235,8 @@ def random_schedule(seed: int, scale: int = 4096, *, share: float = 0.15) -> tup
     layers = [call(rng.randint(0, 3), f"layer{i}") for i in range(rng.randint(2, 6))]
     root = Call("", (), tuple(layers))
     disk.add("untouched", 7, always=True)
-    return Schedule(root, disk.weights, frozenset(layer.module for layer in layers)), disk
+    routed = {call.module: rng.randint(0, 4) for call in root.walk() if rng.random() < 0.7}
+    return Schedule(root, disk.weights, frozenset(layer.module for layer in layers), routed=routed), disk
 
 
 def narrow(schedule: Schedule, plan: Plan, more: int = 0) -> Plan:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from lamina.errors import BudgetError
 from lamina.plan.cut import widest_window
+from lamina.plan.experts import KNOWN
 from lamina.plan.planner import MOST_UNITS, Budget, Hardware, Plan, make_plan, resident_size
 from lamina.plan.schedule import Call, Convert, Cut, Schedule
 from schedules import Checkpoint, llama, mixture, random_schedule
@@ -31,24 +32,32 @@ def check(schedule: Schedule, plan: Plan) -> None:
     """What holds for every plan."""
     budget = plan.budget
     arena = resident_size(schedule.weights[name] for name in plan.resident)
+    experts = sum(module.count for module in plan.experts)
+    routed = plan.expert_cache_bytes + KNOWN * experts
     if budget.device_memory_bytes is None:
-        assert arena + plan.ring_bytes + budget.spoken_for <= budget.memory_bytes
+        assert arena + plan.ring_bytes + routed + budget.spoken_for <= budget.memory_bytes
+        assert plan.device_expert_slots == 0
     else:
         cached = sum(item.nbytes for item in plan.items if item.cached)
-        assert plan.ring_bytes + cached + budget.spoken_for <= budget.memory_bytes
-        assert arena + plan.device_ring_bytes + budget.spoken_for_on_device <= budget.device_memory_bytes
+        above = plan.device_expert_slots * plan.expert_slot_bytes
+        assert plan.ring_bytes + cached + routed + budget.spoken_for <= budget.memory_bytes
+        assert arena + plan.device_ring_bytes + above + budget.spoken_for_on_device <= budget.device_memory_bytes
         assert plan.minimum_device_memory_bytes <= budget.device_memory_bytes
+        assert bool(plan.experts) <= plan.device_expert_slots <= experts
+    assert bool(plan.experts) <= plan.expert_slots <= experts
+    assert all(module.slot_bytes <= plan.expert_slot_bytes for module in plan.experts)
     assert plan.minimum_memory_bytes <= budget.memory_bytes
-    if plan.streams:
+    if plan.steps:
         largest = max(item.nbytes for item in plan.items)
         assert plan.ring_bytes >= widest_window(schedule.root, plan.items, plan.steps) + largest
         assert set(plan.steps) == set(range(len(plan.items)))
     for name, weight in schedule.weights.items():
         assert not weight.always or name in plan.resident
     in_steps = {part.weight for index in plan.steps for part in plan.items[index].parts}
-    assert not in_steps & plan.resident
+    on_demand = {weight.name for module in plan.experts for weight in module.weights}
+    assert not in_steps & plan.resident and not on_demand & (in_steps | plan.resident | plan.gathered)
     touched = {name for name in schedule.root.touched() if name not in plan.resident}
-    assert touched - in_steps <= plan.gathered
+    assert touched - in_steps - on_demand <= plan.gathered
     for item in plan.items:
         assert item.nbytes == item.layout.nbytes
         assert [placed.part for placed in item.layout.placed] == list(item.parts)
@@ -186,15 +195,6 @@ def test_70b_and_405b_fit_any_budget_above_a_few_gigabytes(shape: tuple[int, ...
     assert memory * GB - used < 0.35 * GB, "memory that was given and is not used"
 
 
-def test_experts_are_streamed_one_by_one_where_a_layer_is_too_large() -> None:
-    schedule, _ = mixture(4, 1024, 4096, 8)
-    plan = make_plan(schedule, Budget(smallest(schedule)))
-    check(schedule, plan)
-    blocks = [item for item in plan.items if item.module == "model.layers.0.mlp.experts"]
-    assert [item.block for item in blocks] == list(range(8))
-    assert all({part.count for part in item.parts} == {1} and len(item.parts) == 2 for item in blocks)
-
-
 def test_rows_are_cut_where_the_kernels_do_not_notice() -> None:
     schedule, _ = llama(2, 4096, 14336, 1024, 128256)
     plan = make_plan(schedule, Budget(smallest(schedule)))
@@ -270,7 +270,8 @@ def test_the_forecast_is_the_slowest_of_disk_link_and_memory() -> None:
     plan = make_plan(schedule, Budget(smallest(schedule)), Hardware(disk_bytes_per_second=1e6))
     assert plan.predicted_seconds_per_token == plan.bytes_read_per_pass / 1e6
     fast = dataclasses.replace(plan, hardware=Hardware(disk_bytes_per_second=1e30))
-    assert fast.predicted_seconds_per_token == schedule.nbytes / 1e10
+    looked_up = sum(schedule.weights[name].nbytes for name in plan.gathered)
+    assert looked_up and fast.predicted_seconds_per_token == (schedule.nbytes - looked_up) / 1e10
 
 
 def test_a_plan_is_plain_numbers_for_json() -> None:

@@ -2,8 +2,9 @@
 
 Direct reads want the file offset, the memory address and the length aligned to `ALIGNMENT`. A weight
 that is one run of bytes on disk is placed at an address congruent to its file offset: the read is rounded
-outwards to the alignment and the tensor is a view into it. A weight made of several runs is packed, and
-its runs go through a small bounce buffer. Pure arithmetic, shared by the planner and the stream.
+outwards to the alignment and the tensor is a view into it. A weight made of several runs is packed behind an
+address congruent to its first run's offset: where the others are congruent as well, as in most files, only the
+edges of the runs have to go through a small bounce buffer. Pure arithmetic, shared by the planner and the stream.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def lay_out(parts: Sequence[tuple[Weight, Part]], gap: int | None = None) -> Lay
     for i, own in enumerate(pieces):
         if i in stored_at:
             continue
-        stored_at[i] = end = align(end, PACKING)
+        stored_at[i] = end = _packed_at(end, parts[i][0], own)
         for piece in own:
             extent = piece.extent
             reads.append(Read(extent.file, extent.offset, extent.length, end + piece.at, extent.length, False))
@@ -104,6 +105,13 @@ def lay_out(parts: Sequence[tuple[Weight, Part]], gap: int | None = None) -> Lay
             end = at + nbytes
         placed.append(Placed(part, stored_at[i], stored, at, nbytes))
     return Layout(align(end), tuple(reads), tuple(placed))
+
+
+def _packed_at(end: int, weight: Weight, pieces: Sequence[Piece]) -> int:
+    """Where a weight of several runs begins, at or after `end`."""
+    if not pieces or not _viewable(weight, pieces[0]):
+        return align(end, PACKING)
+    return align(end) + (pieces[0].extent.offset - pieces[0].at) % ALIGNMENT
 
 
 def _stored(pieces: Sequence[Piece]) -> int:

@@ -1,19 +1,24 @@
 """Which experts are kept, and which one goes when another comes.
 
-An expert's worth is how often tokens were routed to it lately: the share of its layer's tokens that went there,
-older ones counting less and less. What is worth least goes first, whichever layer it belongs to. The cache knows
-no memory and no files: it hands out numbers of slots. How the ways to choose compare is in `docs/log.md`.
+What an expert is worth is how often tokens were routed to it lately: the share of its layer's tokens, in a slow and a
+fast moving average, and a little less the longer it takes until its layer comes round again. What is worth least
+goes first, whichever layer it belongs to. The cache knows no memory and no files: it hands out numbers of slots.
+
+`benchmarks/eviction.py` compares ways to choose on routing traces; the figures are in `docs/log.md`. Least recently
+used, the usual one, finds nothing at all while the cache is smaller than a pass's working set.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping, Sequence
 
-DECAY = 0.98  # of what a token counts, by each token after it
-FORGOTTEN = 2000  # tokens after which nothing of an older one is left
-HIGHEST = 1e200  # of an inflated count, before all are brought down again
+SLOW, FAST = 0.98, 0.5  # what is left of an average, a token later
+SLOW_PART = 0.8  # of the slow average in the share
+FARTHEST = 0.25  # what a whole pass until the next use takes from the logarithm of the share
+NEVER = 1e-9  # the share of what was not used
 
-Key = tuple[int, int]  # number of the module, number of its expert
+Key = tuple[int, int]  # number of the module in the order of a pass, number of its expert
 
 
 class ExpertCache:
@@ -21,7 +26,7 @@ class ExpertCache:
 
     Args:
         slots: how many keys it holds.
-        counts: experts of each module.
+        counts: experts of each module, in the order of a pass.
     """
 
     def __init__(self, slots: int, counts: Sequence[int]) -> None:
@@ -29,10 +34,10 @@ class ExpertCache:
         self._slot: dict[Key, int] = {}
         self._free = list(range(slots - 1, -1, -1))
         self._kept: list[set[int]] = [set() for _ in counts]
-        # an old count is never touched: new ones are inflated instead
-        self._shares = [[0.0] * count for count in counts]
-        self._inflation = [1.0] * len(counts)
-        self._least: list[tuple[float, int] | None] = [None] * len(counts)
+        self._slow = [[0.0] * count for count in counts]
+        self._fast = [[0.0] * count for count in counts]
+        self._now = 0  # the module that is being computed
+        self._least: list[tuple[float, int] | None] = [None] * len(counts)  # share and expert, where it is known
 
     def __len__(self) -> int:
         return len(self._slot)
@@ -49,26 +54,24 @@ class ExpertCache:
 
     def saw(self, module: int, tokens: Mapping[int, int], total: int) -> None:
         """A call of `module` with `total` tokens, of which `tokens` went to each expert."""
-        steps = min(max(total, 1), FORGOTTEN)
-        shares = self._shares[module]
-        self._inflation[module] *= DECAY**-steps
-        gain = self._inflation[module] * (1 - DECAY**steps) / max(total, 1)
-        for expert, count in tokens.items():
-            shares[expert] += gain * count
-        if self._inflation[module] > HIGHEST:
-            self._shares[module] = [share / self._inflation[module] for share in shares]
-            self._inflation[module] = 1.0
+        self._now = module
+        for averages, kept in ((self._slow, SLOW), (self._fast, FAST)):
+            left = kept ** max(total, 1)
+            own = [average * left for average in averages[module]]
+            for expert, count in tokens.items():
+                own[expert] += (1 - left) * count / max(total, 1)
+            averages[module] = own
         self._least[module] = None
 
     def worth(self, key: Key) -> float:
-        """The share of recent tokens that was routed to an expert."""
-        return self._shares[key[0]][key[1]] / self._inflation[key[0]]
+        """What keeping an expert is worth now: higher is better."""
+        return self._worth(key[0], self._share(*key))
 
     def take(self, key: Key, keep: Container[Key] = ()) -> tuple[int, Key | None] | None:
         """A slot for a key that has none, and the key that had to go for it.
 
         Args:
-            keep: keys that must stay.
+            keep: keys that must stay; only such of the same module.
 
         Returns:
             None where every slot holds one of `keep`.
@@ -103,23 +106,25 @@ class ExpertCache:
         given_up, self._free = self._free[:surplus], self._free[surplus:]
         return given_up
 
+    def _share(self, module: int, expert: int) -> float:
+        return SLOW_PART * self._slow[module][expert] + (1 - SLOW_PART) * self._fast[module][expert]
+
+    def _worth(self, module: int, share: float) -> float:
+        modules = len(self._kept)
+        distance = ((module - self._now - 1) % modules + 1) / modules
+        return math.log(max(share, NEVER)) - FARTHEST * distance
+
     def _worst(self, module: int, keep: Container[Key]) -> Key | None:
-        """The kept key of least worth that may go; only keys of `module` can be in `keep`."""
-        worst: tuple[float, Key] | None = None
+        """The kept key of least worth that may go."""
+        found = []
         for other, kept in enumerate(self._kept):
-            if not kept:
-                continue
             if other == module:
-                shares = self._shares[other]
-                able = [(shares[expert], expert) for expert in kept if (other, expert) not in keep]
-                found = min(able, default=None)
+                able = [(self._share(other, expert), expert) for expert in kept if (other, expert) not in keep]
+                least = min(able, default=None)
             else:
-                found = self._least[other]
-                if found is None:
-                    shares = self._shares[other]
-                    found = self._least[other] = min((shares[expert], expert) for expert in kept)
-            if found is not None:
-                value = found[0] / self._inflation[other]
-                if worst is None or value < worst[0]:
-                    worst = (value, (other, found[1]))
-        return worst[1] if worst is not None else None
+                least = self._least[other]
+                if least is None and kept:
+                    least = self._least[other] = min((self._share(other, expert), expert) for expert in kept)
+            if least is not None:
+                found.append((self._worth(other, least[0]), (other, least[1])))
+        return min(found)[1] if found else None

@@ -22,6 +22,7 @@ from lamina.stream.memory import Area
 
 THREADS = 8
 CHUNK = 8 << 20  # bytes of one read
+MIDDLE = 64 * 1024  # bytes from which on a read is worth dividing, so that only its edges are copied
 BOUNCE = 1 << 20  # bytes of one read that has to be copied to its place
 
 
@@ -254,7 +255,9 @@ class Readers:
 
     def _chunks(self, read: Read, area: Area, at: int, ticket: Ticket) -> list[_Job]:
         """Even pieces of at most a chunk, so that no thread is left with a crumb."""
-        aligned = read.aligned and at % ALIGNMENT == 0
+        aligned = read.aligned and (at + read.at) % ALIGNMENT == 0
+        if not aligned and (at + read.at - read.offset) % ALIGNMENT == 0 and read.length > MIDDLE:
+            return [job for part in _edges(read) for job in self._chunks(part, area, at, ticket)]
         limit = self.chunk if aligned else min(self.chunk, BOUNCE)
         count = max(-(-read.length // limit), 1)
         step = align(-(-read.length // count))
@@ -266,6 +269,18 @@ class Readers:
                 place = at + read.at + begin
                 jobs.append(_Job(read.file, read.offset + begin, length, needed, area, place, aligned, ticket))
         return jobs
+
+
+def _edges(read: Read) -> list[Read]:
+    """A read that lies in memory as it lies on disk: its middle is aligned, what is left at both ends is not."""
+    stop = read.offset + read.length
+    begin, end = align(read.offset), stop - stop % ALIGNMENT
+    places = ((read.offset, begin, False), (begin, end, True), (end, stop, False))
+    return [
+        Read(read.file, low, high - low, read.at + low - read.offset, high - low, aligned)
+        for low, high, aligned in places
+        if low < high
+    ]
 
 
 def _work(shared: _Shared) -> None:
