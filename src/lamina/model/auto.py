@@ -69,7 +69,8 @@ class AutoModel:
             compression, layer_shards_saving_path, delete_original: of a split; not available yet.
             draft: only None, "none" and "auto" so far: no speculation.
             hf_token: token of the hub; the same as transformers' `token`.
-            prefetching: accepted for AirLLM's sake; reading ahead is always on.
+            prefetching: read experts that are likely to be routed to before their router has spoken. Reading ahead
+                of what every pass needs is always on.
             profiling_mode: accepted for AirLLM's sake; `model.lamina.stats` always counts.
             context: tokens, prompt and answer together, to keep room for. Default 2048 or what the model takes.
             progress: told ("download" or "load", bytes done, bytes in all).
@@ -92,7 +93,7 @@ class AutoModel:
             options.setdefault("token", hf_token)
         prepared = _prepare(model, memory, device_memory, device, context, options, progress)
         readers = Readers(fingerprints=prepared.checkpoint.fingerprints)
-        engine = Engine(prepared.model, prepared.weights, prepared.plan, prepared.device, readers)
+        engine = Engine(prepared.model, prepared.weights, prepared.plan, prepared.device, readers, prefetching)
         try:
             engine.start(prepared.model, progress)
             prepared.checkpoint.verify_unchanged()  # while it was loaded, or since its headers were read

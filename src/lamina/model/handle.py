@@ -92,6 +92,7 @@ class Lamina:
             active_bytes_per_token=plan.active_bytes_per_token,
             experts_routed=counts.routed,
             expert_hits=counts.hits,
+            experts_foreseen=counts.foreseen,
             expert_misses=counts.misses,
             expert_bytes_read=counts.nbytes,
             expert_hit_rate=counts.hits / counts.routed if counts.routed else None,

@@ -23,8 +23,9 @@ class Stats:
         in_pass: a pass is under way.
         active_bytes_per_token: of the weights that one token needs, wherever they are.
         experts_routed: experts that calls were routed to, each once a call; 0 where all of them are resident.
-        expert_hits: of these, how many were in the cache; `expert_misses` were read, `expert_bytes_read` in all.
-        expert_hit_rate: the one over the other; None before the first call.
+        expert_hits: of these, how many were in the cache; `experts_foreseen` were there or on their way because the
+            layer before told so, `expert_misses` had to be read; `expert_bytes_read` in all.
+        expert_hit_rate: hits over experts routed; None before the first call.
         expert_bytes_per_token: of experts, read in the decode steps, over the tokens they gave.
         expert_tokens: by module, tokens that were routed to each of its experts.
     """
@@ -50,6 +51,7 @@ class Stats:
     active_bytes_per_token: int
     experts_routed: int
     expert_hits: int
+    experts_foreseen: int
     expert_misses: int
     expert_bytes_read: int
     expert_hit_rate: float | None

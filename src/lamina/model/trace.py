@@ -55,6 +55,7 @@ class Trace:
         cache_bytes: for each traced length, bytes of the key-value cache after it.
         experts: how many experts a weight holds, where it is used one expert at a time.
         routed: how many experts of a module a token is sent to.
+        routers: by experts module, the module that says where tokens go, where one does it alone.
         traced: False for the order of definition.
         why_not: the error that kept the model from being traced.
     """
@@ -66,6 +67,7 @@ class Trace:
     cache_bytes: Mapping[int, int] = field(default_factory=dict)
     experts: Mapping[str, int] = field(default_factory=dict)
     routed: Mapping[str, int] = field(default_factory=dict)
+    routers: Mapping[str, str] = field(default_factory=dict)
     traced: bool = True
     why_not: str = ""
 
@@ -100,8 +102,9 @@ def trace(model: PreTrainedModel) -> Trace:
             continue
         assert recorder is not None
         return Trace(
-            recorder.root.freeze(), *_uses(recorder.kinds), activations, caches, recorder.experts, recorder.routed
-        )
+            recorder.root.freeze(), *_uses(recorder.kinds), activations, caches,
+            recorder.experts, recorder.routed, recorder.routers
+        )  # fmt: skip
     return _by_definition(model, failure)
 
 
@@ -201,6 +204,8 @@ class _Recorder(TorchFunctionMode):
         self.routed: dict[str, int] = {}
         self.picked: dict[str, int] = {}  # by module: experts a token, if its integers are routed ids
         self.last_choice = 0  # of a `topk`
+        self.last_router: tuple[str, torch.Tensor] | None = None  # and the ids that it gave
+        self.routers: dict[str, str] = {}
         self.root = _Node("")
         self.stack = [self.root]
         self.kinds: dict[tuple[str, str], set[str]] = {}  # by module and weight
@@ -258,7 +263,7 @@ class _Recorder(TorchFunctionMode):
         for name, module in model.named_modules():
             if name:
                 handles.append(module.register_forward_pre_hook(self._entering(name), with_kwargs=True))
-                handles.append(module.register_forward_hook(self._leaving))
+                handles.append(module.register_forward_hook(self._leaving(name)))
         try:
             yield
         finally:
@@ -312,14 +317,22 @@ class _Recorder(TorchFunctionMode):
             ids = picks((*args, *kwargs.values()))
             if ids is not None:
                 self.picked[name] = int(ids.shape[-1])
+                if self.last_router is not None and self.last_router[1] is ids:
+                    self.routers[name] = self.last_router[0]
             node = _Node(name)
             self.stack[-1].calls.append(node)
             self.stack.append(node)
 
         return enter
 
-    def _leaving(self, *_: object) -> None:
-        self.stack.pop()
+    def _leaving(self, name: str) -> Callable[..., None]:
+        def leave(_: torch.nn.Module, args: Any, output: Any) -> None:
+            ids = picks(output) if isinstance(output, tuple) else None
+            if ids is not None:
+                self.last_router = name, ids
+            self.stack.pop()
+
+        return leave
 
 
 def _kind(func: Any, position: int, args: Any, counts: frozenset[int]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -47,11 +47,15 @@ class Replay:
 
 @dataclass(frozen=True)
 class Weights:
-    """The schedule, and what pure data cannot hold: the replays, by weight name, and the stored dtypes."""
+    """The schedule, and what pure data cannot hold: the replays, by weight name, and the stored dtypes.
+
+    `routers` are the modules that say where tokens go, by the experts module that they say it to.
+    """
 
     schedule: Schedule
     replays: Mapping[str, Replay]
     stored_dtypes: Mapping[str, torch.dtype]
+    routers: Mapping[str, str] = field(default_factory=dict)
 
 
 def describe(model: torch.nn.Module, checkpoint: Checkpoint, traced: Trace) -> Weights:
@@ -74,7 +78,7 @@ def describe(model: torch.nn.Module, checkpoint: Checkpoint, traced: Trace) -> W
         weights[name] = _with(weights[name], always=True)
     root = _without_lookups(traced.root, traced.lookups, weights)
     schedule = Schedule(root, weights, layer_names(model), traced.traced, dict(traced.routed))
-    return Weights(schedule, replays, stored)
+    return Weights(schedule, replays, stored, traced.routers)
 
 
 def _weight(

@@ -11,7 +11,7 @@ used, the usual one, finds nothing at all while the cache is smaller than a pass
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 SLOW, FAST = 0.98, 0.5  # what is left of an average, a token later
 SLOW_PART = 0.8  # of the slow average in the share
@@ -67,18 +67,22 @@ class ExpertCache:
         """What keeping an expert is worth now: higher is better."""
         return self._worth(key[0], self._share(*key))
 
-    def take(self, key: Key, keep: Container[Key] = ()) -> tuple[int, Key | None] | None:
+    @property
+    def full(self) -> bool:
+        return not self._free
+
+    def take(self, key: Key, keep: Collection[Key] = ()) -> tuple[int, Key | None] | None:
         """A slot for a key that has none, and the key that had to go for it.
 
         Args:
-            keep: keys that must stay; only such of the same module.
+            keep: keys that must stay.
 
         Returns:
             None where every slot holds one of `keep`.
         """
         gone = None
         if not self._free:
-            gone = self._worst(key[0], keep)
+            gone = self._worst(keep)
             if gone is None:
                 return None
             self.drop(gone)
@@ -114,11 +118,12 @@ class ExpertCache:
         distance = ((module - self._now - 1) % modules + 1) / modules
         return math.log(max(share, NEVER)) - FARTHEST * distance
 
-    def _worst(self, module: int, keep: Container[Key]) -> Key | None:
+    def _worst(self, keep: Collection[Key]) -> Key | None:
         """The kept key of least worth that may go."""
         found = []
+        staying = {module for module, _ in keep}
         for other, kept in enumerate(self._kept):
-            if other == module:
+            if other in staying:
                 able = [(self._share(other, expert), expert) for expert in kept if (other, expert) not in keep]
                 least = min(able, default=None)
             else:

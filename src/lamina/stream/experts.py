@@ -2,14 +2,15 @@
 
 The story on one screen: `route` is told which experts a call of a module will use and starts reading all that are
 missing, as far as there are slots; `acquire` waits for the next of them, moves the window on, so that experts
-that were passed make room for those still to come; `leave` ends the call. On an accelerator a second cache holds
-experts on the device, above the one in memory.
+that were passed make room for those still to come; `leave` ends the call. `foresee` is told which experts a later
+call will probably use: they are read while nothing else is, and taken back if the router says otherwise. On an
+accelerator a second cache holds experts on the device, above the one in memory.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,6 +51,7 @@ class Counts:
         calls: of modules that said where their tokens go.
         routed: experts that calls asked for, each once a call.
         hits: of these, how many were there already.
+        foreseen: how many were on their way, or there, only because they were foreseen.
         nbytes: read from disk for the others.
         tokens: routed to each expert, by module.
     """
@@ -57,12 +59,13 @@ class Counts:
     calls: int = 0
     routed: int = 0
     hits: int = 0
+    foreseen: int = 0
     nbytes: int = 0
     tokens: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def misses(self) -> int:
-        return self.routed - self.hits
+        return self.routed - self.hits - self.foreseen
 
 
 class ExpertStream:
@@ -108,6 +111,7 @@ class ExpertStream:
         self._queue: list[Key] = []  # of the call under way, in the order of use
         self._wanted: dict[Key, int] = {}  # from the one in use on, with its place in the queue
         self._next = 0  # place in the queue of the next one to start reading
+        self._foreseen: dict[Key, Ticket] = {}  # read for a call that is still to come
         self._broken = False
         self._generation = readers.generation
 
@@ -116,7 +120,10 @@ class ExpertStream:
         number = self._number[module]
         with self._whole():
             self._leave()
+            foreseen = self._resolve({(number, expert) for expert in tokens})
             self._begin(module, sorted(tokens))
+            self.counts.foreseen += foreseen
+            self.counts.hits -= foreseen
             self.counts.calls += 1
             counted = self.counts.tokens[module]
             for expert, count in tokens.items():
@@ -151,6 +158,27 @@ class ExpertStream:
             self._upload_ahead()
         return found
 
+    @property
+    def foresees(self) -> bool:
+        """Whether it pays to foresee: while the cache still fills, the drive is what is waited for."""
+        return self._cache.full and self._cache.slots > 1
+
+    def foresee(self, module: str, experts: Iterable[int]) -> None:
+        """A call that is still to come will probably use `experts`, the likeliest first."""
+        number = self._number[module]
+        with self._whole():
+            for expert in experts:
+                key = (number, expert)
+                if key in self._cache or key in self._above:
+                    continue
+                if len(self._foreseen) + len(self._wanted) >= self._cache.slots // 2:
+                    return
+                if not self._start(key, urgent=False):
+                    return
+                ticket = self._kept[key].ticket
+                assert ticket is not None
+                self._foreseen[key] = ticket
+
     def leave(self) -> None:
         """The call is over, however it ended."""
         with self._whole():
@@ -160,6 +188,11 @@ class ExpertStream:
         """Have at most this many slots from now on; the experts that are worth least go."""
         with self._whole():
             self._leave()
+            self._resolve(set())
+            for key, ticket in list(self._foreseen.items()):
+                self.readers.settled(ticket)
+                self._forget(key)
+            self._foreseen.clear()
             for slot in self._cache.shrink(slots):
                 self._wait_for_copy(slot)
                 del self._areas[slot]
@@ -187,10 +220,11 @@ class ExpertStream:
         """After an interrupt or in a forked child: keep what is known to be read whole, forget the rest."""
         self.readers.settle()
         self._end()
+        self._foreseen.clear()
         self._kept = {key: kept for key, kept in self._kept.items() if key in self._cache}
         for key in self._cache.held():
             kept = self._kept.get(key)
-            if kept is None or kept.ticket is None or not kept.ticket.done or kept.ticket.error is not None:
+            if kept is None or kept.ticket is None or not _read(kept.ticket):
                 self._forget(key)
         for key in self._above.held():
             if key not in self._on_device:
@@ -199,6 +233,24 @@ class ExpertStream:
             some, nowhere = next(iter(self._areas.values())), next(iter(self._places.values()))
             self.device.copy(nowhere[:0], some.tensor[:0], None).wait()
         self._generation = self.readers.generation
+
+    def _resolve(self, wanted: set[Key]) -> int:
+        """Hurry those that were foreseen rightly, take the others back; how many were right."""
+        right = 0
+        for key, ticket in list(self._foreseen.items()):
+            if key in wanted and not ticket.cancelled:
+                self.readers.hurry(ticket)
+                right += 1
+            else:
+                self.counts.nbytes -= self.readers.cancel(ticket)
+                if key in wanted:
+                    self.readers.settled(ticket)
+                if not ticket.done:
+                    continue
+                if not _read(ticket):
+                    self._forget(key)
+            del self._foreseen[key]
+        return right
 
     def _begin(self, module: str, experts: Iterable[int]) -> None:
         number = self._number[module]
@@ -215,7 +267,7 @@ class ExpertStream:
             kept = self._kept.get(key)
             if kept is not None and kept.ticket is not None and not kept.ticket.done:
                 self.readers.settled(kept.ticket)
-            if kept is not None and kept.ticket is not None and kept.ticket.error is not None:
+            if kept is not None and kept.ticket is not None and not _read(kept.ticket):
                 self._forget(key)
         self._end()
 
@@ -244,16 +296,17 @@ class ExpertStream:
         """Start reading what the call still needs, as far as there are slots."""
         while self._next < len(self._queue):
             key = self._queue[self._next]
-            if key not in self._above and not self._start(key, self._wanted):
+            if key not in self._above and not self._start(key):
                 return
             self._next += 1
 
-    def _start(self, key: Key, keep: Mapping[Key, int]) -> bool:
+    def _start(self, key: Key, *, urgent: bool = True) -> bool:
         """Have an expert in memory or on its way there; False where every slot is in use."""
         if key in self._cache:
             return True
         if self.device is not None and len(self._cache) == self._cache.slots:
             self._prefer_copies()
+        keep = {*self._wanted, *self._foreseen} if self._foreseen else self._wanted.keys()
         taken = self._cache.take(key, keep)
         if taken is None:
             return False
@@ -263,7 +316,7 @@ class ExpertStream:
         self._wait_for_copy(slot)
         layout = self._layout(key)
         area = self._areas[slot]
-        ticket = self.readers.submit(layout.reads, area, urgent=True)
+        ticket = self.readers.submit(layout.reads, area, urgent=urgent)
         self._kept[key] = Expert(layout, area.tensor[: layout.nbytes], ticket)
         self.counts.nbytes += layout.read_bytes
         if self.on_read is not None:
@@ -274,7 +327,7 @@ class ExpertStream:
         """The expert where it is computed with; what is not needed yet gives way, if nothing else does."""
         if self.device is not None and key in self._above:
             return self._entered(key)
-        while not self._start(key, self._wanted):
+        while not self._start(key):
             last = max((k for k in self._wanted if k in self._cache), key=self._wanted.__getitem__)
             self._next = min(self._next, self._wanted[last])
             kept = self._kept[last]
@@ -291,7 +344,7 @@ class ExpertStream:
             raise
         if self.device is None:
             return kept
-        self._upload(key, {key: 0})
+        self._upload(key, {key})
         return self._entered(key)
 
     def _forget(self, key: Key) -> None:
@@ -320,10 +373,10 @@ class ExpertStream:
             kept = self._kept.get(key)
             if key in self._above or kept is None or kept.ticket is None:
                 continue
-            if not kept.ticket.done or kept.ticket.error is not None or not self._upload(key, self._wanted):
+            if not kept.ticket.done or kept.ticket.error is not None or not self._upload(key, self._wanted.keys()):
                 return
 
-    def _upload(self, key: Key, keep: Mapping[Key, int]) -> bool:
+    def _upload(self, key: Key, keep: Collection[Key]) -> bool:
         """Queue the copy of an expert to the device; False where every slot there is in use."""
         assert self.device is not None
         taken = self._above.take(key, keep)
@@ -360,3 +413,8 @@ class ExpertStream:
         event = self._busy_until.pop(slot, None)
         if event is not None:
             event.wait()
+
+
+def _read(ticket: Ticket) -> bool:
+    """Whether all of it came."""
+    return ticket.done and ticket.error is None and not ticket.cancelled

@@ -28,10 +28,17 @@ BOUNCE = 1 << 20  # bytes of one read that has to be copied to its place
 
 @dataclass(eq=False)
 class Ticket:
-    """Reads that belong together: `left` of them are still to come, `error` is the first that failed."""
+    """Reads that belong together.
+
+    Attributes:
+        left: how many are still to come.
+        error: of the first that failed.
+        cancelled: some will never come.
+    """
 
     left: int = 0
     error: BaseException | None = None
+    cancelled: bool = False
 
     @property
     def done(self) -> bool:
@@ -179,6 +186,24 @@ class Readers:
     def read(self, reads: Sequence[Read], area: Area, at: int = 0) -> None:
         """Read now."""
         self.wait(self.submit(reads, area, at, urgent=True))
+
+    def hurry(self, ticket: Ticket) -> None:
+        """Let the reads of `ticket` that have not begun overtake the others."""
+        shared = self._shared
+        with shared.lock:
+            shared.urgent.extend(job for job in shared.jobs if job.ticket is ticket)
+            shared.jobs = deque(job for job in shared.jobs if job.ticket is not ticket)
+
+    def cancel(self, ticket: Ticket) -> int:
+        """Take back the reads of `ticket` that have not begun; their bytes."""
+        shared = self._shared
+        with shared.lock:
+            ticket.cancelled = ticket.cancelled or ticket.left > 0
+            taken = [job for job in shared.jobs if job.ticket is ticket]
+            shared.jobs = deque(job for job in shared.jobs if job.ticket is not ticket)
+            ticket.left -= len(taken)
+            shared.changed.notify_all()
+        return sum(job.needed for job in taken)
 
     def settle(self) -> None:
         """Block until nothing is queued and nothing under way, whatever became of it."""
