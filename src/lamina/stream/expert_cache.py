@@ -11,7 +11,7 @@ used, the usual one, finds nothing at all while the cache is smaller than a pass
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 SLOW, FAST = 0.98, 0.5  # what is left of an average, a token later
 SLOW_PART = 0.8  # of the slow average in the share
@@ -109,6 +109,17 @@ class ExpertCache:
         self.slots -= surplus
         given_up, self._free = self._free[:surplus], self._free[surplus:]
         return given_up
+
+    def mend(self, slots: Iterable[int]) -> None:
+        """After an interrupt in the middle of something: `slots` are all there are, and free is what nobody has."""
+        every = set(slots)
+        self._slot = {key: slot for key, slot in self._slot.items() if slot in every}
+        self._free = sorted(every.difference(self._slot.values()), reverse=True)
+        self._kept = [set() for _ in self._kept]
+        for module, expert in self._slot:
+            self._kept[module].add(expert)
+        self._least = [None] * len(self._kept)
+        self.slots = len(every)
 
     def _share(self, module: int, expert: int) -> float:
         return SLOW_PART * self._slow[module][expert] + (1 - SLOW_PART) * self._fast[module][expert]

@@ -120,10 +120,7 @@ class ExpertStream:
         number = self._number[module]
         with self._whole():
             self._leave()
-            foreseen = self._resolve({(number, expert) for expert in tokens})
             self._begin(module, sorted(tokens))
-            self.counts.foreseen += foreseen
-            self.counts.hits -= foreseen
             self.counts.calls += 1
             counted = self.counts.tokens[module]
             for expert, count in tokens.items():
@@ -196,6 +193,9 @@ class ExpertStream:
             for slot in self._cache.shrink(slots):
                 self._wait_for_copy(slot)
                 del self._areas[slot]
+            for expert in self._on_device.values():
+                if expert.copied is not None:
+                    expert.copied.wait()  # what is given up is another's memory at once
             for slot in self._above.shrink(device_slots):
                 self._free_after.pop(slot, None)
                 del self._places[slot]
@@ -221,7 +221,10 @@ class ExpertStream:
         self.readers.settle()
         self._end()
         self._foreseen.clear()
+        self._cache.mend(self._areas)
+        self._above.mend(self._places)
         self._kept = {key: kept for key, kept in self._kept.items() if key in self._cache}
+        self._on_device = {key: expert for key, expert in self._on_device.items() if key in self._above}
         for key in self._cache.held():
             kept = self._kept.get(key)
             if kept is None or kept.ticket is None or not _read(kept.ticket):
@@ -229,18 +232,23 @@ class ExpertStream:
         for key in self._above.held():
             if key not in self._on_device:
                 self._above.drop(key)
-        if self.device is not None and self._places:  # a copy whose event was lost: they are done in order
+        if self.device is not None and self._places:  # the last uses may not have been written down
+            computed = self.device.computed()
+            self._free_after = dict.fromkeys(self._places, computed)
+            for expert in self._on_device.values():
+                expert.used = computed
+            # nor a copy: they are done in order
             some, nowhere = next(iter(self._areas.values())), next(iter(self._places.values()))
             self.device.copy(nowhere[:0], some.tensor[:0], None).wait()
         self._generation = self.readers.generation
 
-    def _resolve(self, wanted: set[Key]) -> int:
-        """Hurry those that were foreseen rightly, take the others back; how many were right."""
-        right = 0
+    def _resolve(self, wanted: Collection[Key]) -> set[Key]:
+        """Hurry those that were foreseen rightly, take the others back; which ones were right."""
+        right = set()
         for key, ticket in list(self._foreseen.items()):
-            if key in wanted and not ticket.cancelled:
+            if key in wanted and not ticket.cancelled and ticket.error is None:
                 self.readers.hurry(ticket)
-                right += 1
+                right.add(key)
             else:
                 self.counts.nbytes -= self.readers.cancel(ticket)
                 if key in wanted:
@@ -257,18 +265,16 @@ class ExpertStream:
         self._module, self._next = module, 0
         self._queue = [(number, expert) for expert in experts]
         self._wanted = {key: place for place, key in enumerate(self._queue)}
+        foreseen = self._resolve(self._wanted.keys())
+        there = {key for key in self._queue if key in self._cache or key in self._above}
         self.counts.routed += len(self._queue)
-        self.counts.hits += sum(1 for key in self._queue if key in self._cache or key in self._above)
+        self.counts.foreseen += len(there & foreseen)
+        self.counts.hits += len(there - foreseen)
 
     def _leave(self) -> None:
         """Nothing is in use and nothing under way."""
         for key in self._wanted:
-            self._used(key)
-            kept = self._kept.get(key)
-            if kept is not None and kept.ticket is not None and not kept.ticket.done:
-                self.readers.settled(kept.ticket)
-            if kept is not None and kept.ticket is not None and not _read(kept.ticket):
-                self._forget(key)
+            self._pass_by(key)
         self._end()
 
     def _end(self) -> None:
@@ -280,15 +286,23 @@ class ExpertStream:
         for passed in list(self._wanted):
             if self._wanted[passed] >= place:
                 break
-            self._used(passed)
-            kept = self._kept.get(passed)
-            if kept is not None and kept.ticket is not None and not kept.ticket.done:
-                self.readers.settled(kept.ticket)  # nobody asked for it, but its slot may be wanted
+            self._pass_by(passed)
             del self._wanted[passed]
         self._next = max(self._next, place)
 
+    def _pass_by(self, key: Key) -> None:
+        """An expert was used, or never will be: if nobody asked for it, it may be under way or have failed."""
+        self._used(key)
+        kept = self._kept.get(key)
+        if kept is not None and kept.ticket is not None:
+            self.readers.settled(kept.ticket)  # its slot may be wanted
+            if not _read(kept.ticket):
+                self._forget(key)
+
     def _go_back(self, key: Key) -> None:
         """The call asks again for what it was past."""
+        for later in self._wanted:
+            self._used(later)
         self._next = self._queue.index(key)
         self._wanted = {later: place for place, later in enumerate(self._queue) if place >= self._next}
 
