@@ -6,7 +6,8 @@
     python benchmarks/experts.py FOLDER --text novel.txt --expert-share 0.4 --prompt-tokens 128 --new-tokens 128
 
 on_demand     as it is by default: the experts that a token is sent to are read, the memory left over keeps experts
-whole_layers  `experts_implementation="grouped_mm"`: every expert of a layer is moved in every pass
+whole_layers  Lamina as it was before (commit BEFORE, unpacked into .cache/): every expert of a layer, one after the
+              other, streams through the ring in every pass
 
 Both have the same budget, and each run is a process of its own with nothing in the page cache; who goes first changes
 from round to round. The uncached bound is the time in which the bare drive, measured within the same run, gives the
@@ -21,6 +22,7 @@ import argparse
 import json
 import math
 import struct
+import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,7 +45,8 @@ from report import (
 )
 
 Line = dict[str, object]
-MODES = {"on_demand": None, "whole_layers": "grouped_mm"}  # and its experts_implementation
+MODES = ("on_demand", "whole_layers")
+BEFORE = "0ecc16c"  # the last commit that streams whole layers of experts
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what the families call the experts of a layer
 SETTLING = 4  # plans asked for, to find the budget of a cache
 
@@ -127,9 +130,8 @@ def measure(mode: str, budget: int, sizes: Sizes, given: argparse.Namespace) -> 
     """One run in a process of its own: its figures, what it cost, and the uncached bound; a failure is in the line."""
     asked = [sys.executable, HERE / "experts_run.py", given.checkpoint, "--memory", budget]
     asked += ["--prompt-tokens", given.prompt_tokens, "--new-tokens", given.new_tokens]
-    asked += ["--experts-implementation", MODES[mode]] if MODES[mode] else []
     asked += ["--text", given.text] if given.text else []
-    run = run_capped([str(word) for word in asked], given.cap, timeout=given.timeout)
+    run = run_capped([str(word) for word in asked], given.cap, timeout=given.timeout, environment=environment(mode))
     line = lamina_cli.cost(run) | {"mode": mode}
     if run.failure:
         return line
@@ -140,6 +142,19 @@ def measure(mode: str, budget: int, sizes: Sizes, given: argparse.Namespace) -> 
         return line
     bound = number(line, "active_bytes_per_token") / disk
     return line | {"uncached_bound_seconds": bound, "times_bound": bound / number(line, "seconds_per_token")}
+
+
+def environment(mode: str) -> dict[str, str]:
+    """What the process runs with: the command line's own setting of OpenMP, and the source that the mode stands for."""
+    variables = {"GOMP_SPINCOUNT": "10000"}
+    if mode == "whole_layers":
+        folder = HERE.parent / ".cache" / f"lamina-{BEFORE}"
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            packed = subprocess.run(["git", "archive", BEFORE, "src"], cwd=HERE.parent, check=True, capture_output=True)
+            subprocess.run(["tar", "-x", "-C", folder], input=packed.stdout, check=True)
+        variables["PYTHONPATH"] = str(folder / "src")
+    return variables
 
 
 def rounds(budget: int, sizes: Sizes, given: argparse.Namespace) -> list[Line]:

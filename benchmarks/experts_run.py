@@ -28,13 +28,12 @@ from lamina.stream.probe import SETTINGS, measure_disk, peak_resident_bytes
 PROBED = 512 << 20  # bytes that each reader setting reads of the bare disk
 
 
-def greedy(given: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
+def greedy(given: argparse.Namespace) -> dict[str, Any]:
     return bench_model(
         str(given.folder),
         memory=given.memory,
         prompt_tokens=given.prompt_tokens,
         new_tokens=given.new_tokens,
-        **options,
     )
 
 
@@ -45,11 +44,11 @@ def bare_disk(folder: Path) -> float:
     return measure_disk(extents, PROBED, SETTINGS)
 
 
-def read_along(given: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
+def read_along(given: argparse.Namespace) -> dict[str, Any]:
     """Teacher forced: a prefill of the text's first tokens, then a step for each of the following ones."""
     before = bare_disk(given.folder)
     wanted = given.prompt_tokens + given.new_tokens
-    model = AutoModel.from_pretrained(str(given.folder), memory=given.memory, context=wanted, **options)
+    model = AutoModel.from_pretrained(str(given.folder), memory=given.memory, context=wanted)
     ids = model.tokenizer(given.text.read_text(), return_tensors="pt").input_ids[:, :wanted]
     if ids.shape[1] < wanted:
         raise SystemExit(f"{given.text} has {ids.shape[1]} tokens: {wanted} are needed")
@@ -103,14 +102,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--memory", type=int, required=True, help="bytes")
-    parser.add_argument("--experts-implementation", help="transformers' option; default: Lamina's own choice")
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--text", type=Path, help="a text to read along in place of greedy tokens")
     given = parser.parse_args()
-    chosen = given.experts_implementation
-    options = {"experts_implementation": chosen} if chosen else {}
-    print(json.dumps((read_along if given.text else greedy)(given, options)))
+    print(json.dumps((read_along if given.text else greedy)(given)))
 
 
 if __name__ == "__main__":
