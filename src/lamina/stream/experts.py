@@ -374,10 +374,10 @@ class ExpertStream:
     # The device's tier
 
     def _prefer_copies(self) -> None:
-        """Where the memory is full, an expert that is on the device as well goes first."""
+        """Where the memory is full, an expert that is on the device as well goes first: the one that stays there."""
         double = [key for key in self._on_device if key in self._cache and key not in self._wanted]
         if double:
-            self._forget(min(double, key=self._cache.worth))
+            self._forget(max(double, key=self._cache.worth))
 
     def _upload_ahead(self) -> None:
         """Copy what has been read of the call and fits beside what it still uses."""
