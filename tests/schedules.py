@@ -159,24 +159,19 @@ def llama(layers: int, hidden: int, intermediate: int, kv: int, vocab: int, *, t
     return Schedule(Call("", (), (inner, head)), disk.weights, frozenset(block.module for block in blocks)), disk
 
 
-def mixture(layers: int, hidden: int, intermediate: int, experts: int, vocab: int = 512, *, routed: int = 2,
-            runs: int = 1, shard: int = 0) -> tuple[Schedule, Checkpoint]:  # fmt: skip
-    """The pass of a Mixtral: every expert a slice of two 3-D weights, each merged from `runs` runs.
-
-    A token goes to `routed` experts of a layer; a trace that cannot tell says 0.
-    """
+def mixture(layers: int, hidden: int, intermediate: int, experts: int, vocab: int = 512, *,
+            routed: int = 2) -> tuple[Schedule, Checkpoint]:  # fmt: skip
+    """The pass of a Mixtral: every expert a slice of two 3-D weights; a token goes to `routed` of a layer's."""
     disk = Checkpoint()
     blocks = []
     of_a_token = {}
     for i in range(layers):
         at = f"model.layers.{i}"
-        file = f"shard-{i // shard}" if shard else "a"
         names = [f"{at}.self_attn.{kind}_proj" for kind in "qkvo"]
-        attention = [Call(name, (disk.add(f"{name}.weight", hidden, hidden, file=file, cut=Cut.ROWS),))
-                     for name in names]  # fmt: skip
-        router = Call(f"{at}.mlp.gate", (disk.add(f"{at}.mlp.gate.weight", experts, hidden, file=file, always=True),))
+        attention = [Call(name, (disk.add(f"{name}.weight", hidden, hidden, cut=Cut.ROWS),)) for name in names]
+        router = Call(f"{at}.mlp.gate", (disk.add(f"{at}.mlp.gate.weight", experts, hidden, always=True),))
         sizes = {"gate_up_proj": (2 * intermediate, hidden), "down_proj": (hidden, intermediate)}
-        up, down = (disk.add(f"{at}.mlp.experts.{name}", experts, *size, file=file, pieces=runs, cut=Cut.EXPERTS)
+        up, down = (disk.add(f"{at}.mlp.experts.{name}", experts, *size, cut=Cut.EXPERTS)
                     for name, size in sizes.items())  # fmt: skip
         of_a_token[f"{at}.mlp.experts"] = routed
         mlp = Call(f"{at}.mlp", (), (router, Call(f"{at}.mlp.experts", (up, down))))

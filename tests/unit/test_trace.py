@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -172,6 +173,155 @@ def test_the_trace_leaves_the_model_as_it_was() -> None:
     assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
     assert model.config._experts_implementation == implementation
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.model.layers.modules())
+
+
+# -- experts
+
+
+def experts_of(traced: Trace) -> dict[str, tuple[frozenset[str], int]]:
+    """Uses and number of experts of the weights that experts modules hold, of the last layer that has some."""
+    held = {n: (kinds, traced.experts.get(n, 0)) for n, kinds in traced.uses.items()
+            if "shared" not in n and ("experts." in n or "expert_" in n) and "router" not in n
+            and not n.endswith("experts.bias")}  # fmt: skip
+    layers = [int(name.split("layers.")[-1].split(".")[0]) for name in held if "layers." in name]
+    last = f"layers.{max(layers)}." if layers else "blocks.3."
+    return {name.rsplit("experts.", 1)[-1]: said for name, said in held.items() if last in name}
+
+
+def mixture_of(family: str, implementation: str = "eager") -> Any:
+    model = tiny_model(family)
+    if getattr(model.config, "_experts_implementation", None) is not None:
+        model.config._experts_implementation = implementation
+    return model
+
+
+ONE = frozenset({"experts"})
+WHOLE = frozenset({"other"})
+
+
+@pytest.mark.parametrize(
+    ("family", "held", "routed"),
+    [
+        ("mixtral", {"gate_up_proj": 4, "down_proj": 4}, 2),
+        ("qwen3_moe", {"gate_up_proj": 4, "down_proj": 4}, 2),
+        ("gpt_oss", {"gate_up_proj": 4, "gate_up_proj_bias": 4, "down_proj": 4, "down_proj_bias": 4}, 2),
+        ("dbrx", {"mlp.v1": 4, "mlp.w1": 4, "mlp.w2": 4}, 2),  # one matrix that a view divides
+        ("llama4_text", {"gate_up_proj": 4, "down_proj": 4}, 2),  # multiplied all at once, with zeros
+        ("longcat_flash", {"gate_up_proj": 6, "down_proj": 4}, 2),  # experts that compute nothing
+        ("jetmoe", {"input_linear.weight": 4, "output_linear.weight": 4}, 2),  # told how many tokens each has
+    ],
+)
+def test_experts_that_are_used_one_at_a_time(family: str, held: dict[str, int], routed: int) -> None:
+    traced = _traced(mixture_of(family))
+    assert traced.traced
+    assert experts_of(traced) == {name: (ONE, count) for name, count in held.items()}
+    assert traced.routed and set(traced.routed.values()) == {routed}
+    touching = {call.module for call in traced.root.walk() if set(call.touches) & traced.experts.keys()}
+    assert touching == traced.routed.keys() or family == "dbrx"  # there an inner module only holds them
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_experts_that_are_multiplied_all_at_once_are_whole(family: str) -> None:
+    eager = experts_of(_traced(mixture_of(family)))
+    model = mixture_of(family, "grouped_mm")
+    traced = _traced(model)
+    assert {kinds for kinds, _ in eager.values()} == {ONE}
+    assert experts_of(traced) == dict.fromkeys(eager, (WHOLE, 0))
+    assert not traced.experts and not traced.routed
+    assert model.config._experts_implementation == "grouped_mm"
+
+
+@pytest.mark.parametrize(
+    ("family", "router"),
+    [
+        ("mixtral", "mlp.gate"),
+        ("gpt_oss", "mlp.router"),
+        ("deepseek_v3", "mlp.gate"),
+        ("llama4_text", ""),
+        ("dbrx", ""),
+    ],
+)
+def test_the_router_is_the_module_whose_ids_the_experts_are_given(family: str, router: str) -> None:
+    traced = _traced(mixture_of(family))
+    layers = {module.split("mlp.experts")[0] for module in traced.routed}
+    assert traced.routers == ({f"{layer}mlp.experts": f"{layer}{router}" for layer in layers} if router else {})
+
+
+class Mixture(nn.Module):
+    """A layer whose code uses the experts of one weight in a way of its own."""
+
+    def __init__(self, use: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any], *shape: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(8, 4, bias=False)
+        self.held = nn.Parameter(torch.zeros(*shape))
+        self.use = use
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.use(self.held, x, self.router(x).topk(3, dim=-1)[1])
+        return x
+
+
+def traced_use(use: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any], *shape: int) -> Trace:
+    model = Model(Mixture(use, *shape))
+    model.config.num_experts = 4
+    traced = _traced(model)
+    assert traced.traced, traced.why_not
+    return traced
+
+
+HELD = "layers.0.inside.held"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda w, x, ids: w[2],
+        lambda w, x, ids: w[torch.zeros((), dtype=torch.long, device="meta")],
+        lambda w, x, ids: [nn.functional.linear(x, w[i]) for i in range(4)],
+        lambda w, x, ids: torch.bmm(x.new_empty(4, 2, 8), w),
+        lambda w, x, ids: x.new_empty(4, 2, 8).bmm(w),
+        lambda w, x, ids: (w.view(4, 8, 8)[1], w.reshape(-1, 8, 8)[2]),
+    ],
+)
+def test_ways_to_use_one_expert(use: Any) -> None:
+    traced = traced_use(use, 4, 8, 8)
+    assert (traced.uses[HELD], traced.experts[HELD]) == (ONE, 4)
+    assert traced.routed["layers.0.inside"] == 3, "what the last choice was of"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda w, x, ids: w[1:3],
+        lambda w, x, ids: w[ids],
+        lambda w, x, ids: w[torch.empty(4, dtype=torch.bool, device="meta")],
+        lambda w, x, ids: w.sum(),
+        lambda w, x, ids: torch.matmul(x.new_empty(4, 2, 8), w),
+        lambda w, x, ids: torch.bmm(w, x.new_empty(4, 8, 2)),
+        lambda w, x, ids: torch.einsum("efh,bh->ebf", w, x.new_empty(2, 8)),
+        lambda w, x, ids: w.view(32, 8) + 1,
+        lambda w, x, ids: w.transpose(1, 2)[0],
+        lambda w, x, ids: (w[0], w.sum()),
+        lambda w, x, ids: (w[0], w.view(2, 16, 8)[0]),  # two numbers of experts
+    ],
+)
+def test_ways_to_use_them_all(use: Any) -> None:
+    traced = traced_use(use, 4, 8, 8)
+    assert "other" in traced.uses[HELD]
+
+
+def test_a_matrix_whose_rows_a_view_divides_into_experts() -> None:
+    traced = traced_use(lambda w, x, ids: [w.view(-1, 8, 8)[i] for i in range(4)], 32, 8)
+    assert (traced.uses[HELD], traced.experts[HELD]) == (ONE, 4)
+
+
+def test_a_view_that_nobody_picks_from_is_the_whole_weight() -> None:
+    assert traced_use(lambda w, x, ids: w.view(-1, 8, 8), 32, 8).uses[HELD] == WHOLE
+    assert traced_use(lambda w, x, ids: w.view(-1, 8, 8).sum(), 32, 8).uses[HELD] == WHOLE
+
+
+def test_a_product_of_as_many_matrices_as_no_config_names_is_no_product_of_experts() -> None:
+    assert traced_use(lambda w, x, ids: torch.bmm(x.new_empty(5, 2, 8), w), 5, 8, 8).uses[HELD] == WHOLE
 
 
 # -- activations and cache
