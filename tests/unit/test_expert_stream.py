@@ -169,16 +169,19 @@ class Rig:
 
     def is_whole(self) -> None:
         """Every expert has its bytes, and as many as there are slots are kept."""
-        self.held = None
+        self.leave()
+        stream = self.stream
+        assert stream._kept.keys() == set(stream._cache.held())
+        assert stream._on_device.keys() == set(stream._above.held())
         for module in self.modules:
             self.call(module, *range(module.count))
         first, slots = self.modules[0], self.stream.slots
         assert first.count >= slots, "a scene for this question"
-        if self.device is None:
-            self.call(first, *range(slots))
-            before = len(self.reads)
-            self.call(first, *range(slots))
-            assert len(self.reads) == before, "a slot was lost"
+        self.call(first, *range(slots))
+        before = len(self.reads)
+        self.call(first, *range(slots))
+        assert len(self.reads) == before, "a slot was lost"
+        assert len(self.stream._above) == self.stream._above.slots, "a slot of the device was lost"
 
 
 def differing(found: Expert, wanted: dict[Part, bytes]) -> str | None:
@@ -598,8 +601,8 @@ def interrupted_at(line: int, work: Callable[[], None]) -> bool:
     return False
 
 
-@pytest.mark.parametrize("slots", [1, 2, 4])
-def test_an_interrupt_at_any_line_leaves_the_next_call_right(slots: int) -> None:
+@pytest.mark.parametrize(("slots", "device_slots"), [(1, 0), (2, 0), (4, 0), (2, 1), (2, 3), (4, 2)])
+def test_an_interrupt_at_any_line_leaves_the_next_call_right(slots: int, device_slots: int) -> None:
     """Ctrl-C comes between any two lines, here at each in turn: nobody has another's bytes, and no slot is lost."""
     modules, checkpoint = alike(2, 5, elements=64)
 
@@ -612,7 +615,8 @@ def test_an_interrupt_at_any_line_leaves_the_next_call_right(slots: int) -> None
         for expert in (4, 2, 3):
             rig.get(modules[0], expert)
 
-    rig = Rig(modules, checkpoint, slots)
+    device = FakeDevice(slots, 0.3) if device_slots else None
+    rig = Rig(modules, checkpoint, slots, device=device, device_slots=device_slots)
     with rig:
         assert not interrupted_at(1 << 60, work)
         line = step = 0
@@ -622,6 +626,9 @@ def test_an_interrupt_at_any_line_leaves_the_next_call_right(slots: int) -> None
             if not interrupted_at(line, work):
                 break
             rig.is_whole()
+        if device is not None:
+            device.finish()
+            assert device.failures == []
     assert line > 300
 
 

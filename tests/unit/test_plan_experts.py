@@ -358,7 +358,8 @@ def test_a_host_that_could_hold_the_dense_weights_never_reads_them() -> None:
     schedule = of_shape("qwen3-235b")
     plan = make_plan(schedule, Budget(32 * GB, device_memory_bytes=8 * GB))
     check_plan(schedule, plan)
-    assert plan.steps and plan.bytes_streamed_per_pass == 0
+    passing = sum(plan.items[step].nbytes for step in plan.steps)
+    assert passing > 4 * GB and plan.bytes_streamed_per_pass < 0.01 * passing
 
 
 @pytest.mark.xfail(strict=True, reason="the forecast counts the slots of the host alone")
