@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from lamina.errors import BudgetError
 from lamina.model.batching import batching_config
 from lamina.model.engine import Engine
+from lamina.model.even_rows import even_rows
 from lamina.model.stats import Stats
 from lamina.model.trace import Trace
 from lamina.plan.planner import Plan, make_plan
@@ -173,9 +174,11 @@ class Lamina:
             # a streamed weight is gone before a backward pass could use it
             self._pass_began = time.perf_counter()
             try:
-                self._make_room(model, *_tokens(args, kwargs))
+                tokens, cached = _tokens(args, kwargs)
+                self._make_room(model, tokens, cached)
                 engine.begin_pass()
-                yield
+                with even_rows(tokens, engine.device):
+                    yield
                 self._ended()
             finally:
                 self._pass_began = None
