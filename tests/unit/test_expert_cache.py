@@ -137,6 +137,19 @@ def test_the_experts_of_every_layer_compete() -> None:
     assert sorted(cache.held()) == [(0, 0), (0, 1)]
 
 
+def test_what_was_seen_since_the_last_choice_counts_in_the_next_one() -> None:
+    cache = ExpertCache(3, [1, 2, 2])
+    turns(cache, 0, 0)
+    turns(cache, 1, *[0] * 40)
+    for key in ((0, 0), (1, 0), (2, 0)):
+        assert cache.take(key) is not None
+    taken = cache.take((2, 1))
+    assert taken is not None and taken[1] == (2, 0)
+    turns(cache, 1, *[1] * 400)
+    taken = cache.take((2, 0), {(2, 1)})
+    assert taken is not None and taken[1] == (1, 0)
+
+
 def test_a_skewed_router_is_served_from_a_cache_of_its_favourites() -> None:
     """Hits come near those of a cache that knows the odds, where the least recently used going first gives none."""
     rng = random.Random(0)

@@ -448,6 +448,7 @@ def test_foreseen_and_then_less_memory() -> None:
         filled(rig)
         rig.stream.foresee("m0", range(8))
         rig.stream.shrink(2)
+        assert not rig.stream._foreseen
         rig.call(modules[0], *range(8))
         rig.readers.settle()
         assert rig.stream.counts.nbytes == rig.readers.bytes_read
