@@ -42,8 +42,9 @@ def summary(stats: Mapping[str, Any], tokens: int) -> str:
     if (rate := stats.get("read_bytes_per_second")) and stats.get("bytes_read"):
         parts.append(format_rate(rate))
         parts.append(f"{stats.get('seconds_waiting_for_disk') or 0:.1f} s waiting for the disk")
-    if (hits := stats.get("expert_hit_rate")) is not None:
-        parts.append(f"{hits:.0%} of the experts were there")
+    if routed := stats.get("experts_routed"):
+        foreseen = f", {stats['experts_foreseen'] / routed:.0%} foreseen" if stats.get("experts_foreseen") else ""
+        parts.append(f"{stats['expert_hits'] / routed:.0%} of the experts were there{foreseen}")
     if peak := stats.get("peak_rss_bytes"):
         budget = stats.get("memory_budget_bytes")
         parts.append(f"peak {format_size(peak)}" + (f" of {format_size(budget)}" if budget else ""))
@@ -57,7 +58,7 @@ def intention(plan: Mapping[str, Any]) -> str:
     if not plan.get("bytes_read_per_pass"):
         return f"{budget} · all {format_size(plan['model_bytes'])} of the weights stay in memory"
     read = f"{format_size(plan['bytes_read_per_pass'])} are read for each pass"
-    if plan.get("expert_slots"):
+    if plan.get("expert_slots"):  # else all of them stay, or there are none
         kept += f", {plan['expert_slots']:,} of {plan['experts']:,} experts are kept"
         read = f"about {format_size(plan['bytes_read_per_pass'])} are read for each token"
     return f"{budget} · {kept} · {read} · about {_number(plan['predicted_seconds_per_token'])} s/token"
@@ -92,6 +93,7 @@ _BENCH_ROWS = {
     "active_bytes_per_token": "weights a token needs",
     "expert_bytes_per_token": "of experts, read a token",
     "expert_hit_rate": "experts that were there",
+    "expert_foreseen_rate": "experts that were foreseen",
     "read_bytes_per_second": "read at",
     "disk_bytes_per_second": "the disk alone gives",
     "disk_fraction": "share of the disk reached",
@@ -132,7 +134,7 @@ def _show(key: str, value: Any) -> str:
         return str(len(value))
     if key.endswith("bytes_per_second"):
         return format_rate(value)
-    if key.endswith(("fraction", "hit_rate")):
+    if key.endswith(("fraction", "hit_rate", "foreseen_rate")):
         return f"{value:.0%}"
     if "seconds" in key:
         return f"{_number(value)} s"

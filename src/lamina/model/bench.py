@@ -83,10 +83,11 @@ def bench_model(
         "seconds_waiting_for_disk": stats.seconds_waiting_for_disk,
         "active_bytes_per_token": plan.active_bytes_per_token,
         "expert_hit_rate": meter.expert_hit_rate,
-        "expert_bytes_per_token": meter.expert_bytes_per_step if plan.experts else None,
+        "expert_foreseen_rate": meter.expert_foreseen_rate,
+        "expert_bytes_per_token": meter.expert_bytes_per_step,
         "expert_cache_bytes": plan.expert_cache_bytes,
         "expert_slots": plan.expert_slots,
-        "experts": sum(module.count for module in plan.experts),
+        "experts": plan.expert_count,
         "predicted_seconds_per_token": plan.predicted_seconds_per_token,
     }
 
@@ -132,7 +133,15 @@ class _Meter(StoppingCriteria):  # type: ignore[misc]
     def expert_hit_rate(self) -> float | None:
         """Of the experts that the decode steps were routed to, the share that was there."""
         routed = self._counts.routed - self._at_first.routed
-        return (self._counts.hits - self._at_first.hits) / routed if routed else None
+        if not routed:
+            return self.engine.plan.hit_rate_without_reading
+        return (self._counts.hits - self._at_first.hits) / routed
+
+    @property
+    def expert_foreseen_rate(self) -> float | None:
+        """The share that was there, or on its way, because it was foreseen."""
+        routed = self._counts.routed - self._at_first.routed
+        return (self._counts.foreseen - self._at_first.foreseen) / routed if routed else None
 
     @property
     def read_bytes_per_second(self) -> float:

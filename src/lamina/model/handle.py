@@ -96,7 +96,7 @@ class Lamina:
             experts_foreseen=counts.foreseen,
             expert_misses=counts.misses,
             expert_bytes_read=counts.nbytes,
-            expert_hit_rate=counts.hits / counts.routed if counts.routed else None,
+            expert_hit_rate=counts.hits / counts.routed if counts.routed else plan.hit_rate_without_reading,
             expert_bytes_per_token=expert_bytes / max(per_pass, 1.0),
             expert_tokens={module: tuple(tokens) for module, tokens in counts.tokens.items()},
         )

@@ -25,7 +25,7 @@ class Stats:
         experts_routed: experts that calls were routed to, each once a call; 0 where all of them are resident.
         expert_hits: of these, how many were in the cache; `experts_foreseen` were there or on their way because the
             layer before told so, `expert_misses` had to be read; `expert_bytes_read` in all.
-        expert_hit_rate: hits over experts routed; None before the first call.
+        expert_hit_rate: hits over experts routed; None where there were none, 1 where all experts are resident.
         expert_bytes_per_token: of experts, read in the decode steps, over the tokens they gave.
         expert_tokens: by module, tokens that were routed to each of its experts.
     """

@@ -90,6 +90,7 @@ class Plan:
         ring_bytes: the window on the host; `device_ring_bytes` the one on the device.
         minimum_memory_bytes: the smallest budget that holds this model with this context.
         active_bytes_per_token: of the weights that one token needs; less than `model_bytes` where it is routed.
+        expert_count: experts of the model, wherever they are; `expert_bytes` is what they have on disk.
         experts: those that are read when they are routed to; empty where all of them are resident.
         expert_slots: how many of them the cache in memory holds, each in `expert_slot_bytes`.
         device_expert_slots: how many the cache on the device holds.
@@ -110,6 +111,8 @@ class Plan:
     minimum_device_memory_bytes: int = 0
     traced: bool = True
     active_bytes_per_token: int = 0
+    expert_count: int = 0
+    expert_bytes: int = 0
     experts: tuple[Experts, ...] = ()
     expert_slots: int = 0
     expert_slot_bytes: int = 0
@@ -136,6 +139,11 @@ class Plan:
     def bytes_read_per_pass(self) -> int:
         """Bytes that a decode step of one token reads: what streams, and the experts that are expected to miss."""
         return self.bytes_streamed_per_pass + self.expert_bytes_per_token
+
+    @property
+    def hit_rate_without_reading(self) -> float | None:
+        """1 where every expert is resident, None where there is none or nothing was routed yet."""
+        return 1.0 if self.expert_count and not self.experts else None
 
     @property
     def expert_cache_bytes(self) -> int:
@@ -171,11 +179,11 @@ class Plan:
             "resident_bytes": self.resident_bytes,
             "bytes_read_per_pass": self.bytes_read_per_pass,
             "active_bytes_per_token": self.active_bytes_per_token,
-            "expert_bytes": sum(module.stored_bytes for module in self.experts),
+            "expert_bytes": self.expert_bytes,
             "expert_bytes_per_token": self.expert_bytes_per_token,
             "expert_cache_bytes": self.expert_cache_bytes,
             "expert_slots": self.expert_slots,
-            "experts": sum(module.count for module in self.experts),
+            "experts": self.expert_count,
             "ring_bytes": self.ring_bytes,
             "device_ring_bytes": self.device_ring_bytes,
             "minimum_memory_bytes": self.minimum_memory_bytes,
@@ -432,6 +440,8 @@ class _Planner:
             minimum_device_memory_bytes=minimum_device,
             traced=self.schedule.traced,
             active_bytes_per_token=self.active_bytes,
+            expert_count=sum(module.count for module in self.experts),
+            expert_bytes=sum(module.stored_bytes for module in self.experts),
         )
 
 
