@@ -290,3 +290,49 @@ def test_an_interrupt_in_the_middle_leaves_the_cache_right(tmp_path: Path) -> No
             model.generate(verdict.ids, max_new_tokens=3, do_sample=False)
         handle.remove()
         assert torch.equal(model(verdict.ids).logits, verdict.logits)
+
+
+# -- foreseen
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "phimoe", "longcat_flash"])
+def test_what_is_foreseen_changes_no_answer(family: str, tmp_path: Path) -> None:
+    write_tiny(family, tmp_path, dtype=torch.float32)
+    verdict = judge(tmp_path, family)
+    plain = plain_model(tmp_path, family)
+    options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": PAD, "eos_token_id": -1}
+    wanted = plain.generate(verdict.ids, **options)
+    foreseen = {}
+    for prefetching in (True, False):
+        model = streamed_model(tmp_path, verdict.budget("half"), prefetching=prefetching)
+        with model.lamina:
+            assert torch.equal(model.generate(verdict.ids, **options), wanted)
+            stats = model.lamina.stats
+            foreseen[prefetching] = stats.experts_foreseen
+            assert stats.expert_hits + stats.experts_foreseen + stats.expert_misses == stats.experts_routed
+    assert foreseen[True] > 0
+    assert foreseen[False] == 0
+
+
+def test_a_router_that_cannot_be_asked_early_is_not_asked_again(tmp_path: Path) -> None:
+    write_tiny("mixtral", tmp_path, dtype=torch.float32)
+    verdict = judge(tmp_path, "mixtral")
+    model = streamed_model(tmp_path, verdict.budget("half"))
+    router = model.get_submodule("model.layers.1.mlp.gate")
+    plain, asked = router.forward, []
+
+    def forward(x: torch.Tensor) -> Any:
+        early = router not in running
+        asked.append(early)
+        if early:
+            raise TypeError("not with these")
+        return plain(x)
+
+    running: list[torch.nn.Module] = []
+    router.forward = forward
+    router.register_forward_pre_hook(lambda *_: running.append(router), prepend=True)
+    router.register_forward_hook(lambda *_: running.clear(), always_call=True)
+    with model.lamina, torch.no_grad():
+        for _ in range(4):
+            assert torch.equal(model(verdict.ids).logits, verdict.logits)
+    assert asked.count(True) == 1

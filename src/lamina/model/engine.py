@@ -423,18 +423,20 @@ class _Foresight:
     """
 
     def __init__(self, engine: Engine, router: nn.Module, experts: str) -> None:
-        self.engine, self.router, self.experts = engine, router, experts
+        self.engine, self.router, self.experts, self.able = engine, router, experts, True
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         engine, ids = self.engine, picks(output)
-        if engine.experts is None or not engine.experts.foresees or ids is None or ids.shape[0] > FORESEEN_TOKENS:
+        if not self.able or ids is None or ids.shape[0] > FORESEEN_TOKENS:
+            return
+        if engine.experts is None or not engine.experts.foresees:
             return
         try:
             likely = picks(self.router.forward(*args, **kwargs))
         except (RuntimeError, TypeError, ValueError):  # it takes something else than its neighbour does
-            engine.foresee = False
+            self.able = False
             return
-        if likely is not None and engine.foresee:
+        if likely is not None:
             ranked = likely.t().flatten().tolist()  # everyone's first choice before anyone's second
             engine._next_experts = self.experts, list(dict.fromkeys(ranked))
 
