@@ -195,17 +195,12 @@ def test_linears_of_layers_in_blocks_of_rows(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text"])
-def test_experts_one_at_a_time(
-    family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(planner, "UNIT_SIZES", (0,))
+def test_experts_one_at_a_time(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     write_tiny(family, tmp_path, dtype=dtype)
     said = judge(tmp_path, family)
     plan = assert_equal(said, said.minimum).lamina.plan
-    experts = {item.module for item in plan.items if item.module.endswith("experts")}
-    blocks = {item.module for item in plan.items if item.block}
-    assert experts
-    assert experts <= blocks or family == "llama4_text"  # its experts are one batched product
+    assert plan.experts and plan.expert_slots == 1
+    assert not any(item.module.endswith("experts") for item in plan.items)
 
 
 def test_a_cast_is_a_cast_in_the_plan(tmp_path: Path) -> None:

@@ -43,9 +43,9 @@ def _cases(families: list[str] | tuple[str, ...], dtype: torch.dtype) -> list[ob
 def test_float32(said: Judge, budget: str) -> None:
     model = assert_equal(said, said.budget(budget))
     if budget == "minimum":
-        assert model.lamina.plan.steps
+        assert model.lamina.plan.streams
     if budget == "resident":
-        assert not model.lamina.plan.steps
+        assert not model.lamina.plan.streams
         assert not model.lamina.plan.gathered
 
 
@@ -53,7 +53,7 @@ def test_float32(said: Judge, budget: str) -> None:
 @pytest.mark.parametrize("said", _cases(IN_BFLOAT16, torch.bfloat16), indirect=True)
 def test_bfloat16(said: Judge, budget: str) -> None:
     model = assert_equal(said, said.budget(budget))
-    assert bool(model.lamina.plan.steps) is (budget == "minimum") or budget == "half"
+    assert model.lamina.plan.streams is (budget == "minimum") or budget == "half"
 
 
 @pytest.mark.parametrize("said", _cases(SAMPLE, torch.float32), indirect=True)
