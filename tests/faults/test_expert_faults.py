@@ -126,11 +126,6 @@ def test_a_forked_child_reads_on_its_own_and_so_does_its_parent(files: Files, wh
     files.all_right()
 
 
-def pressed(error: BaseException) -> bool:
-    """Ctrl-C; or what Python makes of it where it comes while a condition takes its lock again."""
-    return isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt)
-
-
 def test_ctrl_c_at_any_moment_below_a_model(files: Files) -> None:
     def press(*_: object) -> None:
         raise KeyboardInterrupt
@@ -143,8 +138,7 @@ def test_ctrl_c_at_any_moment_below_a_model(files: Files) -> None:
                 signal.setitimer(signal.ITIMER_REAL, 0.0003 + 0.00023 * turn)
                 for _ in range(20):
                     files.all_right()
-            except (KeyboardInterrupt, RuntimeError) as error:
-                assert pressed(error)
+            except KeyboardInterrupt:
                 interrupted += 1
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
@@ -251,8 +245,8 @@ def test_ctrl_c_at_any_moment(written: Path, plain: Any, ids: torch.Tensor, more
             try:
                 signal.setitimer(signal.ITIMER_REAL, 0.002 + 0.0019 * turn)
                 tokens(model, ids)
-            except (KeyboardInterrupt, RuntimeError) as error:
-                assert pressed(error)
+            except KeyboardInterrupt:
+                pass
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
             if turn % 4 == 3:
