@@ -44,7 +44,8 @@ class Blocks(torch.Tensor):
     def reshaped(self, shape: torch.Size) -> Blocks:
         """The same weight, seen in another shape."""
         seen = Blocks(self.whole, shape)
-        seen.experts, seen.expert, seen.batched = self.experts, self.expert, self.batched
+        seen.experts, seen.expert = self.experts, self.expert
+        seen.batched = self.batched if shape == self.whole.shape else None
         return seen
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -60,13 +61,13 @@ class Blocks(torch.Tensor):
             x, weight, bias = _linear_arguments(*args, **kwargs)
             if isinstance(weight, Blocks) and weight.linear is not None and not isinstance(x, Blocks):
                 return weight.linear(x, bias)
-        if isinstance(args[0], Blocks) and args[0].expert is not None and not kwargs:
+        if args and isinstance(args[0], Blocks) and args[0].expert is not None and not kwargs:
             picked = _expert(func, *args)
             if picked is not None:
                 return picked
-        if func in (torch.bmm, torch.Tensor.bmm) and isinstance(args[-1], Blocks) and args[-1].batched is not None:
-            x, weight = args
-            if not isinstance(x, Blocks) and not kwargs:
+        if func in (torch.bmm, torch.Tensor.bmm):
+            x, weight = _bmm_arguments(*args, **kwargs)
+            if isinstance(weight, Blocks) and weight.batched is not None and not isinstance(x, Blocks):
                 return weight.batched(x)
         return func(*tree_map(_whole, args), **tree_map(_whole, kwargs))
 
@@ -87,10 +88,14 @@ def _linear_arguments(
     return input, weight, bias
 
 
+def _bmm_arguments(input: torch.Tensor, mat2: torch.Tensor, *, out: Any = None) -> tuple[torch.Tensor, Any]:
+    return input, mat2 if out is None else None
+
+
 def _expert(func: Any, weight: Blocks, *args: Any) -> torch.Tensor | None:
     """One expert of a weight, or the weight in a shape that divides it into experts; None for anything else."""
     assert weight.expert is not None
-    if func in (torch.Tensor.view, torch.Tensor.reshape):
+    if func in (torch.Tensor.view, torch.Tensor.reshape) and not isinstance(args[0], torch.dtype):
         with torch._C.DisableTorchFunctionSubclass():
             shape = torch.empty(weight.shape, dtype=weight.dtype, device="meta").view(*args).shape
         return weight.reshaped(shape) if len(shape) and shape[0] == weight.experts else None

@@ -349,9 +349,11 @@ class Engine:
                 self._handles.append(module.register_forward_hook(asked, with_kwargs=True))
 
     def _routing(self, experts: Experts) -> Callable[..., None]:
+        complete = min(weight.experts for weight in experts.weights)  # those beyond compute nothing
+
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             assert self.experts is not None
-            found = routed_tokens(args, kwargs, experts.count)
+            found = routed_tokens(args, kwargs, complete)
             if found is not None:
                 self.experts.route(experts.module, *found)
                 if self._next_experts is not None:
@@ -387,7 +389,7 @@ class Engine:
                 self.experts.route(module, tokens, x.shape[1])
             out = x.new_zeros(x.shape[0], x.shape[1], weight.shape[2])
             for index in tokens:
-                torch.bmm(x[index : index + 1], expert(index), out=out[index : index + 1])
+                out[index] = torch.bmm(x[index : index + 1], expert(index))[0]
             return out
 
         return batched

@@ -354,7 +354,7 @@ def _kind(func: Any, position: int, args: Any, counts: frozenset[int]) -> str:
             return "embedding"
     if func in _RESHAPES and position == 0:
         return "view"
-    if func in (torch.bmm, torch.Tensor.bmm) and position == 1 and args[1].shape[0] in counts:
+    if func in (torch.bmm, torch.Tensor.bmm) and position == 1 and len(args) == 2 and args[1].shape[0] in counts:
         return "experts"  # of a token that goes elsewhere the input is zero
     return "other"
 

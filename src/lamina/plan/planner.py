@@ -132,7 +132,8 @@ class Plan:
     def expert_bytes_per_token(self) -> int:
         """Bytes of experts that a token makes the disk give, if all are as likely and the cache is full."""
         total = sum(module.count for module in self.experts)
-        missing = 1 - self.expert_slots / total if total else 0.0
+        held = min(self.expert_slots + self.device_expert_slots, total)
+        missing = 1 - held / total if total else 0.0
         return round(sum(module.routed_bytes for module in self.experts) * missing)
 
     @property
@@ -281,7 +282,8 @@ class _Planner:
         weights = min(self.always_bytes + least, self.whole)
         if not budget.on_device:
             return budget.spoken_for + min(self.always_bytes + least + self.known, self.whole), 0
-        return budget.spoken_for + min(least + self.known, self.whole), budget.spoken_for_on_device + weights
+        host = least + self.known if self.always_bytes + least < self.whole else min(least + self.known, self.whole)
+        return budget.spoken_for + host, budget.spoken_for_on_device + weights
 
     def plan(self) -> Plan:
         budget = self.budget
@@ -303,8 +305,13 @@ class _Planner:
         """A plan for the dense weights, after the expert cache has its least share; it has the rest as well."""
         least = self._windows(self.sizes[-1])[0] if self.movable else 0
         slots = divide(self.experts, self.dense_bytes, least, room).slots
-        host_slots = divide(self.experts, 0, least, host_room).slots if self.budget.on_device else slots
-        dense_room, host = room - slots * self.slot, host_room - host_slots * self.slot
+        dense_room = room - slots * self.slot
+        host_slots = slots
+        if self.budget.on_device:  # what the device cannot hold goes through the host in every pass, or stays there
+            passing = self.dense_bytes - dense_room
+            passing = passing + 2 * RING_WANTED if passing > 0 else 0
+            host_slots = divide(self.experts, passing, least if passing else 0, host_room).slots
+        host = host_room - host_slots * self.slot
         if self._all_dense(dense_room):
             plan = self._finished(self.always_names | {w.name for w in self.movable}, frozenset(self.gathered), 0,
                                   minimum, minimum_device)  # fmt: skip

@@ -7,12 +7,14 @@ and places, no weights and no order: a `Ticket` counts the reads of one item and
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ParamSpec
 
 from lamina.checkpoint import Fingerprint
 from lamina.errors import ChangedError, ClosedError
@@ -119,6 +121,24 @@ class _Shared:
         self.files.clear()
 
 
+P = ParamSpec("P")
+
+
+def _interruptible(method: Callable[P, None]) -> Callable[P, None]:
+    """Ctrl-C while a condition takes its lock again ends in a complaint about the lock: it is Ctrl-C all the same."""
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            method(*args, **kwargs)
+        except RuntimeError as error:
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise error.__context__ from None
+            raise
+
+    return call
+
+
 class Readers:
     """A pool of reader threads, started on first use.
 
@@ -173,6 +193,7 @@ class Readers:
             shared.work.notify(len(jobs))
         return ticket
 
+    @_interruptible
     def wait(self, ticket: Ticket) -> None:
         """Block until every read of `ticket` is done, and raise what one of them raised."""
         with self._shared.lock:
@@ -205,6 +226,7 @@ class Readers:
             shared.changed.notify_all()
         return sum(job.needed for job in taken)
 
+    @_interruptible
     def settle(self) -> None:
         """Block until nothing is queued and nothing under way, whatever became of it."""
         shared = self._shared
@@ -215,6 +237,7 @@ class Readers:
             if shared.failed_files and not shared.closed:
                 shared.close_files()  # after a failure every file is opened anew: it may be another one by then
 
+    @_interruptible
     def settled(self, ticket: Ticket) -> None:
         """Block until every read of `ticket` is done, whatever became of it."""
         with self._shared.lock:
