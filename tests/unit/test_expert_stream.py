@@ -24,6 +24,7 @@ from lamina.stream import experts as stream_module
 from lamina.stream import readers as readers_module
 from lamina.stream.device import Event
 from lamina.stream.experts import Expert, ExpertStream
+from lamina.stream.idle import Idle
 from lamina.stream.readers import Readers
 from schedules import Checkpoint, Disk
 from walker import watchdog
@@ -65,6 +66,14 @@ def alike(modules: int = 2, count: int = 6, elements: int = 700) -> tuple[list[E
     return [Experts(f"m{i}", (checkpoint.weights[name],), count, 1) for i, name in enumerate(names)], checkpoint
 
 
+class LongIdle(Idle):
+    """A model that computes so long that anything may be foreseen."""
+
+    @property
+    def nbytes(self) -> int:
+        return 1 << 40
+
+
 class Rig:
     """Experts, their disk, the stream, and a model that looks at every byte it gets.
 
@@ -78,7 +87,7 @@ class Rig:
         self.rng = random.Random(seed)
         self.disk = Disk(checkpoint, seed, slow, direct=bool(seed % 2))
         self.readers = Readers(3, chunk=8192, opener=self.disk.open)
-        self.stream = ExpertStream(modules, slots, slot_bytes(modules), self.readers, device, device_slots)
+        self.stream = ExpertStream(modules, slots, slot_bytes(modules), self.readers, device, device_slots, LongIdle())
         self.reads: list[Layout] = []
         self.stream.on_read = self.reads.append
         self.wanted: dict[tuple[str, int], dict[Part, bytes]] = {}

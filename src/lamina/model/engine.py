@@ -320,7 +320,7 @@ class Engine:
         elif plan.experts:
             self.experts = ExpertStream(plan.experts, plan.expert_slots, plan.expert_slot_bytes, self.readers, device,
                                         plan.device_expert_slots)  # fmt: skip
-        if self.foresee:
+        if self.foresee and not plan.steps:  # where dense weights stream the drive is never idle
             self._attach_foresight(model)
         for experts in plan.experts:
             module = model.get_submodule(experts.module)

@@ -21,6 +21,7 @@ from lamina.plan.experts import Experts
 from lamina.plan.layout import Layout
 from lamina.stream.device import Device, Event
 from lamina.stream.expert_cache import ExpertCache, Key
+from lamina.stream.idle import Idle
 from lamina.stream.memory import Area
 from lamina.stream.readers import Readers, Ticket
 
@@ -77,6 +78,7 @@ class ExpertStream:
         readers: who reads; urgent, before what streams.
         device: None where the processor computes.
         device_slots: how many experts the device holds.
+        idle: says how much may be foreseen.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class ExpertStream:
         readers: Readers,
         device: Device | None = None,
         device_slots: int = 0,
+        idle: Idle | None = None,
     ) -> None:
         self.experts, self.readers, self.device = experts, readers, device
         self.on_read: Callable[[Layout], None] | None = None  # told of every expert that is read
@@ -112,6 +115,7 @@ class ExpertStream:
         self._wanted: dict[Key, int] = {}  # from the one in use on, with its place in the queue
         self._next = 0  # place in the queue of the next one to start reading
         self._foreseen: dict[Key, Ticket] = {}  # read for a call that is still to come
+        self._idle = idle or Idle()
         self._broken = False
         self._generation = readers.generation
 
@@ -120,6 +124,7 @@ class ExpertStream:
         number = self._number[module]
         with self._whole():
             self._leave()
+            self._idle.call(time.perf_counter(), number)
             self._begin(module, sorted(tokens))
             self.counts.calls += 1
             counted = self.counts.tokens[module]
@@ -151,7 +156,9 @@ class ExpertStream:
             self._pump()
             began = time.perf_counter()
             found = self._arrived(key)
-            self.seconds_waiting += time.perf_counter() - began
+            now = time.perf_counter()
+            self.seconds_waiting += now - began
+            self._idle.waited(began, now)
             self._upload_ahead()
         return found
 
@@ -161,15 +168,22 @@ class ExpertStream:
         return self._cache.full and self._cache.slots > 1
 
     def foresee(self, module: str, experts: Iterable[int]) -> None:
-        """A call that is still to come will probably use `experts`, the likeliest first."""
+        """A call that is still to come will probably use `experts`, the likeliest first.
+
+        Only as many are read as the drive has time for while the model computes: more would take its time, and
+        their slots, from experts that are certain.
+        """
         number = self._number[module]
         with self._whole():
+            time_for = self._idle.nbytes
             for expert in experts:
                 key = (number, expert)
                 if key in self._cache or key in self._above:
                     continue
-                if len(self._foreseen) + len(self._wanted) >= self._cache.slots // 2:
+                size = self._layout(key).read_bytes
+                if time_for < size / 2 or len(self._foreseen) + len(self._wanted) >= self._cache.slots // 2:
                     return
+                time_for -= size
                 if not self._start(key, urgent=False):
                     return
                 ticket = self._kept[key].ticket
@@ -333,6 +347,8 @@ class ExpertStream:
         ticket = self.readers.submit(layout.reads, area, urgent=urgent)
         self._kept[key] = Expert(layout, area.tensor[: layout.nbytes], ticket)
         self.counts.nbytes += layout.read_bytes
+        if urgent:
+            self._idle.asked(layout.read_bytes)
         if self.on_read is not None:
             self.on_read(layout)
         return True
