@@ -12,7 +12,7 @@ from torch import nn
 
 from lamina.model.blocks import Blocks
 from lamina.model.disk_tensor import DiskTensor
-from lamina.model.engine import Engine
+from lamina.model.expert_hooks import ExpertHooks
 from lamina.model.experts import picks, routed_tokens, routes
 
 STATES, WEIGHTS = torch.zeros(3, 8), torch.ones(3, 2)
@@ -298,7 +298,7 @@ class Told:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, dict[int, int], int]] = []
-        self.experts = self
+        self.stream = self
 
     def routed(self, module: str) -> bool:
         return any(told == module for told, _, _ in self.calls)
@@ -315,8 +315,8 @@ def test_the_engine_multiplies_with_the_experts_that_are_given_anything(value: f
         asked.append(index)
         return data[index : index + 1]
 
-    told._one_expert = lambda module, weight: expert  # type: ignore[attr-defined]
-    batched = Engine._all_experts(told, "m", SimpleNamespace(name="w", shape=data.shape))  # type: ignore[arg-type]
+    told._one = lambda module, weight: expert  # type: ignore[attr-defined]
+    batched = ExpertHooks._all(told, "m", SimpleNamespace(name="w", shape=data.shape))  # type: ignore[arg-type]
     x = torch.zeros(4, 3, 6)
     x[1, 2, 4], x[3, 0], x[3, 1], x[0] = value, 2.0, 3.0, -0.0
     for _ in range(2):

@@ -7,7 +7,6 @@ order, by the user, or by a branch that the trace did not take) is read on deman
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
 import time
@@ -22,11 +21,10 @@ from transformers import PreTrainedModel
 
 from lamina.model.blocks import Blocks
 from lamina.model.disk_tensor import DiskTensor
-from lamina.model.experts import picks, routed_tokens
+from lamina.model.expert_hooks import ExpertHooks
 from lamina.model.residents import load_residents
 from lamina.model.weights import Weights
 from lamina.plan.cut import Item
-from lamina.plan.experts import Experts
 from lamina.plan.layout import Part, Placed, Read, lay_out
 from lamina.plan.planner import Plan
 from lamina.plan.schedule import Convert, Weight
@@ -36,7 +34,6 @@ from lamina.stream.memory import Area
 from lamina.stream.readers import Readers
 from lamina.stream.stream import Held, Stream
 
-FORESEEN_TOKENS = 16  # of a pass, up to which experts are foreseen: many tokens need nearly all of them
 RATE_FROM = 256 << 20  # bytes loaded that tell the drive's rate
 Progress = Callable[[str, int, int], None]
 Sites = dict[str, list[tuple[nn.Module, str, bool]]]
@@ -73,7 +70,7 @@ class Engine:
         self._in_pass = False
         self._waited = 0.0  # in streams that are no more
         self._before_pass = Counts()
-        self._next_experts: tuple[str, list[int]] | None = None  # likely ones of the module after this
+        self._expert_hooks: ExpertHooks | None = None
         self.load_rate: float | None = None  # bytes per second, where enough was loaded to tell
         self._sites = _sites(model)
         self._disk = {name: self._disk_tensor(name) for name in self._sites}
@@ -161,9 +158,8 @@ class Engine:
                 for part in held.item.parts:
                     self._bind(part.weight, self._disk[part.weight])
         self._held.clear()
-        if self.experts is not None:
-            self.experts.leave()
-        self._next_experts = None
+        if self._expert_hooks is not None:
+            self._expert_hooks.end_pass()
 
     def read(self, name: str) -> torch.Tensor:
         """A weight, whole, read now."""
@@ -320,79 +316,18 @@ class Engine:
         elif plan.experts:
             self.experts = ExpertStream(plan.experts, plan.expert_slots, plan.expert_slot_bytes, self.readers, device,
                                         plan.device_expert_slots)  # fmt: skip
+        if self.experts is None:
+            return
+        hooks = self._expert_hooks = ExpertHooks(self.experts, self._finish)
         if self.foresee and not plan.steps:  # where dense weights stream the drive is never idle
-            self._attach_foresight(model)
+            streamed = [name for name in self.schedule if name not in plan.resident]
+            self._handles += hooks.foresee(model, plan.experts, self.weights.routers, streamed)
+        self._handles += hooks.attach(model, plan.experts)
         for experts in plan.experts:
-            module = model.get_submodule(experts.module)
-            self._handles.append(module.register_forward_pre_hook(self._routing(experts), with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._routed, always_call=True))
             for weight in experts.weights:
                 disk = self._disk[weight.name]
                 assert disk is not None
-                stand_in = Blocks(disk)
-                stand_in.experts = weight.experts
-                stand_in.expert = self._one_expert(experts.module, weight.name)
-                if len(weight.shape) == 3 and weight.rows == weight.experts:
-                    stand_in.batched = self._all_experts(experts.module, weight)
-                self._stand_in(weight.name, stand_in)
-
-    def _attach_foresight(self, model: PreTrainedModel) -> None:
-        """Hooks on the routers: what one is asked, the next one is asked as well, a layer too early."""
-        routers, resident = self.weights.routers, self.plan.resident
-        for experts, following in itertools.pairwise(self.plan.experts):
-            router, next_router = routers.get(experts.module), routers.get(following.module)
-            if router is None or next_router is None:
-                continue
-            if all(name in resident for name in self.schedule if name.startswith(f"{next_router}.")):
-                asked = _Foresight(self, model.get_submodule(next_router), following.module)
-                module = model.get_submodule(router)
-                self._handles.append(module.register_forward_hook(asked, with_kwargs=True))
-
-    def _routing(self, experts: Experts) -> Callable[..., None]:
-        complete = min(weight.experts for weight in experts.weights)  # those beyond compute nothing
-
-        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            assert self.experts is not None
-            found = routed_tokens(args, kwargs, complete)
-            if found is not None:
-                self.experts.route(experts.module, *found)
-                if self._next_experts is not None:
-                    self.experts.foresee(*self._next_experts)
-            self._next_experts = None
-
-        return enter
-
-    def _routed(self, *_: object) -> None:
-        assert self.experts is not None
-        self.experts.leave()
-
-    def _one_expert(self, module: str, weight: str) -> Callable[[int], torch.Tensor]:
-        def expert(index: int) -> torch.Tensor:
-            assert self.experts is not None
-            found = self.experts.acquire(module, index)
-            if found.tensors is None:
-                found.tensors = {p.part.weight: self._finish(p, found.memory) for p in found.layout.placed}
-            tensor: torch.Tensor = found.tensors[weight]
-            return tensor
-
-        return expert
-
-    def _all_experts(self, module: str, weight: Weight) -> Callable[[torch.Tensor], torch.Tensor]:
-        expert = self._one_expert(module, weight.name)
-
-        def batched(x: torch.Tensor) -> torch.Tensor:
-            """`bmm(x, weight)`, where x holds a token's states for the experts it goes to and zeros for the others."""
-            assert self.experts is not None
-            sent = (torch.linalg.vector_norm(x, ord=float("inf"), dim=-1) != 0).sum(-1).tolist()  # NaN is not zero
-            tokens = {index: count for index, count in enumerate(sent) if count}
-            if not self.experts.routed(module):
-                self.experts.route(module, tokens, x.shape[1])
-            out = x.new_zeros(x.shape[0], x.shape[1], weight.shape[2])
-            for index in tokens:
-                out[index] = torch.bmm(x[index : index + 1], expert(index))[0]
-            return out
-
-        return batched
+                self._stand_in(weight.name, hooks.stand_in(experts.module, weight, disk))
 
     def _block(self, item: Item) -> torch.Tensor:
         area = Area(item.nbytes)
@@ -415,32 +350,6 @@ class Engine:
                 final.copy_(self.weights.replays[weight.name](stored))
         # torch picks kernels by this flag even under no_grad (matmul folds): plain transformers has it set
         return final.requires_grad_(_differentiable(final))
-
-
-class _Foresight:
-    """Asks a router where the tokens would go, with the states that the router of the layer before was given.
-
-    The states change little from layer to layer: of the experts of a token 64-83% are named rightly (docs/log.md).
-    Only the order of reading depends on the answer.
-    """
-
-    def __init__(self, engine: Engine, router: nn.Module, experts: str) -> None:
-        self.engine, self.router, self.experts, self.able = engine, router, experts, True
-
-    def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        engine, ids = self.engine, picks(output)
-        if not self.able or ids is None or ids.shape[0] > FORESEEN_TOKENS:
-            return
-        if engine.experts is None or not engine.experts.foresees:
-            return
-        try:
-            likely = picks(self.router.forward(*args, **kwargs))
-        except (RuntimeError, TypeError, ValueError):  # it takes something else than its neighbour does
-            self.able = False
-            return
-        if likely is not None:
-            ranked = likely.t().flatten().tolist()  # everyone's first choice before anyone's second
-            engine._next_experts = self.experts, list(dict.fromkeys(ranked))
 
 
 def _dtype(weight: Weight) -> torch.dtype:
