@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from lamina.cli import engine, report
-from lamina.cli.generation import encode, encode_chat, generate, most_tokens, read_prompt, with_context
+from lamina.cli.generation import encode, encode_chat, generate, read_prompt
 from lamina.cli.live import stdio
 from lamina.cli.options import ModelArgument, ModelOptions, Sampling, Verbosity, parse_prompt_ids
 from lamina.cli.progress import Progress
@@ -47,7 +47,6 @@ def run(
     request = read_prompt(prompt, prompt_ids)
     if chat and isinstance(request, list):
         raise RequestError("--chat needs the prompt as text, not as --prompt-ids")
-    options = with_context(options, most_tokens(request, chat=chat) + max_new_tokens)
     terminal = stdio(json=json, quiet=verbosity.quiet)
     progress = Progress(max_new_tokens)
     with _stdout_for_the_result(json), terminal.showing(progress.describe):

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from lamina.cli import engine
-from lamina.cli.options import ModelOptions, Sampling, parse_prompt_ids
+from lamina.cli.options import Sampling, parse_prompt_ids
 from lamina.cli.text import TextStream, TokenStream
 from lamina.errors import RequestError
-
-USUAL_CONTEXT = 1024  # tokens; from there on the library's own choice is as good
-TEMPLATE_TOKENS = 512  # that a chat template may add
-SPECIAL_TOKENS = 8
 
 
 def read_prompt(prompt: str | None, prompt_ids: str | None) -> str | list[int]:
@@ -37,20 +32,6 @@ def read_prompt(prompt: str | None, prompt_ids: str | None) -> str | list[int]:
     if not prompt:
         raise RequestError("the prompt is empty")
     return prompt
-
-
-def most_tokens(prompt: str | list[int], *, chat: bool) -> int:
-    """An upper bound for the tokens of a prompt: no tokenizer makes more of a text than it has bytes."""
-    if isinstance(prompt, list):
-        return len(prompt)
-    return len(prompt.encode()) + (TEMPLATE_TOKENS if chat else SPECIAL_TOKENS)
-
-
-def with_context(options: ModelOptions, tokens: int) -> ModelOptions:
-    """Room for `tokens` where the user did not say how much and the usual room is more: weights can have the rest."""
-    if options.context is not None or tokens >= USUAL_CONTEXT:
-        return options
-    return replace(options, context=tokens)
 
 
 def encode(model: Any, prompt: str | list[int]) -> dict[str, Any]:
