@@ -162,7 +162,9 @@ class _Meter(StoppingCriteria):  # type: ignore[misc]
             seconds, nbytes = now - self._resumed[0], read - self._resumed[1]
             self.read_seconds += seconds
             self.read_bytes += nbytes
-            self.steps.append(seconds * (self.per_pass + missed) / nbytes if nbytes else seconds)
+            # without a ring nothing was read before the step began, and what was foreseen may have been taken back
+            streams = self.engine.stream is not None and nbytes
+            self.steps.append(seconds * (self.per_pass + missed) / nbytes if streams else seconds)
         self._disk_alone()
         self._missed.clear()
         self._resumed = time.perf_counter(), self.engine.readers.bytes_read
