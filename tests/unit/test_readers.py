@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -415,3 +416,53 @@ def test_importing_and_making_starts_no_thread() -> None:
     readers = Readers()
     assert not threads()
     readers.close()
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timer here")
+def test_ctrl_c_at_any_moment_leaves_no_thread(path: str) -> None:
+    """Also inside the start of a thread, which would stay half started for good."""
+    rng = random.Random(5)
+    area = Area(SIZE)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for _ in range(400):
+            readers = Readers(4, 65536)
+            try:
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 2e-3))
+                    readers.read([whole(path)], area)
+                    readers.close()
+                    time.sleep(2e-3)
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                pass
+            readers.close()
+            assert not threads() and not descriptors(path)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_no_thread_to_be_had_is_an_error_and_fewer_do_the_work(
+    path: str, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, allowed = threading.Thread.start, [0]
+
+    def start(thread: threading.Thread) -> None:
+        if allowed[0] == 0:
+            raise RuntimeError("can't start new thread")
+        allowed[0] -= 1
+        plain(thread)
+
+    readers = Readers(4, 65536)
+    area = Area(SIZE)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(ReadError, match="new thread.*limit"):
+            readers.read([whole(path)], area)
+        allowed[0] = 1
+        readers.read([whole(path)], area)
+        assert bytes(area.view[:SIZE]) == content
+        assert len(threads()) == 1
+    readers.close()
+    assert not threads() and not descriptors(path)

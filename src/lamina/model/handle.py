@@ -103,7 +103,8 @@ class Lamina:
 
     def close(self) -> None:
         """Stop the stream, its threads and files. The model's streamed weights are gone from then on."""
-        self._closer()
+        self._engine.close()  # not by `_closer`: that one acts once, and Ctrl-C may have cut it short
+        self._closer.detach()
 
     def __enter__(self) -> Lamina:
         return self

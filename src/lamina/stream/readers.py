@@ -6,6 +6,7 @@ and places, no weights and no order: a `Ticket` counts the reads of one item and
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import functools
 import os
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import ParamSpec
 
 from lamina.checkpoint import Fingerprint
-from lamina.errors import ChangedError, ClosedError
+from lamina.errors import ChangedError, ClosedError, ReadError
 from lamina.plan.layout import ALIGNMENT, Read, align
 from lamina.stream.files import File, open_file
 from lamina.stream.memory import Area
@@ -113,6 +114,14 @@ class _Shared:
         file = self.files.pop(path, None)
         if file is not None:
             self.failed_files.append(file)
+
+    def fail(self, error: BaseException) -> None:
+        """Let all that is queued end in `error`."""
+        for job in (*self.urgent, *self.jobs):
+            job.ticket.error, job.ticket.left = error, 0
+        self.urgent.clear()
+        self.jobs.clear()
+        self.changed.notify_all()
 
     def close_files(self) -> None:
         for file in (*self.failed_files, *self.files.values()):
@@ -294,12 +303,9 @@ class Readers:
         self.generation += 1
 
     def _start(self) -> None:
-        while len(self._pool) < self.threads:
-            name = f"lamina-reader-{len(self._pool)}"
-            thread = threading.Thread(target=_work, args=(self._shared,), name=name, daemon=True)
-            self._shared.threads += 1
-            thread.start()
-            self._pool.append(thread)
+        """Have the pool filled by a thread of its own: Ctrl-C inside `Thread.start` would leave one half started."""
+        if len(self._pool) < self.threads:
+            _thread.start_new_thread(_fill, (self._pool, self.threads, self._shared))
 
     def _chunks(self, read: Read, area: Area, at: int, ticket: Ticket) -> list[_Job]:
         """Even pieces of at most a chunk, so that no thread is left with a crumb."""
@@ -329,6 +335,22 @@ def _edges(read: Read) -> list[Read]:
         for low, high, aligned in places
         if low < high
     ]
+
+
+def _fill(pool: list[threading.Thread], threads: int, shared: _Shared) -> None:
+    with shared.lock:
+        while len(pool) < threads and not shared.closed:
+            thread = threading.Thread(target=_work, args=(shared,), name=f"lamina-reader-{len(pool)}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the system gives no more: those that run do the work of all
+                if not pool:
+                    shared.fail(
+                        ReadError(f"no thread to read with ({error}): raise the limit on threads, or close programs")
+                    )
+                return
+            pool.append(thread)
+            shared.threads += 1
 
 
 def _work(shared: _Shared) -> None:
