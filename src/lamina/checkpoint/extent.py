@@ -50,17 +50,38 @@ class Extent:
 
 
 @dataclass(frozen=True, slots=True)
+class Encoding:
+    """How bytes hold the elements of a tensor, where they are not simply one after another.
+
+    The tensor is seen as a matrix: its last dimension are the columns, all others together the rows. Rows are
+    cut into panels, each of which can be read and decoded alone; a panel never straddles two matrices of a
+    tensor of three dimensions. Panels lie one after another, all with the same number of bytes.
+
+    Attributes:
+        codec: a name that `lamina.codec.codec_for` knows.
+        panel_rows: rows of a panel; the last panel may have fewer.
+        panel_bytes: bytes of a panel, the last one included.
+    """
+
+    codec: str
+    panel_rows: int
+    panel_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class TensorEntry:
     """One tensor of a checkpoint.
 
     Attributes:
         name: the name in the checkpoint, which transformers may rename when it loads.
-        dtype: safetensors' name, a key of `DTYPE_BITS`.
-        shape: in elements; `()` is one element.
-        extent: where its bytes lie, row-major and little-endian.
+        dtype: of its elements once decoded: safetensors' name, a key of `DTYPE_BITS`.
+        shape: in elements, once decoded; `()` is one element.
+        extent: where its bytes lie; row-major and little-endian where there is no encoding.
+        encoding: what its bytes are; None for plain elements.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     extent: Extent
+    encoding: Encoding | None = None
