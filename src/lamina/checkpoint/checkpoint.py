@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from lamina.checkpoint.choose import INDEX_ENDING, check_subfolder, choose_weights, other_format, parse_index
 from lamina.checkpoint.extent import TensorEntry
 from lamina.checkpoint.header import MAX_HEADER_BYTES, Fingerprint, missing_file, read_header_and_fingerprint
+from lamina.checkpoint.store import (
+    MANIFEST,
+    apply_manifest,
+    check_files,
+    is_partial,
+    partial_store,
+    read_manifest,
+    weight_files,
+)
 from lamina.checkpoint.strict import quote
 from lamina.errors import (
     ChangedError,
@@ -32,12 +41,14 @@ class Checkpoint:
         files: absolute paths of the weight files, each once.
         tensors: every tensor by its name in the checkpoint.
         fingerprints: each local file as it was when its header was read.
+        row_orders: for tensors whose rows a file holds in another order: row i of the tensor is its row `order[i]`.
     """
 
     root: str
     files: tuple[str, ...]
     tensors: Mapping[str, TensorEntry]
     fingerprints: Mapping[str, Fingerprint] = field(default_factory=dict)
+    row_orders: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @cached_property
     def nbytes(self) -> int:
@@ -63,6 +74,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, variant: str | None = None,
 
     Takes what transformers takes, in its order: `model.safetensors`, then `model.safetensors.index.json` with
     its shards; after these the loose `*.safetensors` of the folder. Links, as the hub's cache has them, are followed.
+    A folder that `lamina split` wrote is known by its manifest.
 
     Args:
         path: a folder, one `.safetensors` file, or one index.
@@ -86,6 +98,10 @@ def open_checkpoint(path: str | os.PathLike[str], *, variant: str | None = None,
         if not os.path.isdir(root):
             raise RequestError(f"there is no folder {root}: leave subfolder out, or name one that exists")
     names = _list_folder(root)
+    if MANIFEST in names:
+        return _open_store(root, variant)
+    if is_partial(names):
+        raise partial_store(root)
     chosen = choose_weights(names, variant, root)
     if chosen[0].endswith(".json"):
         return _open_indexed(root, chosen[0], names)
@@ -141,6 +157,8 @@ def _is_folder(path: str) -> bool:
 
 def _open_file(path: str) -> Checkpoint:
     root, name = os.path.split(path)
+    if name.endswith((".safetensors", INDEX_ENDING)) and os.path.exists(os.path.join(root, MANIFEST)):
+        raise RequestError(f"{path} is a part of a store: give its folder, {root}")
     if name.endswith(".safetensors"):
         return _open_shards(root, [name])
     if name.endswith(INDEX_ENDING):
@@ -157,6 +175,15 @@ def _list_folder(root: str) -> list[str]:
         raise CheckpointError(f"{root} may not be read by this user: change its permissions") from None
     except OSError as exc:
         raise CheckpointError(f"{root} cannot be listed: {exc.strerror}") from exc
+
+
+def _open_store(root: str, variant: str | None) -> Checkpoint:
+    if variant:
+        raise RequestError(f"{root} was written by `lamina split`, it has no variant {quote(variant)}")
+    manifest = read_manifest(root)
+    check_files(manifest, root)
+    stored = _open_shards(root, weight_files(manifest))
+    return replace(stored, tensors=apply_manifest(manifest, stored.tensors))
 
 
 def _open_shards(root: str, names: Iterable[str]) -> Checkpoint:

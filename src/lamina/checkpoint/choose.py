@@ -145,7 +145,7 @@ def parse_index(raw: bytes, name: str) -> dict[str, str]:
         if not isinstance(file, str):
             raise CheckpointError(f"{name} gives tensor {quote(tensor)} a file that is not text: fetch it again")
     for file in sorted(set(weight_map.values())):
-        if not _is_plain_name(file):
+        if not is_plain_name(file):
             raise CheckpointError(
                 f"{name} names the file {quote(file)}, which is not a plain name in its own folder: "
                 "do not trust this checkpoint"
@@ -155,7 +155,8 @@ def parse_index(raw: bytes, name: str) -> dict[str, str]:
     return weight_map
 
 
-def _is_plain_name(name: str) -> bool:
+def is_plain_name(name: str) -> bool:
+    """Whether this can only be a file of the folder that names it."""
     return name.isprintable() and "/" not in name and "\\" not in name and name not in ("", ".", "..")
 
 
