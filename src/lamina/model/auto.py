@@ -190,7 +190,7 @@ def _planned(
         raise RequestError(f"context must be at least 1 token, got {context}")
 
     def budget(tokens: int) -> Budget:
-        return make_budget(memory, device_memory, device, traced, tokens)
+        return make_budget(memory, device_memory, device, traced, tokens, weights.schedule.scratch_bytes)
 
     if context is not None:
         return make_plan(weights.schedule, budget(context))

@@ -54,11 +54,11 @@ class Blocks(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") == "__get__" or func in _METADATA:
+        if getattr(func, "__name__", "") == "__get__" or func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func is torch.nn.functional.linear:
-            x, weight, bias = _linear_arguments(*args, **kwargs)
+            x, weight, bias = linear_arguments(*args, **kwargs)
             if isinstance(weight, Blocks) and weight.linear is not None and not isinstance(x, Blocks):
                 return weight.linear(x, bias)
         if args and isinstance(args[0], Blocks) and args[0].expert is not None and not kwargs:
@@ -78,11 +78,11 @@ class Blocks(torch.Tensor):
         return func(*tree_map(_whole, args), **tree_map(_whole, kwargs or {}))
 
 
-_METADATA = {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.element_size, torch.Tensor.__len__,
+METADATA = {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.element_size, torch.Tensor.__len__,
              torch.Tensor.is_floating_point, torch.Tensor.requires_grad_, torch.Tensor.__hash__}  # fmt: skip
 
 
-def _linear_arguments(
+def linear_arguments(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     return input, weight, bias
@@ -101,7 +101,7 @@ def _expert(func: Any, weight: Blocks, *args: Any) -> torch.Tensor | None:
         return weight.reshaped(shape) if len(shape) and shape[0] == weight.experts else None
     if func is torch.Tensor.__getitem__ and weight.shape[0] == weight.experts:
         (index,) = args
-        if isinstance(index, bool) or not (isinstance(index, int) or _is_number(index)):
+        if isinstance(index, bool) or not (isinstance(index, int) or is_number(index)):
             return None
         number = int(index)
         if -weight.experts <= number < weight.experts:
@@ -109,7 +109,7 @@ def _expert(func: Any, weight: Blocks, *args: Any) -> torch.Tensor | None:
     return None
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() == 0 and value.dtype is not torch.bool
 
 

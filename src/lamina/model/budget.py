@@ -38,6 +38,7 @@ def make_budget(
     device: torch.device,
     trace: Trace,
     context: int,
+    scratch_bytes: int = 0,
 ) -> Budget:
     """The budget of a request.
 
@@ -47,6 +48,7 @@ def make_budget(
         device: where the model computes.
         trace: gives activations and cache for the context.
         context: tokens of prompt and answer together.
+        scratch_bytes: what decoding weights takes.
     """
     given = parse_size(memory, what="memory") if memory is not None else int(free_memory() * SHARE_OF_FREE)
     on_device = None
@@ -59,6 +61,7 @@ def make_budget(
         kv_cache_bytes=trace.cache(context),
         context_tokens=context,
         device_memory_bytes=on_device,
+        scratch_bytes=scratch_bytes,
     )
 
 

@@ -7,6 +7,7 @@ order, by the user, or by a branch that the trace did not take) is read on deman
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 
 from lamina.model.blocks import Blocks
 from lamina.model.disk_tensor import DiskTensor
+from lamina.model.encoded import Encoded, Scratch
 from lamina.model.expert_hooks import ExpertHooks
 from lamina.model.residents import load_residents
 from lamina.model.weights import Weights
@@ -72,6 +74,7 @@ class Engine:
         self._before_pass = Counts()
         self._expert_hooks: ExpertHooks | None = None
         self.load_rate: float | None = None  # bytes per second, where enough was loaded to tell
+        self._scratch = Scratch()
         self._sites = _sites(model)
         self._disk = {name: self._disk_tensor(name) for name in self._sites}
 
@@ -82,12 +85,14 @@ class Engine:
             _move_buffers(model, self.device)
         began = time.perf_counter()
         for name, tensor in load_residents(resident, self.readers, self._finish, self.device, progress).items():
-            parameter = nn.Parameter(tensor, requires_grad=_differentiable(tensor))
+            parameter = tensor
+            if not isinstance(tensor, Encoded):
+                parameter = nn.Parameter(tensor, requires_grad=_differentiable(tensor))
             for module, attribute, is_buffer in self._sites[name]:
                 if is_buffer:
                     module._buffers[attribute] = tensor
                 else:
-                    module._parameters[attribute] = parameter
+                    module._parameters[attribute] = parameter  # type: ignore[assignment]
         if self.readers.bytes_read >= RATE_FROM:
             self.load_rate = self.readers.bytes_read / (time.perf_counter() - began)
         if self.plan.streams:
@@ -168,7 +173,9 @@ class Engine:
         layout = lay_out([(weight, part)])
         area = Area(layout.nbytes)
         self.readers.read(layout.reads, area)
-        return self._finish(layout.placed[0], area.tensor).detach().to(self.device)
+        tensor = self._finish(layout.placed[0], area.tensor)
+        tensor = tensor.decode() if isinstance(tensor, Encoded) else tensor
+        return tensor.detach().to(self.device)
 
     def gather(self, name: str, ids: torch.Tensor) -> torch.Tensor:
         """Rows of a table, read from disk.
@@ -181,6 +188,8 @@ class Engine:
         """
         weight = self.schedule[name]
         unique, inverse = torch.unique(ids.to("cpu"), return_inverse=True)
+        if weight.convert is Convert.DECODE:
+            return self._gather_encoded(weight, unique.tolist())[inverse].to(self.device)
         row = weight.stored_nbytes // weight.rows
         area = Area(len(unique) * row)
         reads = []
@@ -192,6 +201,27 @@ class Engine:
         self.readers.read(reads, area)
         stored = area.tensor[: len(unique) * row].view(self._stored_dtype(weight)).view(len(unique), -1)
         return stored.to(self.device, _dtype(weight))[inverse.to(self.device)]
+
+    def _gather_encoded(self, weight: Weight, rows: list[int]) -> torch.Tensor:
+        """Rows of a table that is stored in panels; each of their panels is read for itself."""
+        order = self.weights.orders.get(weight.name)
+        rows = rows if order is None else order[rows].tolist()
+        ranges = [weight.stored_range(row, 1) for row in rows]
+        places = list(itertools.accumulate((end - begin for begin, end in ranges), initial=0))
+        area = Area(places[-1])
+        reads = []
+        for row, at in zip(rows, places, strict=False):
+            for piece in weight.pieces_of_rows(row, 1):
+                extent = piece.extent
+                reads.append(Read(extent.file, extent.offset, extent.length, at + piece.at, extent.length, False))
+        self.readers.read(reads, area)
+        out = torch.empty(len(rows), weight.shape[1], dtype=_dtype(weight))
+        for place, row in enumerate(rows):
+            memory = area.tensor[places[place] : places[place + 1]]
+            out[place] = Encoded((1, weight.shape[1]), out.dtype, memory, weight.spans(row, 1), self._scratch).decode()[
+                0
+            ]
+        return out
 
     def _disk_tensor(self, name: str) -> DiskTensor | None:
         """The placeholder of a weight, taught to read itself."""
@@ -206,7 +236,7 @@ class Engine:
             tensor = placed
         tensor.read = lambda: self.read(name)
         weight = self.schedule[name]
-        if len(weight.shape) == 2 and weight.convert is not Convert.REPLAY:
+        if len(weight.shape) == 2 and weight.by_rows:
             tensor.gather = lambda ids: self.gather(name, ids)
         return tensor
 
@@ -292,9 +322,12 @@ class Engine:
         self, module: str, items: list[Item]
     ) -> Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]:
         weight = self.schedule[items[0].parts[0].weight]
+        order = self.weights.orders.get(weight.name)
 
         def linear(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             out = x.new_empty(*x.shape[:-1], weight.rows)
+            if order is not None and bias is not None:
+                bias = bias[torch.argsort(order)]  # of the rows as they are stored
             for item in items:
                 part = item.parts[0]
                 rows = slice(part.first, part.first + part.count)
@@ -304,7 +337,7 @@ class Engine:
                 if held is not None:
                     assert self.stream is not None
                     self.stream.release(held)
-            return out
+            return out if order is None else out[..., order]
 
         return linear
 
@@ -341,6 +374,8 @@ class Engine:
         """The tensor of a part whose stored bytes are in `memory`."""
         weight = self.schedule[placed.part.weight]
         shape = weight.shape if placed.part.count == weight.rows else (placed.part.count, *weight.shape[1:])
+        if weight.convert is Convert.DECODE:
+            return self._encoded(weight, placed, shape, memory)
         final = memory[placed.at : placed.at + placed.nbytes].view(_dtype(weight)).view(shape)
         if weight.convert is not Convert.NONE:
             stored = memory[placed.stored_at : placed.stored_at + placed.stored_nbytes]
@@ -350,6 +385,13 @@ class Engine:
                 final.copy_(self.weights.replays[weight.name](stored))
         # torch picks kernels by this flag even under no_grad (matmul folds): plain transformers has it set
         return final.requires_grad_(_differentiable(final))
+
+    def _encoded(self, weight: Weight, placed: Placed, shape: tuple[int, ...], memory: torch.Tensor) -> Encoded:
+        part = placed.part
+        stored = memory[placed.stored_at : placed.stored_at + placed.stored_nbytes]
+        whole = self.weights.replays.get(weight.name)
+        order = self.weights.orders.get(weight.name) if part.count == weight.rows else None
+        return Encoded(shape, _dtype(weight), stored, weight.spans(part.first, part.count), self._scratch, whole, order)
 
 
 def _dtype(weight: Weight) -> torch.dtype:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from lamina.model.encoded import Encoded
 from lamina.plan.layout import Layout, Part, Placed, lay_out
 from lamina.plan.planner import resident_areas
 from lamina.plan.schedule import Convert, Weight
@@ -46,7 +47,7 @@ def load_residents(
     tensors: dict[str, torch.Tensor] = {}
     waiting: list[tuple[Layout, Area, Ticket]] = []
     for group in resident_areas(weights):
-        if group[0].convert is not Convert.NONE or device.type != "cpu":
+        if group[0].converted or device.type != "cpu":
             for weight in group:
                 tensors[weight.name] = _in_blocks(weight, readers, finish, device, tell)
             continue
@@ -66,7 +67,8 @@ def _arrived(
     for layout, area, ticket in waiting:
         _wait(readers, ticket, tell)
         for placed in layout.placed:
-            tensors[placed.part.weight] = finish(placed, area.tensor).detach()
+            tensor = finish(placed, area.tensor)
+            tensors[placed.part.weight] = tensor if isinstance(tensor, Encoded) else tensor.detach()
     return tensors
 
 
@@ -74,6 +76,11 @@ def _in_blocks(
     weight: Weight, readers: Readers, finish: Finish, device: torch.device, tell: Callable[[], None]
 ) -> torch.Tensor:
     """A weight whose bytes only pass through host memory, to be converted or on their way to a device: by rows."""
+    if weight.convert is Convert.DECODE:
+        layout = lay_out([(weight, Part(weight.name, 0, weight.rows))])
+        area = Area(layout.nbytes)
+        _wait(readers, readers.submit(layout.reads, area), tell)
+        return finish(layout.placed[0], area.tensor.to(device))
     rows = weight.rows
     if weight.convert is not Convert.REPLAY and weight.shape:
         rows = max(min(rows, AT_ONCE * weight.rows // max(weight.stored_nbytes, 1)), 1)

@@ -11,12 +11,15 @@ import torch
 from lamina.checkpoint import Checkpoint, Extent
 from lamina.model.build import torch_dtype
 from lamina.model.disk_tensor import Box, DiskTensor, Expression, replay, sources_of
+from lamina.model.encoded import Encoded, Scratch
+from lamina.model.panels import scratch_bytes, segments_of, whole_tensor
 from lamina.model.trace import Trace, layer_names, weight_names
 from lamina.plan.layout import PACKING, align
-from lamina.plan.schedule import Call, Convert, Cut, Piece, Schedule, Weight
+from lamina.plan.schedule import Call, Convert, Cut, Piece, Schedule, Segment, Span, Weight
 
 SHORTEST_RUN = 4096  # bytes; a weight in shorter runs is replayed instead of addressed
 MOST_RUNS = 1 << 16
+PACKED_FROM = 1.25  # times smaller on disk: from there on a replayed weight stays in memory as it is stored
 SMALL_SHARE = 0.0005  # of the model: the smallest weights that together stay below it are always resident
 
 
@@ -27,10 +30,14 @@ class Replay:
     Attributes:
         expression: recorded by transformers' loader.
         sources: name, byte offset, shape and dtype of each source in the stored area.
+        encoded: the panels of the sources that are stored in panels.
+        orders: the order of rows of the sources whose file has another one.
     """
 
     expression: Expression
     sources: tuple[tuple[str, int, tuple[int, ...], torch.dtype], ...]
+    encoded: Mapping[str, tuple[Span, ...]] = field(default_factory=dict)
+    orders: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def __call__(self, stored: torch.Tensor) -> torch.Tensor:
         """Compute the weight.
@@ -40,8 +47,14 @@ class Replay:
         """
         loaded = {}
         for name, at, shape, dtype in self.sources:
+            if name in self.encoded:
+                order = self.orders.get(name)
+                loaded[name] = Encoded(shape, dtype, stored[at:], self.encoded[name], Scratch(), order=order).decode()
+                continue
             nbytes = torch.Size(shape).numel() * dtype.itemsize
             loaded[name] = stored[at : at + nbytes].view(dtype).view(shape)
+            if name in self.orders:
+                loaded[name] = loaded[name][self.orders[name]]
         return replay(self.expression, loaded.__getitem__)
 
 
@@ -49,13 +62,15 @@ class Replay:
 class Weights:
     """The schedule, and what pure data cannot hold: the replays, by weight name, and the stored dtypes.
 
-    `routers` are the modules that say where tokens go, by the experts module that they say it to.
+    `routers` are the modules that say where tokens go, by the experts module that they say it to; `orders` the
+    order of a weight's rows among those stored.
     """
 
     schedule: Schedule
     replays: Mapping[str, Replay]
     stored_dtypes: Mapping[str, torch.dtype]
     routers: Mapping[str, str] = field(default_factory=dict)
+    orders: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def describe(model: torch.nn.Module, checkpoint: Checkpoint, traced: Trace) -> Weights:
@@ -64,6 +79,7 @@ def describe(model: torch.nn.Module, checkpoint: Checkpoint, traced: Trace) -> W
     weights: dict[str, Weight] = {}
     replays: dict[str, Replay] = {}
     stored: dict[str, torch.dtype] = {}
+    orders: dict[str, torch.Tensor] = {}
     for name, tensor in weight_names(model).items():
         if not isinstance(tensor, DiskTensor):
             continue
@@ -73,25 +89,37 @@ def describe(model: torch.nn.Module, checkpoint: Checkpoint, traced: Trace) -> W
             replays[name] = own
         elif tensor.boxes:
             stored[name] = tensor.boxes[0].view.dtype
+            if tensor.boxes[0].source in checkpoint.row_orders:
+                orders[name] = torch.tensor(checkpoint.row_orders[tensor.boxes[0].source])
         weights[name] = weight
     for name in _small(weights):
         weights[name] = _with(weights[name], always=True)
     root = _without_lookups(traced.root, traced.lookups, weights)
-    schedule = Schedule(root, weights, layer_names(model), traced.traced, dict(traced.routed))
-    return Weights(schedule, replays, stored, traced.routers)
+    schedule = Schedule(root, weights, layer_names(model), traced.traced, dict(traced.routed),
+                        scratch_bytes(weights.values()))  # fmt: skip
+    return Weights(schedule, replays, stored, traced.routers, orders)
 
 
 def _weight(
     name: str, tensor: DiskTensor, checkpoint: Checkpoint, uses: frozenset[str], experts: int, is_buffer: bool
 ) -> tuple[Weight, Replay | None]:
     shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-    pieces = _pieces(tensor, checkpoint) if tensor.boxes is not None else None
+    plain = tensor.boxes is not None and not any(
+        checkpoint.tensors[box.source].encoding or box.source in checkpoint.row_orders for box in tensor.boxes
+    )
+    pieces = _pieces(tensor, checkpoint) if plain else None
+    segments: tuple[Segment, ...] = ()
+    if pieces is None:
+        segments, pieces = segments_of(tensor, checkpoint)
     if pieces is None:
         own, stored_pieces, stored_nbytes = _replayed(tensor, checkpoint)
-        weight = Weight(name, shape, dtype, tensor.element_size(), stored_pieces, 0, stored_nbytes, Convert.REPLAY)
+        shrinks = stored_nbytes * PACKED_FROM <= tensor.numel() * tensor.element_size() and len(shape) >= 2
+        convert = Convert.DECODE if shrinks and not is_buffer else Convert.REPLAY
+        weight = Weight(name, shape, dtype, tensor.element_size(), stored_pieces, 0, stored_nbytes, convert)
         return _with(weight, always=is_buffer), own
-    stored_itemsize = (tensor.cast_from or tensor.dtype).itemsize
+    stored_itemsize = 1 if segments else (tensor.cast_from or tensor.dtype).itemsize
     convert = Convert.NONE if tensor.cast_from is None else Convert.CAST
+    convert = Convert.DECODE if segments else convert
     looked_up = "embedding" in uses
     cut = Cut.WHOLE
     if uses - {"embedding"} == {"linear"} and len(shape) == 2:
@@ -101,7 +129,7 @@ def _weight(
     gathered = looked_up and uses == {"embedding"} and len(shape) == 2
     nbytes = sum(piece.extent.length for piece in pieces)
     weight = Weight(name, shape, dtype, tensor.element_size(), pieces, stored_itemsize, nbytes, convert, cut, gathered,
-                    experts=experts if cut is Cut.EXPERTS else 0)  # fmt: skip
+                    experts=experts if cut is Cut.EXPERTS else 0, segments=segments)  # fmt: skip
     return _with(weight, always=is_buffer or not tensor.numel()), None
 
 
@@ -137,8 +165,7 @@ def _without_lookups(call: Call, lookups: frozenset[tuple[str, str]], weights: M
         weight = weights.get(name)
         if weight is None:
             return False
-        by_row = len(weight.shape) == 2 and weight.convert is not Convert.REPLAY
-        return not (by_row and (module, name) in lookups)
+        return not (len(weight.shape) == 2 and weight.by_rows and (module, name) in lookups)
 
     def visit(node: Call) -> Call:
         return Call(
@@ -208,9 +235,14 @@ def _runs(box: Box, shape: tuple[int, ...], itemsize: int) -> list[tuple[int, in
 
 def _replayed(tensor: DiskTensor, checkpoint: Checkpoint) -> tuple[Replay, tuple[Piece, ...], int]:
     pieces, sources, at = [], [], 0
+    encoded, orders = {}, {}
     for name in sources_of(tensor.expression):
         entry = checkpoint.tensors[name]
+        if entry.encoding is not None:
+            encoded[name] = whole_tensor(entry)
+        if name in checkpoint.row_orders:
+            orders[name] = torch.tensor(checkpoint.row_orders[name])
         pieces.append(Piece(entry.extent, at))
         sources.append((name, at, entry.shape, torch_dtype(entry)))
         at = align(at + entry.extent.length, PACKING)
-    return Replay(tensor.expression, tuple(sources)), tuple(pieces), at
+    return Replay(tensor.expression, tuple(sources), encoded, orders), tuple(pieces), at

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lamina.plan.layout import Layout, Part, align, lay_out
-from lamina.plan.schedule import Call, Convert, Cut, Schedule, Weight
+from lamina.plan.schedule import Call, Cut, Schedule, Weight
 
 ROW_MULTIPLE = 256  # rows of a block: the same kernels then give the same bits as the whole linear
 
@@ -98,7 +98,7 @@ def _blocks(weights: Sequence[Weight], size: int) -> list[list[tuple[Weight, Par
     """The weights of one unit as one block, or as several where they may be cut and are too large."""
     whole = [(w, Part(w.name, 0, w.rows)) for w in weights]
     total = sum(w.nbytes for w in weights)
-    if total <= size or any(w.convert is Convert.REPLAY for w in weights):
+    if total <= size or not all(w.by_rows for w in weights):
         return [whole]
     cut = [w for w in weights if w.cut is Cut.ROWS]
     if len(cut) == 1 and len(weights) == 1:

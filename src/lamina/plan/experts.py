@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lamina.plan.layout import ALIGNMENT, Layout, Part, align, lay_out
-from lamina.plan.schedule import Convert, Cut, Schedule, Weight
+from lamina.plan.schedule import Cut, Schedule, Weight
 
 KNOWN = 2048  # bytes of memory for what is known of an expert: where it is, how often it was wanted
 IN_FLIGHT = 128 << 20  # bytes of experts on their way at once, that keep a drive busy
@@ -58,13 +58,18 @@ class Experts:
 
 def _most(weight: Weight) -> int:
     """Bytes that one expert's part of a weight may take, with whatever alignment its place on disk asks for."""
-    stored = align(weight.stored_nbytes // weight.experts) + ALIGNMENT
-    return stored if weight.convert is Convert.NONE else stored + align(weight.nbytes // weight.experts)
+    rows = weight.rows // weight.experts
+    stored = weight.stored_nbytes // weight.experts
+    if weight.segments:
+        ranges = (weight.stored_range(expert * rows, rows) for expert in range(weight.experts))
+        stored = max(end - begin for begin, end in ranges)
+    stored = align(stored) + ALIGNMENT
+    return stored + align(weight.decoded_nbytes // weight.experts) if weight.converted else stored
 
 
 def experts_of(schedule: Schedule, movable: Iterable[Weight]) -> tuple[Experts, ...]:
     """The experts modules of a pass, in order, each with those of its weights that are used by no other module."""
-    candidates = {w.name: w for w in movable if w.cut is Cut.EXPERTS and w.convert is not Convert.REPLAY}
+    candidates = {w.name: w for w in movable if w.cut is Cut.EXPERTS and w.by_rows}
     users: dict[str, set[str]] = defaultdict(set)
     modules: dict[str, dict[str, None]] = {}
     for call in schedule.root.walk():

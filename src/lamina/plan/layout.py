@@ -98,9 +98,11 @@ def lay_out(parts: Sequence[tuple[Weight, Part]], gap: int | None = None) -> Lay
     placed = []
     for i, (weight, part) in enumerate(parts):
         stored = _stored(pieces[i])
-        nbytes = weight.nbytes // weight.rows * part.count if weight.rows else 0
+        nbytes = weight.decoded_nbytes // weight.rows * part.count if weight.rows else 0
         at = stored_at[i]
-        if weight.convert is not Convert.NONE:
+        if weight.convert is Convert.DECODE:
+            nbytes = stored
+        elif weight.converted:
             at = align(end, PACKING)
             end = at + nbytes
         placed.append(Placed(part, stored_at[i], stored, at, nbytes))

@@ -23,7 +23,7 @@ from lamina.errors import BudgetError
 from lamina.plan.cut import Item, cut_up, widest_window
 from lamina.plan.experts import KNOWN, Experts, divide, experts_of, names_of, slot_bytes
 from lamina.plan.layout import Part, align, lay_out
-from lamina.plan.schedule import Convert, Schedule, Weight
+from lamina.plan.schedule import Schedule, Weight
 from lamina.sizes import format_size
 
 MB = 1 << 20
@@ -55,6 +55,7 @@ class Budget:
         activation_bytes: the largest set of activations alive at once, for `context_tokens`.
         kv_cache_bytes: the cache after `context_tokens`.
         context_tokens: prompt and answer together.
+        scratch_bytes: what decoding weights takes beside them.
         device_memory_bytes: of the accelerator; None where the processor computes.
     """
 
@@ -64,6 +65,7 @@ class Budget:
     kv_cache_bytes: int = 0
     context_tokens: int = 0
     device_memory_bytes: int | None = None
+    scratch_bytes: int = 0
 
     @property
     def on_device(self) -> bool:
@@ -72,11 +74,11 @@ class Budget:
     @property
     def spoken_for(self) -> int:
         """Bytes of `memory_bytes` that no weight may have."""
-        return self.overhead_bytes + (0 if self.on_device else self.activation_bytes + self.kv_cache_bytes)
+        return self.overhead_bytes + (0 if self.on_device else self.spoken_for_on_device)
 
     @property
     def spoken_for_on_device(self) -> int:
-        return self.activation_bytes + self.kv_cache_bytes
+        return self.activation_bytes + self.kv_cache_bytes + self.scratch_bytes
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,7 @@ def resident_areas(weights: Iterable[Weight]) -> list[list[Weight]]:
     small: list[Weight] = []
     areas = []
     for weight in weights:
-        if weight.nbytes >= OWN_AREA or weight.convert is not Convert.NONE:
+        if weight.nbytes >= OWN_AREA or weight.converted:
             areas.append([weight])
         else:
             small.append(weight)
@@ -217,7 +219,7 @@ def resident_areas(weights: Iterable[Weight]) -> list[list[Weight]]:
 
 def area_size(weights: Sequence[Weight]) -> int:
     """Bytes of one area."""
-    if len(weights) == 1 and weights[0].convert is not Convert.NONE:
+    if len(weights) == 1 and weights[0].converted:
         return align(weights[0].nbytes)
     return lay_out([(weight, Part(weight.name, 0, weight.rows)) for weight in weights]).nbytes
 

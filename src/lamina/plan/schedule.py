@@ -26,6 +26,7 @@ class Convert(Enum):
     NONE = "none"
     CAST = "cast"  # same elements in the same order, another dtype
     REPLAY = "replay"  # the recorded expression is computed on the source tensors
+    DECODE = "decode"  # it stays in memory as it is on disk, and is decoded where it is used
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,69 @@ class Piece:
 
     extent: Extent
     at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Rows of a weight that one codec holds, in panels that lie one after another.
+
+    Rows are those of the matrix whose columns are the weight's last dimension.
+
+    Attributes:
+        first: the first of them.
+        rows: how many.
+        codec: what the panels are.
+        panel_rows: rows of a panel; the last may have fewer.
+        panel_bytes: bytes of a panel.
+        at: byte of the first panel in the weight as stored.
+    """
+
+    first: int
+    rows: int
+    codec: str
+    panel_rows: int
+    panel_bytes: int
+    at: int
+
+    @property
+    def nbytes(self) -> int:
+        return -(-self.rows // self.panel_rows) * self.panel_bytes
+
+    def overlap(self, low: int, high: int, begin: int) -> Span | None:
+        """What of rows `low` to `high` is in here; `begin` is the byte that the caller's memory starts with."""
+        first, last = max(self.first, low), min(self.first + self.rows, high)
+        if first >= last:
+            return None
+        panel = (first - self.first) // self.panel_rows
+        stop = -(-(last - self.first) // self.panel_rows)
+        skip = first - self.first - panel * self.panel_rows
+        held = min(stop * self.panel_rows, self.rows) - panel * self.panel_rows
+        at = self.at + panel * self.panel_bytes - begin
+        return Span(self.codec, at, stop - panel, self.panel_rows, self.panel_bytes, held, skip, last - first)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Panels in memory.
+
+    Attributes:
+        codec: what they are.
+        at: byte of the first one.
+        panels: how many.
+        panel_rows, panel_bytes: of a panel.
+        held: rows that they hold together.
+        skip: of these, rows before the first that is wanted.
+        rows: how many are wanted.
+    """
+
+    codec: str
+    at: int
+    panels: int
+    panel_rows: int
+    panel_bytes: int
+    held: int
+    skip: int
+    rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +117,8 @@ class Weight:
         gathered: every use looks rows up; only those rows need to be read.
         always: small or special enough to be resident in every plan.
         experts: how many experts dimension 0 holds, where it is cut by experts.
+        segments: the panels of a weight that is decoded where it is used, in order; none where only the recorded
+            expression tells what its bytes are.
     """
 
     name: str
@@ -67,6 +133,7 @@ class Weight:
     gathered: bool = False
     always: bool = False
     experts: int = 0
+    segments: tuple[Segment, ...] = ()
 
     @property
     def elements(self) -> int:
@@ -76,20 +143,57 @@ class Weight:
         return count
 
     @property
-    def nbytes(self) -> int:
-        """Bytes in memory once it is a tensor."""
+    def decoded_nbytes(self) -> int:
+        """Bytes of all its elements, as the module sees them."""
         return self.elements * self.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in memory: a weight that is decoded where it is used stays as it is stored."""
+        return self.stored_nbytes if self.convert is Convert.DECODE else self.decoded_nbytes
+
+    @property
+    def converted(self) -> bool:
+        """Whether its finished tensor has memory of its own, beside the bytes that were read."""
+        return self.convert in (Convert.CAST, Convert.REPLAY)
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether some of its rows can be read and finished without the others."""
+        return self.convert is not Convert.REPLAY and (self.convert is not Convert.DECODE or bool(self.segments))
 
     @property
     def rows(self) -> int:
         return self.shape[0] if self.shape else 1
 
+    @property
+    def inner_rows(self) -> int:
+        """Rows of the matrix for each index of dimension 0."""
+        return self.elements // max(self.rows * self.shape[-1], 1) if self.shape else 1
+
+    def spans(self, first: int, count: int) -> tuple[Span, ...]:
+        """The panels of `count` indices of dimension 0, in memory that holds their `stored_range`."""
+        begin, _ = self.stored_range(first, count)
+        low, high = first * self.inner_rows, (first + count) * self.inner_rows
+        found = (segment.overlap(low, high, begin) for segment in self.segments)
+        return tuple(span for span in found if span is not None)
+
+    def stored_range(self, first: int, count: int) -> tuple[int, int]:
+        """The bytes, of those stored, that hold `count` indices of dimension 0 from `first` on."""
+        if first == 0 and count == self.rows:
+            return 0, self.stored_nbytes
+        if not self.segments:
+            row = self.stored_nbytes // self.rows
+            return first * row, (first + count) * row
+        low, high = first * self.inner_rows, (first + count) * self.inner_rows
+        spans = [span for segment in self.segments if (span := segment.overlap(low, high, 0)) is not None]
+        return spans[0].at, spans[-1].at + spans[-1].panels * spans[-1].panel_bytes
+
     def pieces_of_rows(self, first: int, count: int) -> tuple[Piece, ...]:
         """The pieces that hold rows `first` to `first + count`, relative to the first of them."""
         if first == 0 and count == self.rows:
             return self.pieces
-        row = self.stored_nbytes // self.rows
-        begin, end = first * row, (first + count) * row
+        begin, end = self.stored_range(first, count)
         if len(self.pieces) == 1:
             extent = self.pieces[0].extent
             return (Piece(Extent(extent.file, extent.offset + begin, end - begin), 0),)
@@ -129,6 +233,7 @@ class Schedule:
         weights: every weight by name.
         layers: names of the decoder layer modules; a unit is never larger than one of them.
         routed: by module, how many of its experts a token is sent to, where the trace could tell.
+        scratch_bytes: memory that decoding takes beside the weights.
         traced: False where the order is the order of definition, because the model could not be traced.
     """
 
@@ -137,6 +242,7 @@ class Schedule:
     layers: frozenset[str] = field(default_factory=frozenset)
     traced: bool = True
     routed: Mapping[str, int] = field(default_factory=dict)
+    scratch_bytes: int = 0
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,235 @@
+"""Weights that stay as they are stored, and become numbers where they are used.
+
+An `Encoded` stands in a module in place of the parameter. A linear is answered by the codec's own product, or by
+decoding one block of rows after the other into a scratch area and multiplying with it; a lookup decodes the rows
+that are looked up; one expert of several is an `Encoded` again. Any other operation decodes the whole weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from lamina.codec import codec_for
+from lamina.model.blocks import METADATA, is_number, linear_arguments
+from lamina.plan.cut import ROW_MULTIPLE
+from lamina.plan.schedule import Span
+
+aten = torch.ops.aten
+BLOCK = 4 << 20  # bytes of decoded rows at a time: few enough to stay in a processor's cache
+WIDEST_BLOCK = 4096  # rows up to which a block is a multiple of a panel and of `ROW_MULTIPLE`
+
+
+class Scratch:
+    """Memory that one block of decoded rows after the other is written to; made on first use."""
+
+    def __init__(self) -> None:
+        self._memory: dict[torch.device, torch.Tensor] = {}
+
+    def rows(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Room for a block, of shape (rows, columns); the one before is overwritten."""
+        nbytes = rows * columns * dtype.itemsize
+        memory = self._memory.get(device)
+        if memory is None or memory.numel() < nbytes:
+            self._memory.pop(device, None)
+            memory = self._memory[device] = torch.empty(max(nbytes, BLOCK), dtype=torch.uint8, device=device)
+        return memory[:nbytes].view(dtype).view(rows, columns)
+
+
+def block_rows(columns: int, itemsize: int, panel_rows: int) -> int:
+    """Rows that are decoded at once."""
+    step = math.lcm(ROW_MULTIPLE, panel_rows)
+    step = step if step <= WIDEST_BLOCK else panel_rows
+    return max(BLOCK // (columns * itemsize) // step, 1) * step
+
+
+class Encoded(torch.Tensor):
+    """A weight in panels.
+
+    Attributes:
+        memory: uint8, what its spans count their bytes in.
+        spans: its rows in order: those of the matrix whose columns are the last dimension.
+        scratch: where blocks of rows are decoded to.
+        whole: computes all of it, where no codec's panels hold it.
+        order: int64; row i of the weight is row `order[i]` of the panels. None where they are the same.
+    """
+
+    memory: torch.Tensor
+    spans: tuple[Span, ...]
+    scratch: Scratch
+    whole: Callable[[torch.Tensor], torch.Tensor] | None
+    order: torch.Tensor | None
+
+    @staticmethod
+    def __new__(
+        cls,
+        shape: tuple[int, ...] | torch.Size,
+        dtype: torch.dtype,
+        memory: torch.Tensor,
+        spans: tuple[Span, ...],
+        scratch: Scratch,
+        whole: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        order: torch.Tensor | None = None,
+    ) -> Encoded:
+        self: Encoded = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=dtype, device=memory.device, requires_grad=False
+        )
+        self.memory, self.spans, self.scratch, self.whole, self.order = memory, spans, scratch, whole, order
+        return self
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"Encoded(shape={tuple(self.shape)}, dtype={self.dtype}, {self.memory.numel()} bytes)"
+
+    def decode(self) -> torch.Tensor:
+        """All of it, as a plain tensor."""
+        if self.whole is not None:
+            return self.whole(self.memory).to(self.dtype).view(self.shape)
+        columns = self.shape[-1]
+        out = torch.empty(self.numel() // max(columns, 1), columns, dtype=self.dtype, device=self.device)
+        at = 0
+        for span in self.spans:
+            self._decode(span, 0, span.rows, out[at : at + span.rows])
+            at += span.rows
+        return (out if self.order is None else out[self.order]).view(self.shape)
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`x @ self.T + bias`, for a weight of two dimensions.
+
+        Args:
+            x: shape (..., columns).
+        """
+        if self.whole is not None:
+            # torch picks kernels by this flag even under no_grad: plain transformers has it set
+            return torch.nn.functional.linear(x, self.decode().requires_grad_(), bias)
+        if self.order is not None and bias is not None:
+            bias = bias[torch.argsort(self.order)]  # of the rows as they are stored
+        out = x.new_empty(*x.shape[:-1], self.shape[0])
+        flat, flat_out = x.reshape(-1, x.shape[-1]).contiguous(), out.view(-1, self.shape[0])
+        at = 0
+        for span in self.spans:
+            rows = slice(at, at + span.rows)
+            if span.skip == 0 and codec_for(span.codec).linear(flat, self._panels(span), span.rows, flat_out[:, rows]):
+                if bias is not None:
+                    flat_out[:, rows] += bias[rows]
+            else:
+                self._multiply(x, span, None if bias is None else bias[rows], out[..., rows])
+            at += span.rows
+        return out if self.order is None else out[..., self.order]
+
+    def gather(self, ids: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Rows of a weight of two dimensions, of shape (*ids.shape, columns)."""
+        if self.whole is not None:
+            return self.decode()[ids]
+        unique, inverse = torch.unique(ids, return_inverse=True)
+        wanted = (unique if self.order is None else self.order[unique]).tolist()
+        out = torch.empty(len(wanted), self.shape[1], dtype=self.dtype, device=self.device)
+        for place, row in enumerate(wanted):
+            if not 0 <= row < self.shape[0]:
+                raise IndexError(f"index {row} is out of range in a table of {self.shape[0]} rows")
+            for span in self.spans:
+                if row < span.rows:
+                    self._decode(span, row, 1, out[place : place + 1])
+                    break
+                row -= span.rows
+        return out[inverse]
+
+    def expert(self, index: int) -> Encoded:
+        """One index of dimension 0, of a weight of three dimensions and more."""
+        rows = self.numel() // self.shape[0] // self.shape[-1]
+        spans, low = [], index * rows
+        for span in self.spans:
+            first, last = max(low, 0), min(low + rows, span.rows)
+            if first < last:
+                spans.append(_part(span, first, last - first))
+            low -= span.rows
+        return Encoded(self.shape[1:], self.dtype, self.memory, tuple(spans), self.scratch)
+
+    def _panels(self, span: Span) -> torch.Tensor:
+        return self.memory[span.at : span.at + span.panels * span.panel_bytes].view(span.panels, span.panel_bytes)
+
+    def _decode(self, span: Span, first: int, rows: int, out: torch.Tensor) -> None:
+        part = _part(span, first, rows)
+        codec, columns = codec_for(part.codec), out.shape[1]
+        if part.skip == 0 and part.held == part.rows:
+            codec.decode(self._panels(part), rows, columns, out)
+            return
+        held = torch.empty(part.held, columns, dtype=out.dtype, device=out.device)
+        codec.decode(self._panels(part), part.held, columns, held)
+        out.copy_(held[part.skip : part.skip + rows])
+
+    def _multiply(self, x: torch.Tensor, span: Span, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        columns = self.shape[-1]
+        step = block_rows(columns, self.dtype.itemsize, span.panel_rows)
+        for first in range(0, span.rows, step):
+            rows = min(step, span.rows - first)
+            block = self.scratch.rows(rows, columns, self.dtype, self.device)
+            self._decode(span, first, rows, block)
+            own = None if bias is None else bias[first : first + rows]
+            out[..., first : first + rows] = torch.nn.functional.linear(x, block.requires_grad_(), own)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") == "__get__" or func in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        answer = _answered(func, args, kwargs)
+        if answer is not None:
+            return answer
+        return func(*tree_map(_decoded, args), **tree_map(_decoded, kwargs))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func in (aten.detach.default, aten.alias.default):
+            return args[0]
+        if func is aten.embedding.default and isinstance(args[0], Encoded) and not isinstance(args[1], Encoded):
+            return args[0].gather(args[1])
+        return func(*tree_map(_decoded, args), **tree_map(_decoded, kwargs or {}))
+
+
+def _part(span: Span, first: int, rows: int) -> Span:
+    """`rows` of the wanted rows of a span, from `first` on."""
+    if first == 0 and rows == span.rows:
+        return span
+    begin = (span.skip + first) // span.panel_rows
+    stop = -(-(span.skip + first + rows) // span.panel_rows)
+    held = min(stop * span.panel_rows, span.held) - begin * span.panel_rows
+    skip = span.skip + first - begin * span.panel_rows
+    at = span.at + begin * span.panel_bytes
+    return Span(span.codec, at, stop - begin, span.panel_rows, span.panel_bytes, held, skip, rows)
+
+
+def _answered(func: Any, args: Any, kwargs: Any) -> Any:
+    """What is computed from the panels; None for any other operation."""
+    if func is torch.nn.functional.linear:
+        x, weight, bias = linear_arguments(*args, **kwargs)
+        if isinstance(weight, Encoded) and weight.dim() == 2 and not isinstance(x, Encoded) and x.dtype == weight.dtype:
+            return weight.linear(x, bias)
+    if func in (torch.nn.functional.embedding, torch.embedding):
+        with torch._C.DisableTorchFunctionSubclass():  # what it comes to is answered above, whatever its arguments
+            return func(*args, **kwargs)
+    if not args or not isinstance(args[0], Encoded) or kwargs or args[0].whole is not None:
+        return None
+    encoded = args[0]
+    if func is torch.Tensor.__getitem__ and encoded.dim() >= 3 and encoded.order is None:
+        (index,) = args[1:]
+        if (isinstance(index, int) and not isinstance(index, bool)) or is_number(index):
+            number = int(index)
+            if -encoded.shape[0] <= number < encoded.shape[0]:
+                return encoded.expert(number % encoded.shape[0])
+    if func in (torch.Tensor.view, torch.Tensor.reshape) and not isinstance(args[1], torch.dtype):
+        with torch._C.DisableTorchFunctionSubclass():
+            shape = torch.empty(encoded.shape, dtype=encoded.dtype, device="meta").view(*args[1:]).shape
+        if len(shape) > 1 and shape[-1] == encoded.shape[-1] and encoded.order is None:
+            return Encoded(shape, encoded.dtype, encoded.memory, encoded.spans, encoded.scratch)
+    return None
+
+
+def _decoded(value: Any) -> Any:
+    return value.decode() if isinstance(value, Encoded) else value
