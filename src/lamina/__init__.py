@@ -18,6 +18,7 @@ from lamina.errors import (
     RequestError,
     TruncatedError,
     UnsupportedError,
+    WriteError,
 )
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ __all__ = [
     "RequestError",
     "TruncatedError",
     "UnsupportedError",
+    "WriteError",
     "__version__",
     "plan_model",
 ]

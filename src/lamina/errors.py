@@ -14,6 +14,7 @@ line catches `LaminaError` once; everything else that escapes is a bug.
     │   ├── MissingShardError   the index names a file that is not there
     │   ├── MissingTensorError  the model wants a tensor that no file holds
     │   └── ChangedError        a file is not what it was when the checkpoint was opened
+    ├── WriteError              the operating system refused a write: a full disk, a folder without permission
     ├── ReadError               the operating system refused a read while streaming
     └── ClosedError             the stream was closed and is asked for weights
 """
@@ -71,6 +72,10 @@ class MissingTensorError(CheckpointError):
 
 class ChangedError(CheckpointError):
     """A file is not what it was when the checkpoint was opened."""
+
+
+class WriteError(LaminaError):
+    """The operating system refused a write, or there is too little room for what is to be written."""
 
 
 class ReadError(LaminaError):

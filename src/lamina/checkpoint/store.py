@@ -97,6 +97,11 @@ def describe_tensor(tensor: Described) -> dict[str, object]:
     return described if tensor.codec == PLAIN else {**described, "panel_rows": tensor.panel_rows}
 
 
+def count_panels(shape: tuple[int, ...], panel_rows: int) -> int:
+    """How many panels hold a tensor: each matrix of its last two dimensions begins a new one."""
+    return math.prod(shape[:-2]) * -(-shape[-2] // panel_rows)
+
+
 def manifest_text(content: Mapping[str, Any]) -> str:
     """The text of a manifest, its own checksum included: a line for each file and each tensor."""
     lines = [f"{_dump(key)}: {_lines(value)}" for key, value in {**content, "sha256": _own_checksum(content)}.items()]
@@ -227,7 +232,7 @@ def _decoded(manifest: Manifest, tensor: ManifestTensor, entry: TensorEntry) -> 
         if (tensor.dtype, tensor.shape) != (entry.dtype, entry.shape):
             raise _disagree(manifest, entry, f"{tensor.dtype} of shape {tensor.shape}")
         return entry
-    panels = -(-math.prod(tensor.shape[:-1]) // tensor.panel_rows)
+    panels = count_panels(tensor.shape, tensor.panel_rows)
     if entry.dtype != "U8" or len(entry.shape) != 2 or entry.shape[0] != panels:
         raise _disagree(manifest, entry, f"U8 of shape ({panels}, bytes of a panel)")
     encoding = Encoding(tensor.codec, tensor.panel_rows, entry.shape[1])
@@ -278,8 +283,6 @@ def _tensor(path: str, name: str, info: Any) -> ManifestTensor:
         raise _fault(path, f"gives tensor {quote(name)} panels of {_show(panel_rows)} rows")
     if codec != PLAIN and (len(shape) < 2 or not math.prod(shape)):
         raise _fault(path, f"says that tensor {quote(name)} of shape {_show(shape)} is in panels")
-    if codec != PLAIN and len(shape) > 2 and math.prod(shape[1:-1]) % panel_rows:
-        raise _fault(path, f"lets a panel of tensor {quote(name)} straddle two matrices")
     return ManifestTensor(dtype, tuple(shape), codec, panel_rows)
 
 

@@ -1,0 +1,125 @@
+"""`lamina split` from the outside: one call that gives a whole store, or says why not."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lamina.checkpoint.store import PLAIN, Manifest
+from lamina.store.original import IN_CACHE, Deletion, delete_original_files
+from lamina.store.place import check_place, default_folder
+from lamina.store.recipe import check_compression
+from lamina.store.source import Progress, explain_age, local_root, open_source
+from lamina.store.work import Work, finished_store, is_whole, made_from_another
+
+
+@dataclass(frozen=True)
+class SplitResult:
+    """What a split made.
+
+    Attributes:
+        folder: of the store, absolute.
+        compression: `plain`, `8bit`, `4bit` or `lossless`.
+        source_bytes: of the weight files that it was made from.
+        bytes: of the weight files in the folder.
+        files: how many.
+        files_kept: of these, how many were there from before.
+        seconds: that it took.
+        deleted: files of the original that are gone.
+        kept: files of the original that were to be deleted and were not, with the reason.
+    """
+
+    folder: str
+    compression: str
+    source_bytes: int
+    bytes: int
+    files: int
+    files_kept: int
+    seconds: float
+    deleted: tuple[str, ...] = ()
+    kept: Mapping[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def split(
+    model: str | os.PathLike[str],
+    *,
+    to: str | os.PathLike[str] | None = None,
+    compression: str | None = None,
+    layer_shards_saving_path: str | os.PathLike[str] | None = None,
+    delete_original: bool = False,
+    trust_remote_code: bool = False,
+    variant: str | None = None,
+    progress: Progress | None = None,
+    **hub: Any,
+) -> SplitResult:
+    """Write a checkpoint again, unit by unit, as a folder that streams better or is smaller.
+
+    A store that is there already and was made from this checkpoint is left as it is; one that is not finished is
+    gone on with. No more than a block of rows of a tensor is in memory at a time. Two processes may ask for the same
+    store: one writes it, the other waits.
+
+    Args:
+        model: local folder, `.safetensors` file, or hub id.
+        to: the folder of the store. Default: `default_folder`.
+        compression: None for the same numbers in another order, `8bit`, `4bit`, or `lossless`.
+        layer_shards_saving_path: where `to` is not given, the folder that the store's own folder is made in.
+        delete_original: delete the weight files that the store was made from, once it was read back and found right.
+        trust_remote_code: build a model whose code comes with it.
+        variant: as transformers has it.
+        progress: told the stage (`download`, `wait`, `check`, `split`, `verify`), bytes done and bytes in all.
+        hub: `revision`, `cache_dir`, `token`, `local_files_only`, `subfolder`; None where not given.
+
+    Raises:
+        RequestError: a wrong argument, or a folder that holds something else.
+        WriteError: too little room, or a folder that cannot be written to.
+        ChangedError: the source changed while it was split, or since.
+        CheckpointError, UnsupportedError: the source cannot be used.
+    """
+    began = time.perf_counter()
+    compression = check_compression(PLAIN if compression is None else compression)
+    hub = {key: value for key, value in hub.items() if value is not None}
+    model = os.fspath(model)
+    local = os.path.exists(os.path.expanduser(model))
+    model = os.path.expanduser(model) if local else model
+    if to is None:
+        to = default_folder(model, compression, layer_shards_saving_path, trust_remote_code=trust_remote_code, **hub)
+    folder = os.path.abspath(os.path.expanduser(os.fspath(to)))
+    root = os.path.join(local_root(model), hub.get("subfolder") or "") if local else ""
+
+    manifest, kept = finished_store(folder, compression), 0
+    if manifest is not None and (age := explain_age(manifest.source, model, root)):
+        raise made_from_another(folder, age)
+    if manifest is None or not is_whole(folder):
+        source = open_source(model, trust_remote_code=trust_remote_code, variant=variant, progress=progress, **hub)
+        check_place(folder, source.checkpoint.root)
+        manifest, kept = Work(folder, compression, source, trust_remote_code, progress).run()
+    else:
+        kept = len(manifest.files) - 1
+    deletion = Deletion()
+    if delete_original and local:
+        linked = os.path.islink(model.rstrip(os.sep))
+        deletion = delete_original_files(folder, root, manifest.source["files"], progress, linked=linked)
+    elif delete_original:
+        deletion = Deletion((), {model: IN_CACHE})
+    return _result(folder, manifest, kept, began, deletion)
+
+
+def _result(folder: str, manifest: Manifest, kept: int, began: float, deletion: Deletion) -> SplitResult:
+    weights = [file.nbytes for name, file in manifest.files.items() if name.endswith(".safetensors")]
+    return SplitResult(
+        folder,
+        manifest.compression,
+        sum(file["bytes"] for file in manifest.source["files"].values()),
+        sum(weights),
+        len(weights),
+        kept,
+        time.perf_counter() - began,
+        deletion.deleted,
+        deletion.kept,
+    )

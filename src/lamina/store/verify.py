@@ -1,0 +1,92 @@
+"""Reading a store back: is every byte what was written?"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lamina.checkpoint import open_checkpoint
+from lamina.checkpoint.store import MANIFEST, is_partial, partial_store, read_manifest
+from lamina.errors import CheckpointError, RequestError
+from lamina.store.files import checksum
+from lamina.store.source import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A file that is not what was written, and in which way."""
+
+    file: str
+    what: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a look at every byte of a store found.
+
+    Attributes:
+        folder: of the store.
+        compression: how it is stored.
+        files: how many were read.
+        bytes: of them.
+        faults: what is wrong; empty where nothing is.
+    """
+
+    folder: str
+    compression: str
+    files: int
+    bytes: int
+    faults: tuple[Fault, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def verify(folder: str | os.PathLike[str], *, progress: Progress | None = None) -> Verification:
+    """Read every file of a store and compare it with the manifest; what is read comes from the drive.
+
+    Args:
+        folder: of the store.
+        progress: told ("verify", bytes done, bytes in all).
+
+    Raises:
+        RequestError: the folder holds no store.
+        CheckpointError: the store is not finished, or its manifest is damaged.
+    """
+    root = os.path.abspath(os.path.expanduser(os.fspath(folder)))
+    try:
+        names = os.listdir(root)
+    except OSError as error:
+        raise RequestError(f"{root} cannot be listed ({error.strerror}): give the folder of a store") from None
+    if is_partial(names):
+        raise partial_store(root)
+    if MANIFEST not in names:
+        raise RequestError(f"{root} holds no store: it has no {MANIFEST}; `lamina split` makes one")
+    manifest = read_manifest(root)
+    total, done = sum(file.nbytes for file in manifest.files.values()), 0
+
+    def seen(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress is not None:
+            progress("verify", min(done, total), total)
+
+    seen(0)
+    faults = []
+    for name, file in manifest.files.items():
+        before = done
+        try:
+            nbytes, digest = checksum(os.path.join(root, name), seen)
+        except CheckpointError as error:
+            faults.append(Fault(name, str(error)))
+        else:
+            if nbytes != file.nbytes:
+                faults.append(Fault(name, f"has {nbytes} bytes, {file.nbytes} were written"))
+            elif digest != file.sha256:
+                faults.append(Fault(name, "has other bytes than were written: its SHA-256 differs"))
+        done = before
+        seen(file.nbytes)
+    if not faults:
+        open_checkpoint(root)  # the manifest against the headers
+    return Verification(root, manifest.compression, len(manifest.files), total, tuple(faults))

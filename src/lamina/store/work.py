@@ -1,0 +1,211 @@
+"""The work of a split: what is to be written, what of it is there already, the rest, and the manifest last."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+
+import lamina
+from lamina.checkpoint import open_checkpoint
+from lamina.checkpoint.choose import INDEX_FILE, small_files
+from lamina.checkpoint.store import MANIFEST, PLAIN, Manifest, ManifestFile, manifest_text, read_manifest
+from lamina.errors import ChangedError, CheckpointError, RequestError
+from lamina.model.build import Request, build
+from lamina.model.trace import trace
+from lamina.model.weights import describe
+from lamina.store.files import check_room, checksum, refusals, remove_parts, write_whole
+from lamina.store.journal import Finished, Journal
+from lamina.store.layout import StoreFile, make_files
+from lamina.store.lock import locked
+from lamina.store.recipe import make_runs
+from lamina.store.size import estimate
+from lamina.store.source import Progress, Source, explain_change
+from lamina.store.writer import write_file
+
+SPARE_BYTES = 1 << 20  # for the journal and what the file system needs for itself
+
+
+class Work:
+    """One split on its way."""
+
+    def __init__(
+        self, folder: str, compression: str, source: Source, trust_remote_code: bool, report: Progress | None
+    ) -> None:
+        self.folder, self.compression, self.report = folder, compression, report or _nowhere
+        self.checkpoint, self.identity = source.checkpoint, source.identity()
+        self.trust = trust_remote_code
+
+    def run(self) -> tuple[Manifest, int]:
+        """Write what is missing; the manifest, and how many files were there from before."""
+        files = self._plan()
+        with made(self.folder), locked(self.folder, lambda: self.report("wait", 0, 0)) as alone:
+            found = finished_store(self.folder, self.compression)
+            if found is not None:
+                if change := explain_change(found.source, self.identity):
+                    raise made_from_another(self.folder, change)
+                if is_whole(self.folder):  # another process wrote it meanwhile
+                    return found, len(found.files) - 1
+            if alone:
+                remove_parts(self.folder)
+            journal = self._journal(files, found)
+            kept = self._check_kept(files, journal)
+            check_room(self.folder, self._needed(files, kept))
+            journal.begin()
+            if found is not None:
+                with refusals(found.path):
+                    os.unlink(found.path)
+            self._write(files, journal)
+            return self._finish(files, journal), len(kept)
+
+    def _plan(self) -> list[StoreFile]:
+        """The files to write. The model is built on tensors without memory, and forgotten again."""
+        model = build(Request(self.checkpoint.root, {}, self.trust), self.checkpoint)
+        traced = trace(model)
+        weights = describe(model, self.checkpoint, traced)
+        runs = make_runs(model, self.checkpoint, traced, weights, self.compression)
+        return make_files(runs, padded=self.compression != PLAIN)
+
+    def _journal(self, files: Sequence[StoreFile], found: Manifest | None) -> Journal:
+        plan = hashlib.sha256(f"{lamina.__version__} {files!r}".encode()).hexdigest()
+        begun = {"compression": self.compression, "source": self.identity, "plan": plan}
+        journal = Journal(self.folder, begun)
+        if found is not None:  # a store of which a file is gone or damaged: the others are as good as new
+            for file in files:
+                if (known := found.files.get(file.name)) is not None:
+                    tensors = {
+                        each.name: found.tensors[each.name] for each in file.tensors if each.name in found.tensors
+                    }
+                    journal.finished[file.name] = Finished(file.name, known.nbytes, known.sha256, tensors)
+        return journal
+
+    def _check_kept(self, files: Sequence[StoreFile], journal: Journal) -> list[str]:
+        """Names of the files that are there and whole; the journal forgets the others."""
+        total, done = sum(each.nbytes for each in journal.finished.values()), 0
+        names = {file.name: {each.name for each in file.tensors} for file in files}
+
+        def seen(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            self.report("check", done, total)
+
+        for name, finished in list(journal.finished.items()):
+            path = os.path.join(self.folder, name)
+            right = os.path.isfile(path) and os.path.getsize(path) == finished.nbytes
+            right = right and set(finished.tensors) == names.get(name)
+            if not right or checksum(path, seen)[1] != finished.sha256:
+                del journal.finished[name]
+                with refusals(path), contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+        return list(journal.finished)
+
+    def _needed(self, files: Sequence[StoreFile], kept: Sequence[str]) -> int:
+        return estimate([file for file in files if file.name not in kept], self.checkpoint) + SPARE_BYTES
+
+    def _write(self, files: Sequence[StoreFile], journal: Journal) -> None:
+        total = sum(file.source_nbytes for file in files)
+        done = sum(file.source_nbytes for file in files if file.name in journal.finished)
+
+        def more(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            self.report("split", done, total)
+
+        more(0)
+        for file in files:
+            if file.name not in journal.finished:
+                journal.add(write_file(self.folder, file, self.checkpoint, more))
+                self.checkpoint.verify_unchanged()
+
+    def _finish(self, files: Sequence[StoreFile], journal: Journal) -> Manifest:
+        """Small files, the index, and the manifest last: with it the store is whole."""
+        self.checkpoint.verify_unchanged()
+        copy_small_files(self.checkpoint.root, self.folder, self.trust)
+        finished = [journal.finished[file.name] for file in files]
+        index = _index_text(finished).encode()
+        listed = {each.name: ManifestFile(each.nbytes, each.sha256) for each in finished}
+        listed[INDEX_FILE] = ManifestFile(len(index), write_whole(self.folder, INDEX_FILE, index))
+        tensors = {name: tensor for each in finished for name, tensor in each.tensors.items()}
+        path = os.path.join(self.folder, MANIFEST)
+        manifest = Manifest(path, self.compression, self.identity, listed, tensors)
+        write_whole(self.folder, MANIFEST, manifest_text(manifest.as_dict()).encode())
+        open_checkpoint(self.folder)
+        journal.remove()
+        return manifest
+
+
+def copy_small_files(root: str, folder: str, trust_remote_code: bool) -> None:
+    """Config, generation config, tokenizer and chat templates as they are; never a manifest."""
+    names = [os.path.join(top, name)[len(root) + 1 :] for top, _, found in os.walk(root) for name in found]
+    for name in small_files([each.replace(os.sep, "/") for each in names], "", trust_remote_code):
+        if name == MANIFEST:
+            continue
+        target = os.path.join(folder, name)
+        with refusals(target):
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+        try:
+            with open(os.path.join(root, name), "rb") as file:
+                data = file.read()
+        except OSError as error:
+            raise CheckpointError(f"{os.path.join(root, name)} cannot be read: {error.strerror}") from error
+        write_whole(os.path.dirname(target), os.path.basename(target), data)
+
+
+def _index_text(finished: Sequence[Finished]) -> str:
+    weight_map = {name: each.name for each in finished for name in each.tensors}
+    content = {"metadata": {"total_size": sum(each.nbytes for each in finished)}, "weight_map": weight_map}
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def finished_store(folder: str, compression: str) -> Manifest | None:
+    """The manifest of a store that is in the folder.
+
+    Raises:
+        RequestError: it has another compression.
+    """
+    if not os.path.isfile(os.path.join(folder, MANIFEST)):
+        return None
+    manifest = read_manifest(folder)
+    if manifest.compression != compression:
+        raise RequestError(
+            f"{folder} holds a store with compression {manifest.compression}, not {compression}: "
+            "remove it, or choose another place with --to"
+        )
+    return manifest
+
+
+def is_whole(folder: str) -> bool:
+    """Whether the store in a folder opens: manifest, lengths and headers agree."""
+    try:
+        open_checkpoint(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
+def made_from_another(folder: str, why: str) -> ChangedError:
+    """The error for a store that was made from another checkpoint, or from another state of this one."""
+    return ChangedError(
+        f"{folder} is no store of this checkpoint as it is now ({why}): remove it, or choose another place with --to"
+    )
+
+
+@contextlib.contextmanager
+def made(folder: str) -> Iterator[None]:
+    """Make a folder; where what follows fails and leaves nothing in it, it is gone again."""
+    existed = os.path.isdir(folder)
+    with refusals(folder):
+        os.makedirs(folder, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if not existed:
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+        raise
+
+
+def _nowhere(stage: str, done: int, total: int) -> None:
+    del stage, done, total
