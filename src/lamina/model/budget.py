@@ -57,7 +57,7 @@ def make_budget(
     return Budget(
         memory_bytes=given,
         overhead_bytes=overhead_bytes(),
-        activation_bytes=trace.activations(context),
+        activation_bytes=trace.activations(max(context, SHORTEST_CONTEXT)),  # kernels' workspace does not shrink on
         kv_cache_bytes=trace.cache(context),
         context_tokens=context,
         device_memory_bytes=on_device,
