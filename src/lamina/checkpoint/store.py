@@ -17,17 +17,37 @@ from lamina.checkpoint.choose import is_plain_name
 from lamina.checkpoint.extent import DTYPE_BITS, Encoding, TensorEntry
 from lamina.checkpoint.header import MAX_HEADER_BYTES
 from lamina.checkpoint.strict import parse_object, quote
-from lamina.errors import CheckpointError, MissingShardError, MissingTensorError, TruncatedError, UnsupportedError
+from lamina.errors import (
+    CheckpointError,
+    MissingShardError,
+    MissingTensorError,
+    RequestError,
+    TruncatedError,
+    UnsupportedError,
+)
 
 MANIFEST = "lamina.json"
 JOURNAL = "lamina.split.jsonl"
 FORMAT = "lamina store"
 VERSION = 1
 PLAIN = "plain"
+COMPRESSIONS = (PLAIN, "8bit", "4bit", "lossless")
 PADDING = "lamina.padding."
 METADATA_KEY = "lamina"
 
 _MOST = 2**63 - 1
+
+
+def check_compression(compression: str) -> str:
+    """The compression itself.
+
+    Raises:
+        RequestError: there is none of that name.
+    """
+    if compression not in COMPRESSIONS:
+        known = ", ".join(name for name in COMPRESSIONS if name != PLAIN)
+        raise RequestError(f"there is no compression {compression!r}: choose one of {known}, or none at all")
+    return compression
 
 
 class Described(Protocol):

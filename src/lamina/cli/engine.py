@@ -1,6 +1,6 @@
 """The door from the command line to the model: everything heavy is imported here, and only when asked for.
 
-`library` is the one seam: tests put an in-memory double in its place.
+`library` and `store_library` are the seams: tests put in-memory doubles in their place.
 """
 
 from __future__ import annotations
@@ -12,13 +12,22 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from lamina.cli.options import ModelOptions
+from lamina.cli.options import ModelOptions, SourceOptions
 
 Report = Callable[[str, int, int], None]
 
 
 def library(options: ModelOptions) -> Any:
     """`lamina.model`, with the process set up as `options` say."""
+    return _imported("lamina.model", options)
+
+
+def store_library(options: SourceOptions) -> Any:
+    """`lamina.store`, with the process set up as `options` say."""
+    return _imported("lamina.store", options)
+
+
+def _imported(name: str, options: ModelOptions | SourceOptions) -> Any:
     # Read by their libraries once, at import. The user's own setting wins.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -27,7 +36,7 @@ def library(options: ModelOptions) -> Any:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if options.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
-    module = importlib.import_module("lamina.model")
+    module = importlib.import_module(name)
     if options.threads is not None:
         importlib.import_module("torch").set_num_threads(options.threads)
     return module

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 import lamina
-from lamina.cli import commands
+from lamina.cli import commands, store
 from lamina.cli.chat import chat
 from lamina.cli.options import expand
 from lamina.cli.report import one_line
@@ -28,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (commands.run, chat, commands.plan, commands.bench):
+for _command in (commands.run, chat, commands.plan, commands.bench, store.split, store.verify):
     app.command()(expand(_command))
 
 

@@ -77,6 +77,32 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
+class SourceOptions:
+    """Where the checkpoint comes from: what `lamina.store.split` is given besides its own arguments."""
+
+    revision: Annotated[str | None, typer.Option(metavar="REF", help="Branch, tag or commit on the hub.")] = None
+    cache_dir: Annotated[str | None, typer.Option(metavar="DIR", help="Where hub downloads are kept.")] = None
+    token: Annotated[
+        str | None, typer.Option(metavar="TOKEN", help="Hub token. Default: HF_TOKEN or the saved login.")
+    ] = None
+    offline: Annotated[bool, typer.Option("--offline", help="Use only what is already on this machine.")] = False
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model.")
+    ] = False
+    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads for the arithmetic.")] = None
+
+    def as_kwargs(self) -> dict[str, Any]:
+        """What was asked for, under the names of `split`."""
+        given = {"revision": self.revision, "cache_dir": self.cache_dir, "token": self.token}
+        kwargs: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        if self.offline:
+            kwargs["local_files_only"] = True
+        if self.trust_remote_code:
+            kwargs["trust_remote_code"] = True
+        return kwargs
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen: the likeliest one, unless an option asks for chance."""
 

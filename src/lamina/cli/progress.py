@@ -7,7 +7,14 @@ from typing import Any
 from lamina.cli.live import now
 from lamina.sizes import format_rate, format_size
 
-_STAGES = {"download": "downloading", "load": "loading"}
+_STAGES = {
+    "download": "downloading",
+    "load": "loading",
+    "check": "checking what is there",
+    "split": "splitting",
+    "verify": "verifying",
+    "wait": "waiting for another process that writes the same folder",
+}
 
 
 class Progress:
@@ -17,6 +24,7 @@ class Progress:
         self._max_new_tokens = max_new_tokens
         self._stage: tuple[str, int, int] = ("starting", 0, 0)
         self._stage_began = now()
+        self._stage_from = 0  # bytes that were there when it began
         self._model: Any = None
         self._tokens = 0
         self._pass = -1
@@ -26,7 +34,7 @@ class Progress:
     def report(self, stage: str, done: int, total: int) -> None:
         """The `progress` argument of `from_pretrained`: bytes done of `total` in `stage`."""
         if stage != self._stage[0]:
-            self._stage_began = now()
+            self._stage_began, self._stage_from = now(), done
         self._stage = (stage, done, total)
 
     def watch(self, model: Any) -> None:
@@ -47,7 +55,7 @@ class Progress:
             return [self.note]
         if self._model is None:
             stage, done, total = self._stage
-            return _moving(_STAGES.get(stage, stage), done, total, now() - self._stage_began)
+            return _moving(_STAGES.get(stage, stage), done, total, now() - self._stage_began, self._stage_from)
         stats = self._model.lamina.stats
         if stats.passes != self._pass:
             self._pass, self._pass_began = stats.passes, now()
@@ -61,13 +69,13 @@ class Progress:
         return parts + _rate(stats.pass_bytes_done, elapsed)
 
 
-def _moving(name: str, done: int, total: int, elapsed: float) -> list[str]:
+def _moving(name: str, done: int, total: int, elapsed: float, before: int = 0) -> list[str]:
     parts = [_share(name, done, total)]
     if total <= 0:
         return parts
     parts.append(f"{format_size(done)} of {format_size(total)}")
-    if rate := _rate(done, elapsed):
-        parts += [*rate, f"{format_seconds(max(total - done, 0) * elapsed / done)} left"]
+    if rate := _rate(done - before, elapsed):
+        parts += [*rate, f"{format_seconds(max(total - done, 0) * elapsed / (done - before))} left"]
     return parts
 
 

@@ -64,6 +64,20 @@ def intention(plan: Mapping[str, Any]) -> str:
     return f"{budget} · {kept} · {read} · about {_number(plan['predicted_seconds_per_token'])} s/token"
 
 
+def split_summary(result: Mapping[str, Any]) -> str:
+    """What a split made, in one line."""
+    of = f" ({result['bytes'] / result['source_bytes']:.1%})" if result["source_bytes"] else ""
+    parts = [f"{format_size(result['source_bytes'])} became {format_size(result['bytes'])}{of}"]
+    parts.append(f"{result['files']} files" if result["files"] != 1 else "1 file")
+    if result["files_kept"]:
+        parts.append(f"{result['files_kept']} were there already")
+    if result["files_kept"] < result["files"]:
+        parts.append(f"{_number(result['seconds'])} s")
+    if result["deleted"]:
+        parts.append(f"{len(result['deleted'])} files of the original deleted")
+    return " · ".join(parts)
+
+
 _PLAN_ROWS = {
     "model_bytes": "weights",
     "parameters": "parameters",

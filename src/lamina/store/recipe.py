@@ -15,7 +15,6 @@ import torch
 
 from lamina.checkpoint import Checkpoint, TensorEntry
 from lamina.checkpoint.store import PLAIN
-from lamina.errors import RequestError
 from lamina.model.disk_tensor import Box, DiskTensor, sources_of
 from lamina.model.experts import experts_by_config
 from lamina.model.trace import Trace, weight_names
@@ -58,18 +57,6 @@ class _Use:
     boxes: tuple[Box, ...]
     looked_up: bool = False
     joined: bool = True
-
-
-def check_compression(compression: str) -> str:
-    """The compression itself.
-
-    Raises:
-        RequestError: there is none of that name.
-    """
-    if compression not in RECIPES:
-        known = ", ".join(name for name in RECIPES if name != PLAIN)
-        raise RequestError(f"there is no compression {compression!r}: choose one of {known}, or none at all")
-    return compression
 
 
 def make_runs(model: Any, checkpoint: Checkpoint, traced: Trace, weights: Weights, compression: str) -> tuple[Run, ...]:
