@@ -418,7 +418,9 @@ def test_an_unknown_model_type(copy: Path) -> None:
 
 def test_a_quantised_checkpoint(copy: Path) -> None:
     _configure(copy, quantization_config={"quant_method": "gptq", "bits": 4})
-    assert "gptq" in _error(UnsupportedError, copy)
+    assert "gptq" in _error(CheckpointError, copy)
+    _configure(copy, quantization_config={"quant_method": "aqlm"})
+    assert "aqlm" in _error(UnsupportedError, copy)
 
 
 def test_code_of_the_checkpoint_is_not_run(copy: Path) -> None:

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from lamina.checkpoint import Checkpoint, TensorEntry
 from lamina.errors import CheckpointError, MissingTensorError, RequestError, UnsupportedError
 from lamina.model.disk_tensor import DiskTensor, recording
+from lamina.model.quantized import check_decoded, take_quantization, unpacked_state
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -80,7 +81,7 @@ def load_config(request: Request) -> tuple[PreTrainedConfig, dict[str, Any]]:
 
     Raises:
         CheckpointError: no config, or one that transformers cannot read.
-        UnsupportedError: a model type or quantization that cannot be streamed.
+        UnsupportedError: a model type that cannot be streamed.
     """
     try:
         config, unused = AutoConfig.from_pretrained(
@@ -101,14 +102,6 @@ def load_config(request: Request) -> tuple[PreTrainedConfig, dict[str, Any]]:
         if "does not recognize this architecture" in text or "Unrecognized model" in text:
             raise UnsupportedError(f"transformers does not know the model in {request.folder}: {text[:200]}") from error
         raise CheckpointError(f"cannot read the config of the model in {request.folder}: {text[:300]}") from error
-    parts = (config, config.get_text_config())
-    quantization = next(filter(None, (getattr(part, "quantization_config", None) for part in parts)), None)
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-        raise UnsupportedError(
-            f"{request.folder} is quantised with {method}, which cannot be streamed yet: "
-            f"use the bf16 or fp16 checkpoint"
-        )
     return config, unused
 
 
@@ -121,13 +114,12 @@ def build(request: Request, checkpoint: Checkpoint) -> PreTrainedModel:
         RequestError: an option that transformers does not know.
     """
     config, options = load_config(request)
+    quantization = take_quantization(config)
     model_class = _class_of(config, request.trust_remote_code)
     text = config.sub_configs.get("text_config")
     if text is not None and getattr(model_class, "config_class", None) is text:
         config = config.get_text_config()  # a text model out of a multimodal checkpoint, as AutoModelForCausalLM does
-    state = {
-        entry.name: DiskTensor.of(entry.name, entry.shape, torch_dtype(entry)) for entry in checkpoint.tensors.values()
-    }
+    state = _state(request, checkpoint, config, quantization)
     options.pop("_from_auto", None)
     options.pop("torch_dtype", None)
     # the config took it in, but a text model's config is a part of it that does not know
@@ -145,10 +137,28 @@ def build(request: Request, checkpoint: Checkpoint) -> PreTrainedModel:
                 raise RequestError(f"neither Lamina nor {model_class.__name__} knows this option: {text}") from error
             raise CheckpointError(f"transformers cannot build {request.folder}: {text[:300]}") from error
     _check(info, checkpoint)
+    if quantization is not None:
+        check_decoded(model, checkpoint.root)
     model.config.name_or_path = model.name_or_path = request.folder
     if "experts_implementation" not in request.options and any(model.get_experts_implementation().values()):
         model.set_experts_implementation("eager")  # the one that takes an expert at a time
     return model
+
+
+def _state(
+    request: Request, checkpoint: Checkpoint, config: PreTrainedConfig, quantization: Mapping[str, Any] | None
+) -> dict[str, DiskTensor]:
+    """What transformers' loader gets for the checkpoint's tensors."""
+    state = {
+        entry.name: DiskTensor.of(entry.name, entry.shape, torch_dtype(entry)) for entry in checkpoint.tensors.values()
+    }
+    if quantization is None:
+        return state
+    wanted = request.options.get("dtype") or request.options.get("torch_dtype") or "auto"
+    if wanted == "auto":
+        wanted = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    dtype = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
+    return unpacked_state(state, checkpoint, quantization, dtype if isinstance(dtype, torch.dtype) else None)
 
 
 def _class_of(config: PreTrainedConfig, trust_remote_code: bool) -> type[PreTrainedModel]:

@@ -1,0 +1,135 @@
+"""Quantised checkpoints whose parts do not fit: one line that says what and where, never a wrong number."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import quantize
+from families import write_tiny
+from lamina import AutoModel
+from lamina.errors import CheckpointError, LaminaError, MissingTensorError, UnsupportedError
+
+Q = "model.layers.1.self_attn.q_proj"
+Change = Callable[[dict[str, torch.Tensor]], object]
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+INT4 = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "group_size": 32}}},
+}
+BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+
+def _drop(name: str) -> Change:
+    return lambda tensors: tensors.pop(name)
+
+
+def _put(name: str, tensor: torch.Tensor) -> Change:
+    return lambda tensors: tensors.update({name: tensor})
+
+
+FAULTS = {
+    "fp8 scales gone": (
+        quantize.fp8((32, 32)), {"quant_method": "fp8"}, _drop(f"{Q}.weight_scale_inv"),
+        CheckpointError, r"layers\.1\.self_attn\.q_proj\.weight is stored in .* as float8_e4m3fn, and no scales",
+    ),
+    "fp8 scales of another shape": (
+        quantize.fp8((32, 32)), {"quant_method": "fp8"}, _put(f"{Q}.weight_scale_inv", torch.ones(3, 7)),
+        CheckpointError, r"q_proj\.weight_scale_inv of shape \(3, 7\) does not fit .*q_proj\.weight of",
+    ),
+    "int8 scales gone": (
+        quantize.bitsandbytes_8bit, {"quant_method": "bitsandbytes", "load_in_8bit": True}, _drop(f"{Q}.SCB"),
+        CheckpointError, r"q_proj\.weight is stored in .* as int8, and no scales",
+    ),
+    "gptq zero points gone": (
+        quantize.gptq(4, 32), GPTQ, _drop(f"{Q}.qzeros"), CheckpointError, r"no tensor '.*qzeros' beside .*qweight",
+    ),
+    "gptq words gone": (
+        quantize.gptq(4, 32), GPTQ, _drop(f"{Q}.qweight"), MissingTensorError, r"q_proj\.weight.*which no file",
+    ),
+    "gptq in another layout": (
+        quantize.gptq(4, 32), {**GPTQ, "checkpoint_format": "marlin"}, _drop(f"{Q}.g_idx"),
+        UnsupportedError, "'marlin'",
+    ),
+    "gptq scales of another shape": (
+        quantize.gptq(4, 32), GPTQ, _put(f"{Q}.scales", torch.ones(2, 3)), CheckpointError, r"scales of shape \(2, 3\)",
+    ),
+    "awq for vectors": (
+        quantize.awq(32), {"quant_method": "awq", "version": "gemv"}, _drop(f"{Q}.scales"), UnsupportedError, "'gemv'",
+    ),
+    "awq zero points of another shape": (
+        quantize.awq(32), {"quant_method": "awq"}, _put(f"{Q}.qzeros", torch.ones(1, 8, dtype=torch.int32)),
+        CheckpointError, "does not fit",
+    ),
+    "int4 whose bits nobody says": (
+        quantize.pack_quantized(4, 32, True), {**INT4, "config_groups": {}}, _drop(f"{Q}.weight_shape"),
+        CheckpointError, r"does not say how .*_proj is quantised",
+    ),
+    "int4 of other bits": (
+        quantize.pack_quantized(8, 32, True), INT4, _drop(f"{Q}.weight_shape"), CheckpointError, "does not fit",
+    ),
+    "sparse": (
+        quantize.pack_quantized(4, 32, True), {**INT4, "sparsity_config": {"format": "sparse-24-bitmask"}},
+        _drop(f"{Q}.weight_shape"), UnsupportedError, "sparse-24-bitmask",
+    ),
+    "bitsandbytes without a table": (
+        quantize.bitsandbytes_4bit(64), BNB, _drop(f"{Q}.weight.quant_map"), CheckpointError, r"no tensor '.*_map'",
+    ),
+    "bitsandbytes with a torn state": (
+        quantize.bitsandbytes_4bit(64), BNB,
+        _put(f"{Q}.weight.quant_state.bitsandbytes__nf4", torch.tensor([123, 34], dtype=torch.uint8)),
+        CheckpointError, r"quant_state\.bitsandbytes__nf4 in .* is no JSON",
+    ),
+    "bitsandbytes with a state of another weight": (
+        quantize.bitsandbytes_4bit(64), BNB,
+        _put(
+            f"{Q}.weight.quant_state.bitsandbytes__nf4",
+            torch.tensor(list(b'{"shape": [4, 4], "blocksize": 64}'), dtype=torch.uint8),
+        ),
+        CheckpointError, "does not fit",
+    ),
+    "bitsandbytes with an empty state": (
+        quantize.bitsandbytes_4bit(64), BNB,
+        _put(f"{Q}.weight.quant_state.bitsandbytes__nf4", torch.tensor(list(b"{}"), dtype=torch.uint8)),
+        CheckpointError, "lacks shape or blocksize",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_one_line(fault: str, tmp_path: Path) -> None:
+    method, config, change, error, line = FAULTS[fault]
+    write_tiny("llama", tmp_path / "plain", dtype=torch.bfloat16)
+    folder = tmp_path / "quantized"
+    quantize.write_quantized(tmp_path / "plain", folder, method, config)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(error, match=line) as caught:
+        AutoModel.from_pretrained(str(folder), device="cpu")
+    assert isinstance(caught.value, LaminaError)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_that_says_quantised_over_weights_that_are_not(tmp_path: Path) -> None:
+    write_tiny("llama", tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**written, "quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(CheckpointError, match="quantised with awq, but no tensor is"):
+        AutoModel.from_pretrained(str(tmp_path), device="cpu")
+
+
+def test_a_conv1d_is_refused_because_it_lies_across(tmp_path: Path) -> None:
+    write_tiny("gpt2", tmp_path / "plain")
+    folder = tmp_path / "quantized"
+    wanted = re.compile(r".*attn\.c_proj\.weight")
+    quantize.write_quantized(tmp_path / "plain", folder, quantize.gptq(4, 32), GPTQ, wanted)
+    with pytest.raises(UnsupportedError, match=r"c_proj in .* is a quantised Conv1D"):
+        AutoModel.from_pretrained(str(folder), device="cpu")

@@ -1,0 +1,259 @@
+"""Writes a checkpoint again as the methods of quantisation store it, and once more with the numbers that come out.
+
+The definitions here are in numpy, element by element where that is possible, and share nothing with Lamina's.
+This module knows nothing of Lamina: it only makes inputs for the tests.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+Stored = dict[str, torch.Tensor]
+Method = Callable[[str, torch.Tensor], tuple[Stored, np.ndarray]]
+LINEAR = re.compile(r".*layers\..*(?<!norm)(?<!\.gate)(?<!router)(?<!conv1d)\.weight")
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+def write_quantized(
+    plain: Path, folder: Path, method: Method, config: Mapping[str, Any], wanted: str | re.Pattern[str] = LINEAR
+) -> Path:
+    """Quantise the matrices of a checkpoint whose names match.
+
+    Args:
+        plain: a folder with one `model.safetensors`.
+        folder: where the quantised checkpoint goes; beside it, in `decoded`, goes what it must mean.
+        method: what is stored for a weight, by full names, and the numbers that it stands for.
+        config: the `quantization_config`.
+        wanted: which names.
+
+    Returns:
+        The folder of the decoded checkpoint.
+    """
+    decoded = folder.parent / "decoded"
+    tensors = load_file(plain / "model.safetensors")
+    stored, meant = {}, {}
+    for name, tensor in tensors.items():
+        if re.fullmatch(wanted, name) and tensor.dim() > 1:
+            parts, numbers = method(name, tensor.float())
+            assert numbers.shape == tuple(tensor.shape)
+            stored |= parts
+            meant[name] = torch.from_numpy(np.ascontiguousarray(numbers)).to(tensor.dtype)
+        else:
+            stored[name] = meant[name] = tensor
+    assert len(stored) > len(tensors), "nothing was quantised"
+    for where, content in ((folder, stored), (decoded, meant)):
+        shutil.copytree(plain, where)
+        save_file(
+            {k: v.contiguous().clone() for k, v in content.items()}, where / "model.safetensors", {"format": "pt"}
+        )
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**written, "quantization_config": dict(config)}))
+    return decoded
+
+
+def fp8(block: tuple[int, int], suffix: str = "weight_scale_inv", ceil: bool = False) -> Method:
+    """FP8 in blocks: an E4M3 number for each element, a float32 scale for each block."""
+
+    def store(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+        rows, columns = weight.shape
+        grid = np.zeros((-(-rows // block[0]), -(-columns // block[1])), np.float32)
+        quantized = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+        numbers = np.empty(weight.shape, np.float32)
+        for i, j in np.ndindex(*grid.shape):
+            part = (slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1]))
+            grid[i, j] = weight[part].abs().max() / 448
+            quantized[part] = (weight[part] / float(grid[i, j])).to(torch.float8_e4m3fn)
+            numbers[part] = quantized[part].float().numpy() * grid[i, j]
+        return {name: quantized, name.removesuffix("weight") + suffix: torch.from_numpy(grid)}, numbers
+
+    return store
+
+
+def fp8_by_row(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+    """FP8 with a bf16 scale for each row, as compressed-tensors has it."""
+    scale = (weight.abs().amax(1, keepdim=True) / 448).bfloat16()
+    quantized = (weight / scale.float()).to(torch.float8_e4m3fn)
+    return {name: quantized, f"{name}_scale": scale}, quantized.float().numpy() * scale.float().numpy()
+
+
+def int8_by_row(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+    scale = (weight.abs().amax(1, keepdim=True) / 127).bfloat16()
+    quantized = (weight / scale.float()).round().clamp(-128, 127).to(torch.int8)
+    return {name: quantized, f"{name}_scale": scale}, quantized.numpy() * scale.float().numpy()
+
+
+def mxfp4_experts(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+    """gpt-oss: (experts, inputs, outputs) as bytes (experts, outputs, groups of 32 inputs, 16), low nibble first."""
+    across = weight.transpose(1, 2).numpy()
+    experts, rows, columns = across.shape
+    grouped = across.reshape(experts, rows, columns // 32, 32)
+    exponent = np.ceil(np.log2(np.abs(grouped).max(-1) / 6 + 1e-20))
+    scaled = grouped / np.exp2(exponent)[..., None]
+    index = np.abs(scaled[..., None] - E2M1).argmin(-1).astype(np.uint8)
+    packed = index[..., 0::2] | index[..., 1::2] << 4
+    scales = (exponent + 127).astype(np.uint8)
+    numbers = (E2M1[index] * np.exp2(exponent)[..., None].astype(np.float32)).reshape(across.shape)
+    return (
+        {f"{name}_blocks": torch.from_numpy(packed), f"{name}_scales": torch.from_numpy(scales)},
+        np.swapaxes(numbers, 1, 2),
+    )
+
+
+def nvfp4(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+    """compressed-tensors' nvfp4-pack-quantized: groups of 16, FP8 scales, one number that these are divided by."""
+    values = weight.numpy().reshape(weight.shape[0], -1, 16)
+    most = np.abs(values).max(-1)
+    whole = np.float32(448 * 6 / most.max())
+    scales = torch.from_numpy(most / 6 * whole).to(torch.float8_e4m3fn)
+    real = scales.float().numpy() / whole
+    index = np.abs((values / np.maximum(real, 1e-12)[..., None])[..., None] - E2M1).argmin(-1).astype(np.uint8)
+    packed = (index[..., 0::2] | index[..., 1::2] << 4).reshape(weight.shape[0], -1)
+    numbers = (E2M1[index] * real[..., None]).reshape(tuple(weight.shape))
+    stored = {
+        f"{name}_packed": torch.from_numpy(packed),
+        f"{name}_scale": scales,
+        f"{name}_global_scale": torch.tensor([whole]),
+    }
+    return stored, numbers
+
+
+def affine(weight: np.ndarray, bits: int, group: int, symmetric: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Integers (rows, columns), zero points and fp16 scales (rows, groups) of groups along the columns."""
+    most = (1 << bits) - 1
+    grouped = weight.reshape(weight.shape[0], -1, group)
+    if symmetric:
+        scale = (np.abs(grouped).max(-1) * 2 / most).astype(np.float16)
+        zero = np.full(scale.shape, 1 << (bits - 1))
+    else:
+        low, high = grouped.min(-1), grouped.max(-1)
+        scale = ((high - low) / most).astype(np.float16)
+        zero = np.clip(np.round(-low / scale.astype(np.float32)), 1, most).astype(int)
+    values = np.round(grouped / scale.astype(np.float32)[..., None]) + zero[..., None]
+    return np.clip(values, 0, most).astype(int).reshape(weight.shape), zero, scale
+
+
+def meaning(values: np.ndarray, zero: np.ndarray, scale: np.ndarray, group_of: np.ndarray) -> np.ndarray:
+    return (values - zero[:, group_of]).astype(np.float32) * scale.astype(np.float32)[:, group_of]
+
+
+def bits_of(values: np.ndarray, bits: int) -> torch.Tensor:
+    """Each row of integers as one stream of bits, lowest first, in int32 words."""
+    stream = ((values[..., None] >> np.arange(bits)) & 1).reshape(len(values), -1).astype(np.uint8)
+    stream = np.pad(stream, ((0, 0), (0, -stream.shape[1] % 32)))
+    return torch.from_numpy(np.packbits(stream, axis=1, bitorder="little").view("<i4").copy())
+
+
+def gptq(bits: int, group: int, *, symmetric: bool = True, second: bool = False, ordered: bool = False) -> Method:
+    """`ordered`: columns belong to groups in an order of their own; `second`: zero points are stored as they are."""
+
+    def store(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+        columns = weight.shape[1]
+        order = np.random.default_rng(0).permutation(columns) if ordered else np.arange(columns)
+        values, zero, scale = affine(weight.numpy()[:, order], bits, group, symmetric)
+        group_of = np.empty(columns, int)
+        group_of[order] = np.arange(columns) // group
+        back = np.argsort(order)
+        module = name.removesuffix("weight")
+        stored = {
+            f"{module}qweight": bits_of(values[:, back], bits).t(),
+            f"{module}qzeros": bits_of((zero - (0 if second else 1)).T, bits),
+            f"{module}scales": torch.from_numpy(scale.T.copy()),
+            f"{module}g_idx": torch.from_numpy(group_of.astype(np.int32)),
+        }
+        return stored, meaning(values[:, back], zero, scale, group_of)
+
+    return store
+
+
+def awq(group: int) -> Method:
+    def store(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+        values, zero, scale = affine(weight.numpy(), 4, group, symmetric=False)
+        module = name.removesuffix("weight")
+
+        def words(by_input: np.ndarray) -> torch.Tensor:
+            packed = np.zeros((by_input.shape[0], by_input.shape[1] // 8), np.uint32)
+            for nibble, column in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+                packed |= by_input[:, column::8].astype(np.uint32) << np.uint32(4 * nibble)
+            return torch.from_numpy(packed.view(np.int32))
+
+        stored = {
+            f"{module}qweight": words(values.T),
+            f"{module}qzeros": words(zero.T),
+            f"{module}scales": torch.from_numpy(scale.T.copy()),
+        }
+        return stored, meaning(values, zero, scale, np.arange(weight.shape[1]) // group)
+
+    return store
+
+
+def pack_quantized(bits: int, group: int, symmetric: bool) -> Method:
+    """compressed-tensors' pack-quantized, with bf16 scales."""
+
+    def store(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+        values, zero, scale = affine(weight.numpy(), bits, group, symmetric)
+        scales = torch.from_numpy(scale).bfloat16()
+        stored = {
+            f"{name}_packed": bits_of(values, bits),
+            f"{name}_scale": scales,
+            f"{name}_shape": torch.tensor(weight.shape),
+        }
+        if not symmetric:
+            stored[f"{name}_zero_point"] = bits_of(zero.T, bits).t()
+        return stored, meaning(values, zero, scales.float().numpy(), np.arange(weight.shape[1]) // group)
+
+    return store
+
+
+def bitsandbytes_8bit(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+    most = weight.abs().amax(1)
+    quantized = (weight / most[:, None] * 127).round().to(torch.int8)
+    module = name.removesuffix("weight")
+    stored = {name: quantized, f"{module}SCB": most, f"{module}weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return stored, quantized.numpy() * (most.numpy()[:, None] * np.float32(1 / 127))
+
+
+def bitsandbytes_4bit(block: int, nested: int = 0) -> Method:
+    """A table of 16 numbers, the upper nibble first; with `nested`, absmax is itself places in a table of 256."""
+    table = np.sort(np.random.default_rng(1).uniform(-1, 1, 16)).astype(np.float32)
+    wide = np.linspace(-1, 1, 256, dtype=np.float32)
+
+    def store(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+        flat = weight.numpy().reshape(-1)
+        blocks = np.pad(flat, (0, -len(flat) % block)).reshape(-1, block)
+        absmax = np.abs(blocks).max(1)
+        state: dict[str, Any] = {"quant_type": "nf4", "blocksize": block, "dtype": "float32", "shape": [*weight.shape]}
+        stored = {}
+        if nested:
+            state |= {
+                "nested_blocksize": nested,
+                "nested_offset": (offset := float(absmax.mean())),
+                "nested_dtype": "float32",
+            }
+            around = np.pad(absmax - np.float32(offset), (0, -len(absmax) % nested)).reshape(-1, nested)
+            most = np.abs(around).max(1)
+            places = np.abs((around / most[:, None])[..., None] - wide).argmin(-1)
+            absmax = (wide[places] * most[:, None]).reshape(-1)[: len(absmax)] + np.float32(offset)
+            stored[f"{name}.absmax"] = torch.from_numpy(places.reshape(-1)[: len(absmax)].astype(np.uint8))
+            stored[f"{name}.nested_absmax"] = torch.from_numpy(most)
+            stored[f"{name}.nested_quant_map"] = torch.from_numpy(wide)
+        else:
+            stored[f"{name}.absmax"] = torch.from_numpy(absmax)
+        index = np.abs((blocks / absmax[:, None])[..., None] - table).argmin(-1).astype(np.uint8)
+        numbers = (table[index] * absmax[:, None]).reshape(-1)[: len(flat)].reshape(weight.shape)
+        index = index.reshape(-1)[: len(flat)]
+        text = json.dumps(state).encode()
+        stored[name] = torch.from_numpy(index[0::2] << 4 | index[1::2])[:, None]
+        stored[f"{name}.quant_map"] = torch.from_numpy(table)
+        stored[f"{name}.quant_state.bitsandbytes__nf4"] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        return stored, numbers
+
+    return store
