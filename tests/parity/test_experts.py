@@ -239,8 +239,8 @@ def test_a_longer_context_takes_the_cache_s_memory_and_gives_the_same_answer(
 ) -> None:
     write_tiny("mixtral", tmp_path, dtype=torch.float32)
     plain = plain_model(tmp_path, "mixtral")
-    ids = input_ids(plain.config, length=100)
-    memory = judge(tmp_path, "mixtral").budget("half") + (300_000 if all_resident else -100_000)
+    ids = input_ids(plain.config, length=300)
+    memory = judge(tmp_path, "mixtral").budget("half") + (500_000 if all_resident else -100_000)
     model = AutoModel.from_pretrained(str(tmp_path), memory=memory, device="cpu", context=16)
     with model.lamina, torch.no_grad():
         before = model.lamina.plan
