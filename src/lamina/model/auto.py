@@ -15,10 +15,12 @@ import torch
 from transformers import PreTrainedModel
 
 from lamina.checkpoint import Checkpoint, open_checkpoint
+from lamina.checkpoint.gguf import find_gguf
 from lamina.errors import BudgetError, RequestError, UnsupportedError
 from lamina.model.budget import SHORTEST_CONTEXT, default_context, make_budget
 from lamina.model.build import Request, build
 from lamina.model.engine import Engine
+from lamina.model.gguf import load_gguf
 from lamina.model.handle import Lamina
 from lamina.model.tokenizer import LazyTokenizer, load_tokenizer
 from lamina.model.trace import Trace, trace
@@ -106,7 +108,12 @@ class AutoModel:
         streamed.lamina.attach()
         hub = {key: options[key] for key in HUB if key in options}
         request = prepared.request
-        lazy = LazyTokenizer(streamed, lambda: load_tokenizer(request.folder, request.trust_remote_code, **hub))
+        lazy = LazyTokenizer(
+            streamed,
+            request.gguf.load_tokenizer
+            if request.gguf is not None
+            else lambda: load_tokenizer(request.folder, request.trust_remote_code, **hub),
+        )
         object.__setattr__(streamed, "tokenizer", lazy)  # nn.Module would look at its class, and so load it
         return streamed
 
@@ -164,8 +171,12 @@ def _prepare(
             warnings.warn(f"{name} has no meaning here and is ignored", stacklevel=4)
     hub = {key: options[key] for key in HUB if options.get(key) is not None}
     variant = options.pop("variant", None)
-    folder, checkpoint = _open(str(model), hub, variant, trust, progress, weights_wanted)
-    request = Request(folder, options, trust)
+    if file := _gguf_file(str(model), hub.get("subfolder", ""), options.pop("gguf_file", None)):
+        gguf = load_gguf(file, {key: value for key, value in options.items() if key not in hub})
+        request, checkpoint = Request(gguf.path, options, trust, gguf), gguf.checkpoint
+    else:
+        folder, checkpoint = _open(str(model), hub, variant, trust, progress, weights_wanted)
+        request = Request(folder, options, trust)
     built = build(request, checkpoint)
     traced = trace(built)
     weights = describe(built, checkpoint, traced)
@@ -224,6 +235,15 @@ def _open(
         return folder, remote_headers(model, variant=variant, **remote)
     checkpoint = open_checkpoint(found, variant=variant, subfolder=hub.get("subfolder", ""))
     return checkpoint.root, checkpoint
+
+
+def _gguf_file(model: str, subfolder: str, name: str | None) -> str | None:
+    """The GGUF file that is meant: named by itself, by `gguf_file`, or the only weights of a folder."""
+    if name is None:
+        return find_gguf(os.path.join(model, subfolder) if subfolder else model)
+    if not _is_local(model):
+        raise UnsupportedError(f"gguf_file of a model on the hub: download {name} of {model}, then give its path")
+    return os.path.join(os.path.expanduser(model), subfolder, name)
 
 
 def _is_local(model: str) -> bool:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -22,6 +22,9 @@ from lamina.checkpoint import Checkpoint, TensorEntry
 from lamina.errors import CheckpointError, MissingTensorError, RequestError, UnsupportedError
 from lamina.model.disk_tensor import DiskTensor, recording
 from lamina.model.quantized import check_decoded, take_quantization, unpacked_state
+
+if TYPE_CHECKING:
+    from lamina.model.gguf import GgufModel
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -55,11 +58,13 @@ class Request:
         folder: where config and tokenizer are.
         options: for transformers' config and model.
         trust_remote_code: run code that the checkpoint brings; never assumed.
+        gguf: a file that has config and tokenizer in itself.
     """
 
     folder: str
     options: Mapping[str, Any]
     trust_remote_code: bool = False
+    gguf: GgufModel | None = None
 
 
 def torch_dtype(entry: TensorEntry) -> torch.dtype:
@@ -83,6 +88,8 @@ def load_config(request: Request) -> tuple[PreTrainedConfig, dict[str, Any]]:
         CheckpointError: no config, or one that transformers cannot read.
         UnsupportedError: a model type that cannot be streamed.
     """
+    if request.gguf is not None:
+        return request.gguf.config, dict(request.gguf.options)
     try:
         config, unused = AutoConfig.from_pretrained(
             request.folder,
@@ -149,6 +156,8 @@ def _state(
     request: Request, checkpoint: Checkpoint, config: PreTrainedConfig, quantization: Mapping[str, Any] | None
 ) -> dict[str, DiskTensor]:
     """What transformers' loader gets for the checkpoint's tensors."""
+    if request.gguf is not None:
+        return dict(request.gguf.tensors)
     state = {
         entry.name: DiskTensor.of(entry.name, entry.shape, torch_dtype(entry)) for entry in checkpoint.tensors.values()
     }
@@ -174,6 +183,8 @@ def _class_of(config: PreTrainedConfig, trust_remote_code: bool) -> type[PreTrai
 
 
 def _generation_config(request: Request) -> GenerationConfig | None:
+    if request.gguf is not None:
+        return request.gguf.generation_config()
     hub = {key: request.options[key] for key in HUB_KEYS if key in request.options}
     try:
         return GenerationConfig.from_pretrained(request.folder, **hub)

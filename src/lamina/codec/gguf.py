@@ -1,0 +1,284 @@
+"""The blocks of GGUF files as codecs: `gguf.Q4_K` and the others that `lamina.checkpoint.gguf` names.
+
+A panel is one row, a row is a run of blocks. A block holds small whole numbers (*levels*), scales for groups of
+them and, in some types, what is taken off afterwards; layouts as in ggml-quants.c. What is decoded has the very
+bits that `gguf.quants.dequantize` gives in fp32, rounded once where `out` has fewer.
+
+Rows are decoded a few at a time, so that the levels and the fp32 values stay in the processor's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+
+from lamina.checkpoint.gguf import BLOCK_TYPES, CODEC_PREFIX
+from lamina.codec.codec import register
+from lamina.errors import UnsupportedError
+
+CHUNK = 1 << 18
+"""Elements decoded at once: one megabyte of fp32."""
+
+_IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_FP4_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice those of e2m1
+
+Tensor = torch.Tensor
+
+
+class Parts(NamedTuple):
+    """What some blocks hold: `levels * scales - minimums` are their values.
+
+    Attributes:
+        levels: uint8 or int8 of shape (blocks, elements of a block).
+        scales: fp32 of shape (blocks, groups), the groups all of one size.
+        minimums: of the same shape, or None.
+    """
+
+    levels: Tensor
+    scales: Tensor
+    minimums: Tensor | None = None
+
+
+class BlockCodec:
+    """One type of blocks, decoded by torch."""
+
+    def __init__(self, name: str, block: int, nbytes: int, parts: Callable[[Tensor], Parts]) -> None:
+        self.name, self.block, self.nbytes, self._parts = name, block, nbytes, parts
+
+    def decode(self, panels: Tensor, rows: int, columns: int, out: Tensor) -> None:
+        """See `Codec.decode`."""
+        blocks, values = panels.reshape(-1, self.nbytes), out.view(-1, self.block)
+        step = CHUNK // self.block
+        work = torch.empty(min(step, len(blocks)), self.block, dtype=torch.float32, device=out.device)
+        for at in range(0, len(blocks), step):
+            target = values[at : at + step]
+            parts = self._parts(blocks[at : at + step])
+            real = target if target.dtype == torch.float32 else work[: len(target)]
+            grouped = real.view(len(target), parts.scales.shape[1], -1)
+            real.copy_(parts.levels)
+            grouped.mul_(parts.scales.unsqueeze(2))
+            if parts.minimums is not None:
+                grouped.sub_(parts.minimums.unsqueeze(2))
+            if real is not target:
+                target.copy_(real)
+
+    def linear(self, x: Tensor, panels: Tensor, rows: int, out: Tensor) -> bool:
+        """See `Codec.linear`."""
+        return False
+
+
+class BorrowedCodec:
+    """A rare type of blocks, decoded by the `gguf` package, which has the code books of the type."""
+
+    def __init__(self, name: str, block: int, nbytes: int) -> None:
+        self.name, self.block, self.nbytes = name, block, nbytes
+
+    def decode(self, panels: Tensor, rows: int, columns: int, out: Tensor) -> None:
+        """See `Codec.decode`."""
+        quants, kind = _gguf_package(self.name)
+        blocks, values = panels.reshape(-1, self.nbytes), out.view(-1, self.block)
+        for at in range(0, len(blocks), step := CHUNK // self.block):
+            with numpy.errstate(all="ignore"):
+                decoded = quants.dequantize(blocks[at : at + step].cpu().numpy(), kind)
+            values[at : at + step].copy_(torch.from_numpy(decoded))
+
+    def linear(self, x: Tensor, panels: Tensor, rows: int, out: Tensor) -> bool:
+        """See `Codec.linear`."""
+        return False
+
+
+class PlainCodec:
+    """Rows of plain elements: panels of one row, so that the rows may lie in any order."""
+
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        self.name, self.dtype = name, dtype
+
+    def decode(self, panels: Tensor, rows: int, columns: int, out: Tensor) -> None:
+        """See `Codec.decode`."""
+        if panels.data_ptr() % self.dtype.itemsize or panels.storage_offset() % self.dtype.itemsize:
+            panels = panels.clone()
+        out.copy_(panels.view(self.dtype).view(rows, columns))
+
+    def linear(self, x: Tensor, panels: Tensor, rows: int, out: Tensor) -> bool:
+        """See `Codec.linear`."""
+        return False
+
+
+def _gguf_package(codec: str) -> tuple[Any, Any]:
+    kind = codec.removeprefix(CODEC_PREFIX)
+    try:
+        from gguf import GGMLQuantizationType, quants
+    except ImportError as error:
+        raise UnsupportedError(f"{kind} blocks need the gguf package: pip install 'lamina[gguf]'") from error
+    return quants, GGMLQuantizationType[kind]
+
+
+def _half(blocks: Tensor, at: int, count: int = 1) -> Tensor:
+    """fp16 numbers as fp32 of shape (blocks, count)."""
+    return blocks[:, at : at + 2 * count].contiguous().view(torch.float16).float()
+
+
+def _nibbles(packed: Tensor, run: int) -> Tensor:
+    """Each run of bytes as its low nibbles, then its high ones; shape (blocks, runs, 2, run)."""
+    source = packed.view(len(packed), -1, run)
+    levels = torch.empty(*source.shape[:2], 2, run, dtype=torch.uint8, device=packed.device)
+    torch.bitwise_and(source, 15, out=levels[:, :, 0])
+    torch.bitwise_right_shift(source, 4, out=levels[:, :, 1])
+    return levels
+
+
+def _pairs(packed: Tensor, run: int) -> Tensor:
+    """Each run of bytes as its lowest two bits, then the next, four times; shape (blocks, runs, 4, run)."""
+    source = packed.view(len(packed), -1, run)
+    levels = torch.empty(*source.shape[:2], 4, run, dtype=torch.uint8, device=packed.device)
+    for i in range(4):
+        torch.bitwise_right_shift(source, 2 * i, out=levels[:, :, i])
+    return levels.bitwise_and_(3)
+
+
+def _bits(packed: Tensor, value: int) -> Tensor:
+    """`value` or 0 for the bits of each byte, one byte after the other."""
+    shifts = torch.arange(8, dtype=torch.uint8)
+    table = ((torch.arange(256, dtype=torch.uint8).unsqueeze(1) >> shifts) & 1) * value
+    words = table.view(torch.int64).flatten().to(packed.device)  # eight bytes are looked up as one
+    return words[packed.int()].view(torch.uint8)
+
+
+def _planes(packed: Tensor, value: int) -> Tensor:
+    """`value` or 0 for the lowest bit of all bytes, then for the next one; shape (blocks, 8, bytes)."""
+    planes = torch.empty(len(packed), 8, packed.shape[1], dtype=torch.uint8, device=packed.device)
+    for i in range(8):
+        torch.bitwise_right_shift(packed, i, out=planes[:, i])
+    return planes.bitwise_and_(1).mul_(value)
+
+
+def _looked_up(levels: tuple[int, ...], packed: Tensor) -> Tensor:
+    """The level of each low nibble of 16 bytes, then of each high one, as int8."""
+    table = torch.tensor(levels, dtype=torch.int8, device=packed.device)
+    nibbles = _nibbles(packed, 16)
+    return table[nibbles.flatten(1).int()]
+
+
+def _signed(levels: Tensor, zero: int) -> Tensor:
+    """Levels counted from `zero`, as int8 of shape (blocks, elements)."""
+    return levels.view(torch.int8).sub_(zero).flatten(1)
+
+
+def _q4_0(blocks: Tensor) -> Parts:
+    return Parts(_signed(_nibbles(blocks[:, 2:], 16), 8), _half(blocks, 0))
+
+
+def _q4_1(blocks: Tensor) -> Parts:
+    return Parts(_nibbles(blocks[:, 4:], 16).flatten(1), _half(blocks, 0), -_half(blocks, 2))
+
+
+def _q5_0(blocks: Tensor) -> Parts:
+    levels = _nibbles(blocks[:, 6:], 16).flatten(1).bitwise_or_(_bits(blocks[:, 2:6], 16))
+    return Parts(_signed(levels, 16), _half(blocks, 0))
+
+
+def _q5_1(blocks: Tensor) -> Parts:
+    levels = _nibbles(blocks[:, 8:], 16).flatten(1).bitwise_or_(_bits(blocks[:, 4:8], 16))
+    return Parts(levels, _half(blocks, 0), -_half(blocks, 2))
+
+
+def _q8_0(blocks: Tensor) -> Parts:
+    return Parts(blocks[:, 2:].view(torch.int8), _half(blocks, 0))
+
+
+def _q2_k(blocks: Tensor) -> Parts:
+    packed = blocks[:, :16]
+    scales, minimums = _half(blocks, 80) * (packed & 15), _half(blocks, 82) * (packed >> 4)
+    return Parts(_pairs(blocks[:, 16:80], 32).flatten(1), scales, minimums)
+
+
+def _q3_k(blocks: Tensor) -> Parts:
+    packed = blocks[:, 96:108]
+    low = _nibbles(packed[:, :8], 8).flatten(1)
+    high = _pairs(packed[:, 8:], 4).flatten(1)
+    scales = _signed(low.bitwise_or_(high << 4), 32)
+    levels = _pairs(blocks[:, 32:96], 32).flatten(1)
+    # A bit that is set takes nothing off: the level counts from 4 with it.
+    levels.bitwise_or_(_planes(blocks[:, :32], 4).flatten(1))
+    return Parts(_signed(levels, 4), _half(blocks, 108) * scales)
+
+
+def _six_bits(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and minimums of Q4_K and Q5_K, fp32 of shape (blocks, 8)."""
+    packed = blocks[:, 4:16]
+    first, second, third = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+    scales = torch.cat([first & 63, (third & 15) | ((first >> 2) & 48)], dim=1)
+    minimums = torch.cat([second & 63, (third >> 4) | ((second >> 2) & 48)], dim=1)
+    return _half(blocks, 0) * scales, _half(blocks, 2) * minimums
+
+
+def _q4_k(blocks: Tensor) -> Parts:
+    return Parts(_nibbles(blocks[:, 16:], 32).flatten(1), *_six_bits(blocks))
+
+
+def _q5_k(blocks: Tensor) -> Parts:
+    levels = _nibbles(blocks[:, 48:], 32).flatten(1)
+    return Parts(levels.bitwise_or_(_planes(blocks[:, 16:48], 16).flatten(1)), *_six_bits(blocks))
+
+
+def _q6_k(blocks: Tensor) -> Parts:
+    levels = _nibbles(blocks[:, :128], 64).flatten(1)
+    levels.bitwise_or_(_pairs(blocks[:, 128:192], 32).flatten(1).bitwise_left_shift_(4))
+    scales = blocks[:, 192:208].contiguous().view(torch.int8)
+    return Parts(_signed(levels, 32), _half(blocks, 208) * scales)
+
+
+def _iq4_nl(blocks: Tensor) -> Parts:
+    return Parts(_looked_up(_IQ4_LEVELS, blocks[:, 2:]), _half(blocks, 0))
+
+
+def _iq4_xs(blocks: Tensor) -> Parts:
+    low = torch.stack([blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4], dim=2).flatten(1)
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=blocks.device)
+    high = ((blocks[:, 2:4].unsqueeze(2) >> shifts) & 3).flatten(1)
+    scales = _signed(low.bitwise_or_(high << 4), 32)
+    return Parts(_looked_up(_IQ4_LEVELS, blocks[:, 8:]), _half(blocks, 0) * scales)
+
+
+def _mxfp4(blocks: Tensor) -> Parts:
+    exponent = blocks[:, :1].int()
+    # Half of 2^(exponent - 127): the levels are twice what they stand for. The two least are subnormal.
+    bits = torch.where(exponent < 2, 0x00200000 << exponent.clamp(max=1), (exponent - 1) << 23)
+    return Parts(_looked_up(_FP4_LEVELS, blocks[:, 1:]), bits.view(torch.float32))
+
+
+_DECODED: dict[str, Callable[[Tensor], Parts]] = {
+    "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
+    "Q8_0": _q8_0,
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
+    "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
+    "IQ4_NL": _iq4_nl,
+    "IQ4_XS": _iq4_xs,
+    "MXFP4": _mxfp4,
+}
+
+
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@cache
+def register_all() -> None:
+    """Make every type of blocks known to `codec_for`."""
+    for kind, dtype in _PLAIN.items():
+        register(PlainCodec(CODEC_PREFIX + kind, dtype))
+    for kind, block, nbytes in BLOCK_TYPES.values():
+        name = CODEC_PREFIX + kind
+        if kind in _DECODED:
+            register(BlockCodec(name, block, nbytes, _DECODED[kind]))
+        else:
+            register(BorrowedCodec(name, block, nbytes))

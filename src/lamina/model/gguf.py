@@ -1,0 +1,376 @@
+"""GGUF models: the config, the tokenizer, and where in the file each parameter of the model is.
+
+transformers has its own reading of GGUF, which is asked for everything that it knows: which config key a
+metadata key is, which parameter a tensor is, and what llama.cpp did to the values. Only the weights are not
+decoded. To see what becomes of a tensor, transformers' own `TensorProcessor` is given numbers of rows in place of
+values: rows in another order come out as a row order, the experts' two halves as a concatenation, and whatever
+else, such as norms that llama.cpp stores one higher, is an expression that runs the processor on the real values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import os
+import struct
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
+
+from lamina.checkpoint import DTYPE_BYTES, Checkpoint, TensorEntry
+from lamina.checkpoint.extent import Encoding
+from lamina.checkpoint.gguf import CODEC_PREFIX, MAGIC, GgufFile, open_gguf
+from lamina.codec.gguf import register_all
+from lamina.errors import CheckpointError, LaminaError, MissingTensorError, RequestError, UnsupportedError
+from lamina.model.build import TORCH_DTYPES, torch_dtype
+from lamina.model.build import _silent as silent
+from lamina.model.disk_tensor import DiskTensor, Op, Source, recording
+
+PROBED_COLUMNS = 2  # in place of all of a row: enough to tell columns in another order from rows in another order
+LONGEST_ARRAY = 1 << 16  # bytes; what a config needs is shorter, vocabularies and merges are longer
+Array = np.ndarray[Any, Any]
+
+INSTALL = "GGUF files need the gguf package: pip install 'lamina[gguf]'"
+CAUSES = (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, NotImplementedError)
+END_OF_TURN = ("eos", "eot", "eom")  # llama.cpp stops at each of them
+# What transformers 5.23 leaves at its default although the file says it: end of the metadata key, key of the config.
+LEFT_OUT = (
+    ("expert_feed_forward_length", "moe_intermediate_size"),
+    ("expert_shared_feed_forward_length", "shared_expert_intermediate_size"),
+    ("attention.key_length", "head_dim"),
+)
+
+
+@dataclass(frozen=True)
+class GgufModel:
+    """A GGUF file as a transformers model sees it.
+
+    Attributes:
+        path: the file, or the first part of a split one.
+        checkpoint: its tensors by their GGUF names, with the row orders that the config asks for.
+        config: the model's.
+        options: those of the request that were not for the config.
+        tensors: what transformers' loader gets, by its names; the sources are names in `checkpoint`.
+        stops: ids of the tokens that end an answer.
+    """
+
+    path: str
+    checkpoint: Checkpoint
+    config: PreTrainedConfig
+    options: Mapping[str, Any]
+    tensors: Mapping[str, DiskTensor]
+    stops: tuple[int, ...]
+
+    def generation_config(self) -> GenerationConfig:
+        """As transformers makes it of the config, which however knows one end of an answer only."""
+        generation = GenerationConfig.from_model_config(self.config)
+        if self.stops:
+            generation.eos_token_id = list(self.stops) if len(self.stops) > 1 else self.stops[0]
+        return generation
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer and the chat template of the file.
+
+        Raises:
+            RequestError: there is none, or transformers cannot make one of it.
+        """
+        folder, name = os.path.split(self.path)
+        try:
+            with silent():
+                # AutoTokenizer would read the vocabulary with the gguf package, only to learn the model type.
+                known = tokenizer_class_from_name(TOKENIZER_MAPPING_NAMES.get(self.config.model_type) or "")
+                loader = known or PreTrainedTokenizerFast
+                tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(folder, gguf_file=name)
+        except Exception as error:  # what the tokenizers package raises has no other class
+            text = " ".join(str(error).split())
+            raise RequestError(
+                f"no usable tokenizer in {self.path}: {text[:200]}; pass token ids instead "
+                "(--prompt-ids on the command line)"
+            ) from error
+        return tokenizer
+
+
+def load_gguf(path: str | os.PathLike[str], options: Mapping[str, Any]) -> GgufModel:
+    """Everything of a GGUF file but the weights.
+
+    Args:
+        path: the file; any part of a split one.
+        options: for transformers' config and model. Without a `dtype` the file's own is taken: bfloat16 for
+            quantised weights, because that is what they are computed with the quickest.
+
+    Raises:
+        UnsupportedError: transformers does not know the architecture, or the gguf package is missing.
+        CheckpointError: see `lamina.checkpoint.gguf.open_gguf`; or the metadata lacks what a config needs.
+    """
+    file = open_gguf(path)
+    register_all()
+    try:
+        config, unused = _load_config(file, options)
+        tensors, checkpoint = _load_tensors(file, config)
+    except ImportError as error:
+        raise UnsupportedError(INSTALL) from error
+    stops = [file.get(f"tokenizer.ggml.{name}_token_id") for name in END_OF_TURN]
+    found = tuple(dict.fromkeys(stop for stop in stops if isinstance(stop, int)))
+    return GgufModel(file.path, checkpoint, config, unused, tensors, found)
+
+
+def _load_config(file: GgufFile, options: Mapping[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    given = dict(options)
+    if given.get("dtype", given.get("torch_dtype", "auto")) in ("auto", None):
+        given.pop("torch_dtype", None)
+        given["dtype"] = _own_dtype(file.checkpoint)
+    table = file.checkpoint.tensors.get("token_embd.weight")
+    if table is not None:
+        given.setdefault("vocab_size", table.shape[0])
+    try:
+        with tempfile.TemporaryDirectory() as folder, silent():
+            path = _without_vocabulary(file, folder)
+            config, unused = AutoConfig.from_pretrained(
+                os.path.dirname(path), gguf_file=os.path.basename(path), return_unused_kwargs=True, **given
+            )
+    except CAUSES as error:
+        raise _refused(file, error) from error
+    unused.pop("gguf_file", None)
+    prefix = f"{file.get('general.architecture')}."
+    for ending, key in LEFT_OUT:
+        value = file.get(prefix + ending)
+        if value is not None and key not in options and hasattr(config, key):
+            setattr(config, key, value)
+    if "output.weight" in file.checkpoint.tensors:
+        config.tie_word_embeddings = False  # stored twice, and quantised in two ways
+    config.name_or_path = file.path
+    return config, unused
+
+
+def _own_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    matrices = [entry for entry in checkpoint.tensors.values() if len(entry.shape) > 1]
+    stored = {"BF16" if entry.encoding else entry.dtype for entry in matrices} - {"F32"}
+    return (
+        TORCH_DTYPES[stored.pop()] if stored in ({"F16"}, {"BF16"}) else (torch.bfloat16 if stored else torch.float32)
+    )
+
+
+def _refused(file: GgufFile, error: Exception) -> LaminaError:
+    architecture, text = file.get("general.architecture"), " ".join(str(error).split())
+    if architecture is None:
+        return CheckpointError(f"{file.path} does not say which architecture it has: it is no language model")
+    if "not supported" in text or "Unknown gguf model_type" in text:
+        return UnsupportedError(f"transformers does not know GGUF files of the architecture {architecture!r}")
+    return CheckpointError(
+        f"cannot read the config in {file.path} ({architecture}): {type(error).__name__} {text[:200]}"
+    )
+
+
+def _without_vocabulary(file: GgufFile, folder: str) -> str:
+    """A GGUF file with the same short metadata and tensor names, and nothing else.
+
+    The `gguf` package makes several objects of every word of a vocabulary: 0.5 GB and 6 s for 150,000 words.
+    """
+    from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
+
+    if file.get("general.architecture") in GGUF_CONFIG_ARCHS:
+        return file.path  # read by transformers' own reader, which has no such cost
+    with open(file.path, "rb") as source:
+        kept = []
+        for key, field in file.fields.items():
+            short = field.length <= LONGEST_ARRAY and not key.startswith(("general.alignment", "split."))
+            if short or not field.is_array:
+                source.seek(field.offset)
+                kept.append(source.read(field.length))
+    names = [name.encode() for name in file.checkpoint.tensors]
+    described = [struct.pack("<Q", len(name)) + name + struct.pack("<IQIQ", 1, 1, 0, 0) for name in names]
+    head = MAGIC + struct.pack("<IQQ", 3, len(names), len(kept))
+    path = os.path.join(folder, "config.gguf")
+    with open(path, "wb") as target:
+        target.write(head + b"".join(kept) + b"".join(described) + bytes(64))
+    return path
+
+
+@dataclass(frozen=True)
+class _Names:
+    """As much of a model as transformers asks for to name its parameters."""
+
+    config: PreTrainedConfig
+    parameters: Mapping[str, None]
+    inner: tuple[tuple[str, _Names], ...] = ()
+
+    def state_dict(self) -> Mapping[str, None]:
+        return self.parameters
+
+    def named_children(self) -> tuple[tuple[str, _Names], ...]:
+        return self.inner
+
+
+@dataclass(frozen=True)
+class _Processor:
+    """transformers' processor of an architecture, and which parameter each GGUF tensor is."""
+
+    processor: Any
+    names: Mapping[str, str]
+
+    def run(self, values: Mapping[str, Array]) -> dict[str, Array]:
+        """What becomes of GGUF tensors; by the names of parameters."""
+        parsed: dict[str, dict[str, torch.Tensor]] = {"tensors": {}}
+        found: dict[str, Array] = {}
+        with np.errstate(all="ignore"):
+            for name, weights in values.items():
+                result = self.processor.process(
+                    weights=weights, name=name, tensor_key_mapping=self.names, parsed_parameters=parsed
+                )
+                if result.name in self.names:
+                    found[self.names[result.name]] = result.weights
+        return found | {name: tensor.numpy() for name, tensor in parsed["tensors"].items()}
+
+    def target(self, name: str) -> str | None:
+        return self.names.get(name) or self.names.get(name.removesuffix(".weight"))
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """The function of an expression: one parameter from its GGUF tensors' real values."""
+
+    processor: _Processor
+    sources: tuple[str, ...]
+    name: str
+
+    def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
+        values = {source: tensor.float().cpu().numpy() for source, tensor in zip(self.sources, tensors, strict=True)}
+        return torch.from_numpy(np.ascontiguousarray(self.processor.run(values)[self.name])).to(tensors[0].device)
+
+
+def _load_tensors(file: GgufFile, config: PreTrainedConfig) -> tuple[dict[str, DiskTensor], Checkpoint]:
+    """What transformers' loader gets, and the checkpoint with what that needs of it."""
+    processor = _processor(file, config)
+    targets: dict[str, list[TensorEntry]] = defaultdict(list)
+    for entry in file.checkpoint.tensors.values():
+        targets[processor.target(entry.name) or f"? {entry.name}"].append(entry)
+    tensors: dict[str, DiskTensor] = {}
+    orders: dict[str, tuple[int, ...]] = {}
+    shared: dict[tuple[int, ...], tuple[int, ...]] = {}  # the layers' orders are equal
+    with recording():
+        for entries in targets.values():
+            for name, rows in _probed(processor, entries).items():
+                tensors[name], order = _parameter(name, rows, entries, processor)
+                if order is not None:
+                    orders[entries[0].name] = shared.setdefault(order, order)
+    entries_by_name = dict(file.checkpoint.tensors) | {name: _by_rows(file.checkpoint.tensors[name]) for name in orders}
+    return tensors, dataclasses.replace(file.checkpoint, tensors=entries_by_name, row_orders=orders)
+
+
+def _probes(entries: Sequence[TensorEntry]) -> dict[str, Array]:
+    """For each tensor the numbers of its elements, of the first columns of each row only; no number twice."""
+    probes: dict[str, Array] = {}
+    at = 0
+    for entry in entries:
+        shape = entry.shape
+        if len(shape) > 1:
+            shape = (*shape[:-1], min(shape[-1], PROBED_COLUMNS))
+        count = math.prod(shape)
+        probes[entry.name] = np.arange(at, at + count).reshape(shape)
+        at += count
+    return probes
+
+
+def _probed(processor: _Processor, entries: Sequence[TensorEntry]) -> dict[str, Array | None]:
+    """The parameters that tensors become, with the numbers of the elements that they then hold."""
+    try:
+        return dict(processor.run(_probes(entries)))
+    except (ValueError, IndexError):  # reshapes to a number of columns that it knows itself
+        target = processor.target(entries[0].name)
+        return {target: None} if target else {}
+
+
+def _parameter(
+    name: str, found: Array | None, entries: Sequence[TensorEntry], processor: _Processor
+) -> tuple[DiskTensor, tuple[int, ...] | None]:
+    """One parameter, and the order of its rows in the file where it is another one."""
+    probes = list(_probes(entries).values())
+    if found is not None and found.size != sum(probe.size for probe in probes):
+        raise MissingTensorError(f"the model wants {name!r}, of which the file has only {entries[0].name!r}")
+    if len(entries) > 1:
+        return _joined(name, found, probes, entries), None
+    entry, probe = entries[0], probes[0]
+    if found is not None and found.dtype == probe.dtype:
+        order = found.reshape(len(found), -1)[:, 0] // (probe.size // len(probe))
+        if (same := _reshaped(found, probe, entry)) is not None:
+            return same, None
+        whole = np.array_equal(np.sort(order), np.arange(len(order)))
+        if found.shape == probe.shape and probe.ndim == 2 and whole and np.array_equal(found, probe[order]):
+            return _stored(entry), tuple(order.tolist())
+    shape = entry.shape if found is None or probe.ndim > 1 else found.shape
+    computed = Op(_Computed(processor, (entry.name,), name), (Source(entry.name),), {}, None)
+    return DiskTensor(torch.empty(shape, dtype=torch.float32, device="meta"), computed, None), None
+
+
+def _joined(name: str, found: Array | None, probes: Sequence[Array], entries: Sequence[TensorEntry]) -> DiskTensor:
+    """A parameter of several tensors one behind the other, along whichever dimension."""
+    for dim in range(probes[0].ndim):
+        for order in itertools.permutations(range(len(entries))):
+            if found is not None and np.array_equal(found, np.concatenate([probes[i] for i in order], dim)):
+                return _recorded(torch.cat([_stored(entries[i]) for i in order], dim))
+    raise UnsupportedError(f"{name!r} is made of {len(entries)} tensors in a way that cannot be streamed")
+
+
+def _reshaped(found: Array, probe: Array, entry: TensorEntry) -> DiskTensor | None:
+    """A parameter that is a whole tensor as it is, transposed, or with dimensions of one element more."""
+    if np.array_equal(found.ravel(), probe.ravel()):
+        columns = found.shape[-1:] if probe.ndim == 1 else entry.shape[-1:]
+        return _recorded(_stored(entry).reshape(*found.shape[:-1], *columns))
+    return _recorded(_stored(entry).t()) if probe.ndim == 2 and np.array_equal(found, probe.T) else None
+
+
+def _stored(entry: TensorEntry) -> DiskTensor:
+    return DiskTensor.of(entry.name, entry.shape, torch_dtype(entry))
+
+
+def _recorded(tensor: torch.Tensor) -> DiskTensor:
+    assert isinstance(tensor, DiskTensor)
+    return tensor
+
+
+def _by_rows(entry: TensorEntry) -> TensorEntry:
+    """A tensor of plain elements as panels of one row, so that its rows may have an order."""
+    if entry.encoding is not None:
+        return entry
+    codec = Encoding(CODEC_PREFIX + entry.dtype, 1, entry.shape[-1] * DTYPE_BYTES[entry.dtype])
+    return dataclasses.replace(entry, encoding=codec)
+
+
+def _processor(file: GgufFile, config: PreTrainedConfig) -> _Processor:
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+    )
+
+    kind = TENSOR_PROCESSORS.get(file.get("general.architecture"), TensorProcessor)
+    text = config.get_text_config()
+    processor = kind(config=text.to_dict())
+    try:
+        with torch.device("meta"), silent():
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise UnsupportedError(f"{config.model_type} is not a causal language model: {str(error)[:160]}") from error
+    prefix = model.base_model_prefix
+    inner = getattr(model, prefix, None)
+    parts = ((prefix, _Names(text, dict.fromkeys(inner.state_dict()))),) if inner is not None else ()
+    try:
+        names = get_gguf_hf_weights_map(_Names(text, dict.fromkeys(model.state_dict()), parts), processor)
+    except CAUSES as error:
+        raise _refused(file, error) from error
+    return _Processor(processor, names)
