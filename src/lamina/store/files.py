@@ -106,10 +106,15 @@ def flush_folder(folder: str) -> None:
         os.close(fd)
 
 
+def is_part(name: str) -> bool:
+    """Whether a file of this name is one that is not finished."""
+    return name.startswith(".") and name.endswith(PART)
+
+
 def remove_parts(folder: str) -> None:
     """Remove what an earlier process left unfinished."""
     for name in os.listdir(folder):
-        if name.startswith(".") and name.endswith(PART):
+        if is_part(name):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(folder, name))
 

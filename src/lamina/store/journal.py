@@ -85,11 +85,13 @@ class Journal:
                 os.close(fd)
         self.finished[finished.name] = finished
 
-    def remove(self) -> None:
-        """The store is whole: it needs no journal any more."""
-        with refusals(self._path), contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path)
-            flush_folder(self._folder)
+
+def remove_journal(folder: str) -> None:
+    """The store is whole: it needs no journal any more."""
+    path = os.path.join(folder, JOURNAL)
+    with refusals(path), contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+        flush_folder(folder)
 
 
 def _records(path: str) -> list[dict[str, Any]]:

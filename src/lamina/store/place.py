@@ -7,7 +7,7 @@ from typing import Any
 
 from lamina.checkpoint.store import JOURNAL, MANIFEST
 from lamina.errors import RequestError
-from lamina.store.files import PART
+from lamina.store.files import is_part
 from lamina.store.lock import LOCK
 from lamina.store.source import local_root
 
@@ -66,5 +66,5 @@ def check_place(folder: str, root: str) -> None:
     names = os.listdir(folder)
     if MANIFEST in names or JOURNAL in names:
         return
-    if others := sorted(name for name in names if name != LOCK and not name.endswith(PART)):
+    if others := sorted(name for name in names if name != LOCK and not is_part(name)):
         raise RequestError(f"{folder} is not empty ({others[0]} is in it): choose another place with --to")

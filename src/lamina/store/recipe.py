@@ -15,7 +15,7 @@ import torch
 
 from lamina.checkpoint import Checkpoint, TensorEntry
 from lamina.checkpoint.store import PLAIN
-from lamina.model.disk_tensor import Box, DiskTensor, sources_of
+from lamina.model.disk_tensor import Box, Computed, DiskTensor, sources_of
 from lamina.model.experts import experts_by_config
 from lamina.model.trace import Trace, weight_names
 from lamina.model.weights import Weights
@@ -89,13 +89,13 @@ def _uses(model: Any, traced: Trace, weights: Weights) -> Iterator[_Use]:
         tensor = named.get(name)
         if not isinstance(tensor, DiskTensor):
             continue
-        if tensor.boxes is None:
+        if tensor.boxes is None or any(isinstance(box.source, Computed) for box in tensor.boxes):
             yield _Use(name, tuple(sources_of(tensor.expression)), None, (), joined=False)
             continue
         boxes = tuple(sorted(tensor.boxes, key=lambda box: box.start))
         role = _role(name, tensor, traced, weights, experts_by_config(model.config), tensor is output)
         looked_up = "embedding" in traced.uses.get(name, ())
-        yield _Use(name, tuple(dict.fromkeys(box.source for box in boxes)), role, boxes, looked_up)
+        yield _Use(name, tuple(dict.fromkeys(str(box.source) for box in boxes)), role, boxes, looked_up)
 
 
 def _role(
@@ -115,10 +115,10 @@ def _role(
 
 
 def _is_router(name: str, tensor: DiskTensor, traced: Trace, counts: frozenset[int]) -> bool:
-    """Whether this weight says where tokens go: by the trace, or because it has a row for each expert."""
+    """Whether this weight says where tokens go: by the trace, or where that does not tell, by a row for each expert."""
     if any(name.startswith(f"{router}.") for router in traced.routers.values()):
         return True
-    return bool(traced.routed) and tensor.dim() == 2 and tensor.shape[0] in counts
+    return not set(traced.routed) <= set(traced.routers) and tensor.dim() == 2 and tensor.shape[0] in counts
 
 
 def _coded(uses: Sequence[_Use], checkpoint: Checkpoint, recipe: Mapping[Role, str]) -> dict[str, tuple[str, int]]:
@@ -133,7 +133,7 @@ def _coded(uses: Sequence[_Use], checkpoint: Checkpoint, recipe: Mapping[Role, s
             continue
         ways = {entry.name: (codec, _panel_rows(use, entry, codec)) for entry in entries}
         shapes = {entry.name: entry.shape for entry in entries}
-        if not all(_whole_rows(box, shapes[box.source], ways[box.source][1]) for box in use.boxes):
+        if not all(_whole_rows(box, shapes[str(box.source)], ways[str(box.source)][1]) for box in use.boxes):
             refused.update(use.sources)
             continue
         refused.update(name for name, way in ways.items() if chosen.setdefault(name, way) != way)  # two uses, two ways

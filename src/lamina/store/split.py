@@ -12,7 +12,7 @@ from lamina.checkpoint.store import PLAIN, Manifest, check_compression
 from lamina.store.original import IN_CACHE, Deletion, delete_original_files
 from lamina.store.place import check_place, default_folder
 from lamina.store.source import Progress, explain_age, local_root, open_source
-from lamina.store.work import Work, finished_store, is_whole, made_from_another
+from lamina.store.work import Work, finished_store, is_whole, made_from_another, tidy
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,8 @@ def split(
     manifest, kept = finished_store(folder, compression), 0
     if manifest is not None and (age := explain_age(manifest.source, model, root)):
         raise made_from_another(folder, age)
+    if manifest is not None:
+        tidy(folder, progress)
     if manifest is None or not is_whole(folder):
         source = open_source(model, trust_remote_code=trust_remote_code, variant=variant, progress=progress, **hub)
         check_place(folder, source.checkpoint.root)

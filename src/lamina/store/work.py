@@ -11,15 +11,15 @@ from collections.abc import Iterator, Sequence
 import lamina
 from lamina.checkpoint import open_checkpoint
 from lamina.checkpoint.choose import INDEX_FILE, small_files
-from lamina.checkpoint.store import MANIFEST, PLAIN, Manifest, ManifestFile, manifest_text, read_manifest
+from lamina.checkpoint.store import JOURNAL, MANIFEST, PLAIN, Manifest, ManifestFile, manifest_text, read_manifest
 from lamina.errors import ChangedError, CheckpointError, RequestError
 from lamina.model.build import Request, build
 from lamina.model.trace import trace
 from lamina.model.weights import describe
-from lamina.store.files import check_room, checksum, refusals, remove_parts, write_whole
-from lamina.store.journal import Finished, Journal
+from lamina.store.files import check_room, checksum, is_part, refusals, remove_parts, write_whole
+from lamina.store.journal import Finished, Journal, remove_journal
 from lamina.store.layout import StoreFile, make_files
-from lamina.store.lock import locked
+from lamina.store.lock import LOCK, locked
 from lamina.store.recipe import make_runs
 from lamina.store.size import estimate
 from lamina.store.source import Progress, Source, explain_change
@@ -47,6 +47,7 @@ class Work:
                 if change := explain_change(found.source, self.identity):
                     raise made_from_another(self.folder, change)
                 if is_whole(self.folder):  # another process wrote it meanwhile
+                    remove_journal(self.folder)
                     return found, len(found.files) - 1
             if alone:
                 remove_parts(self.folder)
@@ -132,7 +133,7 @@ class Work:
         manifest = Manifest(path, self.compression, self.identity, listed, tensors)
         write_whole(self.folder, MANIFEST, manifest_text(manifest.as_dict()).encode())
         open_checkpoint(self.folder)
-        journal.remove()
+        remove_journal(self.folder)
         return manifest
 
 
@@ -183,6 +184,17 @@ def is_whole(folder: str) -> bool:
     except CheckpointError:
         return False
     return True
+
+
+def tidy(folder: str, progress: Progress | None) -> None:
+    """Remove what a process left beside a whole store that was killed right after it had written the manifest."""
+    names = os.listdir(folder)
+    if not any(name in (JOURNAL, LOCK) or is_part(name) for name in names):
+        return
+    with locked(folder, lambda: (progress or _nowhere)("wait", 0, 0)) as alone:
+        if alone and os.path.exists(os.path.join(folder, MANIFEST)) and is_whole(folder):
+            remove_parts(folder)
+            remove_journal(folder)
 
 
 def made_from_another(folder: str, why: str) -> ChangedError:
