@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -42,6 +42,15 @@ class Codec(Protocol):
             False where this codec has no quicker way for so many tokens, this dtype or this device; then nothing
             was done.
         """
+        ...
+
+
+@runtime_checkable
+class ByRows(Protocol):
+    """A codec that decodes some rows of a panel without the others: its panels may be as large as a weight."""
+
+    def decode_rows(self, panels: torch.Tensor, first: int, rows: int, columns: int, out: torch.Tensor) -> None:
+        """Decode rows `first` to `first + rows` of these panels; the other arguments are those of `decode`."""
         ...
 
 

@@ -40,16 +40,31 @@ _recordings = 0
 
 
 @dataclass(frozen=True, slots=True)
+class Computed:
+    """What is computed from whole checkpoint tensors: rows of it can be had where `func` gives them.
+
+    Attributes:
+        func: called with the tensors of these names.
+        names: of checkpoint tensors.
+        shape: of what comes out.
+    """
+
+    func: Callable[..., torch.Tensor]
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Box:
     """A strided region of one checkpoint tensor and the place it has in a larger tensor.
 
     Attributes:
-        source: name of the checkpoint tensor.
+        source: name of the checkpoint tensor, or what stands for one.
         view: meta tensor; its shape, strides and storage offset say which elements of the source.
         start: index of the region's first element in the larger tensor, one per dimension.
     """
 
-    source: str
+    source: str | Computed
     view: torch.Tensor
     start: tuple[int, ...]
 
@@ -124,6 +139,16 @@ class DiskTensor(torch.Tensor):
         """The checkpoint tensor `name` itself."""
         meta = torch.empty(tuple(shape), dtype=dtype, device="meta")
         return cls(meta, Source(name), (Box(name, meta, (0,) * meta.dim()),))
+
+    @classmethod
+    def computed(
+        cls, func: Callable[..., torch.Tensor], names: Sequence[str], shape: Sequence[int], dtype: torch.dtype
+    ) -> DiskTensor:
+        """Stands for what `func` computes from the checkpoint tensors of these names."""
+        meta = torch.empty(tuple(shape), dtype=dtype, device="meta")
+        source = Computed(func, tuple(names), tuple(shape))
+        expression = Op(func, tuple(Source(name) for name in names), {}, None)
+        return cls(meta, expression, (Box(source, meta, (0,) * meta.dim()),))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"DiskTensor(shape={tuple(self.shape)}, dtype={self.dtype})"

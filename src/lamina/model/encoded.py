@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from lamina.codec import codec_for
+from lamina.codec.codec import ByRows, codec_for
 from lamina.model.blocks import METADATA, is_number, linear_arguments
 from lamina.plan.cut import ROW_MULTIPLE
 from lamina.plan.schedule import Span
@@ -40,9 +40,9 @@ class Scratch:
         return memory[:nbytes].view(dtype).view(rows, columns)
 
 
-def block_rows(columns: int, itemsize: int, panel_rows: int) -> int:
+def block_rows(columns: int, itemsize: int, codec: str, panel_rows: int) -> int:
     """Rows that are decoded at once."""
-    step = math.lcm(ROW_MULTIPLE, panel_rows)
+    step = ROW_MULTIPLE if isinstance(codec_for(codec), ByRows) else math.lcm(ROW_MULTIPLE, panel_rows)
     step = step if step <= WIDEST_BLOCK else panel_rows
     return max(BLOCK // (columns * itemsize) // step, 1) * step
 
@@ -154,6 +154,9 @@ class Encoded(torch.Tensor):
     def _decode(self, span: Span, first: int, rows: int, out: torch.Tensor) -> None:
         part = _part(span, first, rows)
         codec, columns = codec_for(part.codec), out.shape[1]
+        if isinstance(codec, ByRows):
+            codec.decode_rows(self._panels(part), part.skip, rows, columns, out)
+            return
         if part.skip == 0 and part.held == part.rows:
             codec.decode(self._panels(part), rows, columns, out)
             return
@@ -163,7 +166,7 @@ class Encoded(torch.Tensor):
 
     def _multiply(self, x: torch.Tensor, span: Span, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         columns = self.shape[-1]
-        step = block_rows(columns, self.dtype.itemsize, span.panel_rows)
+        step = block_rows(columns, self.dtype.itemsize, span.codec, span.panel_rows)
         for first in range(0, span.rows, step):
             rows = min(step, span.rows - first)
             block = self.scratch.rows(rows, columns, self.dtype, self.device)

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lamina.checkpoint import Checkpoint, TensorEntry
 from lamina.errors import CheckpointError, RequestError, UnsupportedError
-from lamina.model.disk_tensor import DiskTensor, Op, Source
+from lamina.model.disk_tensor import Computed, DiskTensor
 from lamina.model.packed import Awq, Float4, Float4Experts, Gptq, Integers, Lookup4, Packed, Scaled
 
 Entries = Mapping[str, TensorEntry]
@@ -103,9 +103,7 @@ def unpacked_state(
     weights: dict[str, DiskTensor] = {}
     parts: set[str] = set()
     for found in _READERS[quantization["quant_method"]](Folder(checkpoint, quantization, dtype)):
-        meta = torch.empty(found.packed.shape, dtype=dtype, device="meta")
-        expression = Op(found.packed, tuple(Source(name) for name in found.sources), {}, None)
-        weights[found.name] = DiskTensor(meta, expression, None)
+        weights[found.name] = DiskTensor.computed(found.packed, found.sources, found.packed.shape, dtype)
         parts.update(found.sources)
     if not weights:
         raise CheckpointError(
@@ -131,11 +129,15 @@ def check_decoded(model: PreTrainedModel, where: str) -> None:
                     f"{name}.{attribute} is stored in {where} as {str(tensor.cast_from).removeprefix('torch.')}, "
                     "and no scales are beside it: the checkpoint is incomplete, fetch it again"
                 )
-            if isinstance(module, Conv1D) and tensor.boxes is None:
+            if isinstance(module, Conv1D) and _is_computed(tensor):
                 raise UnsupportedError(
                     f"{name} in {where} is a quantised Conv1D, which cannot be decoded here: "
                     "use another checkpoint of this model"
                 )
+
+
+def _is_computed(tensor: DiskTensor) -> bool:
+    return tensor.boxes is None or any(isinstance(box.source, Computed) for box in tensor.boxes)
 
 
 def _method(config: Mapping[str, Any]) -> str:

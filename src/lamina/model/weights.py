@@ -12,7 +12,7 @@ from lamina.checkpoint import Checkpoint, Extent
 from lamina.model.build import torch_dtype
 from lamina.model.disk_tensor import Box, DiskTensor, Expression, replay, sources_of
 from lamina.model.encoded import Encoded, Scratch
-from lamina.model.panels import scratch_bytes, segments_of, whole_tensor
+from lamina.model.panels import is_plain, scratch_bytes, segments_of, whole_tensor
 from lamina.model.trace import Trace, layer_names, weight_names
 from lamina.plan.layout import PACKING, align
 from lamina.plan.schedule import Call, Convert, Cut, Piece, Schedule, Segment, Span, Weight
@@ -89,8 +89,9 @@ def describe(model: torch.nn.Module, checkpoint: Checkpoint, traced: Trace) -> W
             replays[name] = own
         elif tensor.boxes:
             stored[name] = tensor.boxes[0].view.dtype
-            if tensor.boxes[0].source in checkpoint.row_orders:
-                orders[name] = torch.tensor(checkpoint.row_orders[tensor.boxes[0].source])
+            source = tensor.boxes[0].source
+            if isinstance(source, str) and source in checkpoint.row_orders:
+                orders[name] = torch.tensor(checkpoint.row_orders[source])
         weights[name] = weight
     for name in _small(weights):
         weights[name] = _with(weights[name], always=True)
@@ -104,9 +105,7 @@ def _weight(
     name: str, tensor: DiskTensor, checkpoint: Checkpoint, uses: frozenset[str], experts: int, is_buffer: bool
 ) -> tuple[Weight, Replay | None]:
     shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-    plain = tensor.boxes is not None and not any(
-        checkpoint.tensors[box.source].encoding or box.source in checkpoint.row_orders for box in tensor.boxes
-    )
+    plain = tensor.boxes is not None and all(is_plain(box.source, checkpoint) for box in tensor.boxes)
     pieces = _pieces(tensor, checkpoint) if plain else None
     segments: tuple[Segment, ...] = ()
     if pieces is None:
@@ -128,6 +127,8 @@ def _weight(
         cut = Cut.EXPERTS
     gathered = looked_up and uses == {"embedding"} and len(shape) == 2
     nbytes = sum(piece.extent.length for piece in pieces)
+    if segments:
+        nbytes = segments[-1].at + segments[-1].nbytes
     weight = Weight(name, shape, dtype, tensor.element_size(), pieces, stored_itemsize, nbytes, convert, cut, gathered,
                     experts=experts if cut is Cut.EXPERTS else 0, segments=segments)  # fmt: skip
     return _with(weight, always=is_buffer or not tensor.numel()), None
@@ -186,6 +187,7 @@ def _pieces(tensor: DiskTensor, checkpoint: Checkpoint) -> tuple[Piece, ...] | N
         runs = _runs(box, tuple(tensor.shape), itemsize)
         if runs is None or len(pieces) + len(runs) > MOST_RUNS:
             return None
+        assert isinstance(box.source, str)
         extent = checkpoint.tensors[box.source].extent
         pieces.extend(Piece(Extent(extent.file, extent.offset + begin, length), at) for begin, at, length in runs)
     pieces.sort(key=lambda piece: piece.at)

@@ -94,10 +94,10 @@ def lay_out(parts: Sequence[tuple[Weight, Part]], gap: int | None = None) -> Lay
         for piece in own:
             extent = piece.extent
             reads.append(Read(extent.file, extent.offset, extent.length, end + piece.at, extent.length, False))
-        end += _stored(own)
+        end += _stored(*parts[i], own)
     placed = []
     for i, (weight, part) in enumerate(parts):
-        stored = _stored(pieces[i])
+        stored = _stored(weight, part, pieces[i])
         nbytes = weight.decoded_nbytes // weight.rows * part.count if weight.rows else 0
         at = stored_at[i]
         if weight.convert is Convert.DECODE:
@@ -116,7 +116,10 @@ def _packed_at(end: int, weight: Weight, pieces: Sequence[Piece]) -> int:
     return align(end) + (pieces[0].extent.offset - pieces[0].at) % ALIGNMENT
 
 
-def _stored(pieces: Sequence[Piece]) -> int:
+def _stored(weight: Weight, part: Part, pieces: Sequence[Piece]) -> int:
+    if weight.segments:
+        begin, end = weight.stored_range(part.first, part.count)
+        return end - begin
     return max((piece.at + piece.extent.length for piece in pieces), default=0)
 
 

@@ -160,7 +160,9 @@ class Weight:
     @property
     def by_rows(self) -> bool:
         """Whether some of its rows can be read and finished without the others."""
-        return self.convert is not Convert.REPLAY and (self.convert is not Convert.DECODE or bool(self.segments))
+        if self.convert is Convert.DECODE:
+            return len(self.segments) > 1 or any(s.nbytes > s.panel_bytes or s.rows == 1 for s in self.segments)
+        return self.convert is not Convert.REPLAY
 
     @property
     def rows(self) -> int:

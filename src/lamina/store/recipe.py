@@ -15,14 +15,14 @@ import torch
 
 from lamina.checkpoint import Checkpoint, TensorEntry
 from lamina.checkpoint.store import PLAIN
+from lamina.codec import AFFINE, LOSSLESS
 from lamina.model.disk_tensor import Box, Computed, DiskTensor, sources_of
 from lamina.model.experts import experts_by_config
 from lamina.model.trace import Trace, weight_names
 from lamina.model.weights import Weights
-from lamina.store.encode import BLOCK_ELEMENTS, encoder_for
+from lamina.store.encode import BLOCK_ELEMENTS
 from lamina.store.layout import Run, Stored, file_nbytes, make_files
 
-LOSSLESS = "bf16z"
 FLOATS = ("BF16", "F16", "F32")
 PANEL_ROWS = 256  # of a lossless panel; linears are computed in blocks of multiples of it
 TABLE_PANEL_ROWS = 16  # where rows are looked up one by one
@@ -43,7 +43,7 @@ RECIPES: Mapping[str, Mapping[Role, str]] = {
     PLAIN: {},
     "8bit": dict.fromkeys(Role, "q8"),
     "4bit": {Role.LINEAR: "q4", Role.EXPERT: "q4", Role.TABLE: "q4", Role.HEAD: HEAD_CODECS[0]},
-    "lossless": dict.fromkeys(Role, LOSSLESS),
+    "lossless": dict.fromkeys(Role, LOSSLESS.name),
 }
 
 
@@ -142,7 +142,7 @@ def _coded(uses: Sequence[_Use], checkpoint: Checkpoint, recipe: Mapping[Role, s
 
 def _panel_rows(use: _Use, entry: TensorEntry, codec: str) -> int:
     """Rows of a panel: one, but for lossless ones, which hold many, though not more than are encoded at once."""
-    if codec != LOSSLESS:
+    if codec != LOSSLESS.name:
         return 1
     rows = TABLE_PANEL_ROWS if use.looked_up else PANEL_ROWS
     while rows > TABLE_PANEL_ROWS and rows * entry.shape[-1] > BLOCK_ELEMENTS:
@@ -153,9 +153,9 @@ def _panel_rows(use: _Use, entry: TensorEntry, codec: str) -> int:
 def _may(entry: TensorEntry, codec: str) -> bool:
     if entry.encoding is not None or len(entry.shape) < 2 or not all(entry.shape):
         return False
-    if codec == LOSSLESS:
+    if codec == LOSSLESS.name:
         return entry.dtype == "BF16"
-    return entry.dtype in FLOATS and encoder_for(codec).panel_bytes(entry.shape[-1]) < 2 * entry.shape[-1]
+    return entry.dtype in FLOATS and AFFINE[codec].panel_bytes(entry.shape[-1]) < 2 * entry.shape[-1]
 
 
 def _whole_rows(box: Box, shape: tuple[int, ...], panel_rows: int) -> bool:
@@ -172,7 +172,7 @@ def _stored(entry: TensorEntry, coded: Mapping[str, tuple[str, int]]) -> Stored:
     if entry.name not in coded:
         return Stored(entry.name, entry.dtype, entry.shape)
     codec, rows = coded[entry.name]
-    panel_bytes = 0 if codec == LOSSLESS else encoder_for(codec).panel_bytes(entry.shape[-1])
+    panel_bytes = 0 if codec == LOSSLESS.name else AFFINE[codec].panel_bytes(entry.shape[-1])
     return Stored(entry.name, entry.dtype, entry.shape, codec, rows, panel_bytes)
 
 
@@ -188,7 +188,7 @@ def _fit_head(runs: Sequence[Run], coded: Mapping[str, tuple[str, int]], uses: I
 
 
 def _with_codec(run: Run, codec: str, names: Collection[str]) -> Run:
-    encoder = encoder_for(codec)
+    encoder = AFFINE[codec]
     return replace(
         run,
         tensors=tuple(
