@@ -7,35 +7,19 @@ them on the way.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 
 from lamina.checkpoint import TensorEntry
-from lamina.codec import Codec, codec_for
+from lamina.codec import AFFINE, LOSSLESS
+from lamina.errors import CheckpointError
 from lamina.model.build import torch_dtype
 from lamina.store.layout import Stored
 from lamina.store.source import SourceFiles
 
 BLOCK_ELEMENTS = 1 << 20
 COPIED_BYTES = 8 << 20  # of plain bytes at a time
-
-
-class Encoder(Codec, Protocol):
-    """A codec whose panels have a size that the number of columns alone tells."""
-
-    def panel_bytes(self, columns: int) -> int:
-        """Bytes of a panel."""
-        ...
-
-    def encode(self, block: torch.Tensor) -> torch.Tensor:
-        """Panels of the rows of `block`: uint8 of shape (panels, panel_bytes)."""
-        ...
-
-
-def encoder_for(name: str) -> Encoder:
-    """The codec of that name, which can encode as well."""
-    return cast(Encoder, codec_for(name))
 
 
 def plain_chunks(entry: TensorEntry, files: SourceFiles) -> Iterator[memoryview]:
@@ -57,22 +41,36 @@ def row_blocks(tensor: Stored, entry: TensorEntry, files: SourceFiles) -> Iterat
 
 
 def encoded_chunks(tensor: Stored, entry: TensorEntry, files: SourceFiles) -> Iterator[tuple[int, Any]]:
-    """The panels of a tensor in order: bytes read from the source, and the bytes to write for them."""
-    encoder = encoder_for(tensor.codec)
+    """The panels of a tensor in order: bytes read from the source, and the bytes to write for them.
+
+    Raises:
+        CheckpointError: its numbers cannot be encoded.
+    """
     for block in row_blocks(tensor, entry, files):
-        panels = encoder.encode(block).contiguous()
-        yield block.nbytes, panels.view(-1).numpy()
+        try:
+            if tensor.codec == LOSSLESS.name:
+                panels = LOSSLESS.encode(block, tensor.panel_rows, tensor.panel_bytes)
+            else:
+                panels = AFFINE[tensor.codec].encode(block)
+        except CheckpointError as error:
+            raise CheckpointError(f"tensor {entry.name!r} in {entry.extent.file}: {error}") from None
+        yield block.nbytes, panels.contiguous().view(-1).numpy()
 
 
 def measure(tensor: Stored, entry: TensorEntry, files: SourceFiles, seen: Callable[[int], None]) -> int:
-    """Bytes that the largest panel of a lossless tensor needs.
+    """Bytes that the neediest panel of a lossless tensor takes.
 
     Args:
         seen: called with the number of bytes that were read.
     """
-    raise NotImplementedError
+    most = 0
+    for block in row_blocks(tensor, entry, files):
+        most = max(most, LOSSLESS.need(block, tensor.panel_rows))
+        seen(block.nbytes)
+    return most
 
 
 def measure_rows(tensor: Stored, raw: memoryview) -> int:
-    """Bytes that the panel of these rows needs."""
-    raise NotImplementedError
+    """Bytes that the panel of these rows takes."""
+    block = torch.frombuffer(raw, dtype=torch.bfloat16).view(-1, tensor.columns)
+    return LOSSLESS.need(block, tensor.panel_rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from lamina.checkpoint.store import JOURNAL, MANIFEST
+from lamina.checkpoint.store import JOURNAL, MANIFEST, read_manifest
 from lamina.errors import RequestError
 from lamina.store.files import is_part
 from lamina.store.lock import LOCK
@@ -39,6 +39,12 @@ def default_folder(
     folder = metadata_folder(model, trust_remote_code=trust_remote_code, **hub)
     name = f"{os.fspath(model).replace('/', '--')}-{os.path.basename(folder)[:12]}-{compression}"
     return os.path.join(saving_path or _cache(hub.get("cache_dir")), name)
+
+
+def is_store_of(model: str | os.PathLike[str], compression: str) -> bool:
+    """Whether a local folder holds a finished store with this compression."""
+    folder = os.path.abspath(os.path.expanduser(os.fspath(model)))
+    return os.path.isfile(os.path.join(folder, MANIFEST)) and read_manifest(folder).compression == compression
 
 
 def _cache(cache_dir: str | None) -> str:

@@ -24,7 +24,7 @@ from lamina.store.encode import BLOCK_ELEMENTS
 from lamina.store.layout import Run, Stored, file_nbytes, make_files
 
 FLOATS = ("BF16", "F16", "F32")
-PANEL_ROWS = 256  # of a lossless panel; linears are computed in blocks of multiples of it
+PANEL_ROWS = (256, 192, 128, 96, 64, 32)  # of a lossless panel: few least common multiples with blocks of 256
 TABLE_PANEL_ROWS = 16  # where rows are looked up one by one
 HEAD_CODECS = ("q8", "q6", "q5", "q4")
 FOUR_BIT_SHARE = 0.30  # of the model in bf16: what the head gets is what is left below it
@@ -141,13 +141,17 @@ def _coded(uses: Sequence[_Use], checkpoint: Checkpoint, recipe: Mapping[Role, s
 
 
 def _panel_rows(use: _Use, entry: TensorEntry, codec: str) -> int:
-    """Rows of a panel: one, but for lossless ones, which hold many, though not more than are encoded at once."""
+    """Rows of a panel: one, but for lossless ones, which hold many, though not more than are encoded at once.
+
+    The last panel takes as many bytes as the others: the number that leaves it fullest is taken.
+    """
     if codec != LOSSLESS.name:
         return 1
-    rows = TABLE_PANEL_ROWS if use.looked_up else PANEL_ROWS
-    while rows > TABLE_PANEL_ROWS and rows * entry.shape[-1] > BLOCK_ELEMENTS:
-        rows //= 2
-    return rows
+    if use.looked_up:
+        return TABLE_PANEL_ROWS
+    rows, columns = entry.shape[-2:]
+    fitting = [each for each in PANEL_ROWS if each * columns <= BLOCK_ELEMENTS] or [PANEL_ROWS[-1]]
+    return min(fitting, key=lambda each: (-rows % each, -each))
 
 
 def _may(entry: TensorEntry, codec: str) -> bool:

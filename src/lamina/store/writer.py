@@ -7,10 +7,11 @@ from dataclasses import replace
 
 from lamina.checkpoint import Checkpoint
 from lamina.checkpoint.store import PADDING, PLAIN, ManifestTensor
+from lamina.codec import LOSSLESS
 from lamina.store.encode import encoded_chunks, measure, plain_chunks
 from lamina.store.files import NewFile
 from lamina.store.journal import Finished
-from lamina.store.layout import Run, Stored, StoreFile, header_of
+from lamina.store.layout import Stored, StoreFile, header_of
 from lamina.store.source import SourceFiles
 
 Report = Callable[[int], None]
@@ -83,6 +84,6 @@ def _measured(
 
 
 def _sized(tensors: list[Stored], panel_bytes: int) -> dict[str, Stored]:
-    sized = [replace(tensor, panel_bytes=panel_bytes) for tensor in tensors]
-    smaller = Run("", tuple(sized)).nbytes < Run("", tuple(each.as_plain() for each in sized)).nbytes
-    return {each.name: each if smaller else each.as_plain() for each in sized}
+    rows = sum(tensor.matrices * tensor.rows for tensor in tensors)
+    smaller = LOSSLESS.saves(panel_bytes, tensors[0].panel_rows, rows, tensors[0].columns)
+    return {each.name: replace(each, panel_bytes=panel_bytes) if smaller else each.as_plain() for each in tensors}
