@@ -163,13 +163,19 @@ def test_offline_without_a_config(hub: FakeHub) -> None:
     assert "has no config.json" in refusal(locate, MissingShardError, local_files_only=True)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "m.Q4_K_M.gguf"])
+@pytest.mark.parametrize("name", ["model.ckpt", "m.Q4_K_M.gguf"])
 @pytest.mark.parametrize("face", [locate, remote_headers])
 def test_repository_of_another_format_is_refused_before_the_download(
     hub: FakeHub, face: Callable[..., object], name: str
 ) -> None:
     hub.add("org/model", {**CONFIG, name: bytes(1000)})
     assert "cannot be streamed yet" in refusal(face, UnsupportedError)
+    assert hub.files_served() == []
+
+
+def test_pickles_have_no_headers_to_plan_from(hub: FakeHub) -> None:
+    hub.add("org/model", {**CONFIG, "pytorch_model.bin": bytes(1000)})
+    assert "pickled weights only (pytorch_model.bin)" in refusal(remote_headers, UnsupportedError)
     assert hub.files_served() == []
 
 

@@ -79,19 +79,52 @@ def test_folder_without_weights(tmp_path: Path) -> None:
     assert "it needs model.safetensors" in refusal(tmp_path, CheckpointError)
 
 
-@pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pth", "m.Q4_K_M.gguf"]
-)
+@pytest.mark.parametrize("name", ["model.ckpt", "tf_model.h5", "m.Q4_K_M.gguf"])
 def test_folder_of_another_format(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"")
     line = refusal(tmp_path, UnsupportedError)
     assert name in line and "cannot be streamed yet: convert" in line
 
 
-@pytest.mark.parametrize("name", ["m.gguf", "pytorch_model.bin"])
+@pytest.mark.parametrize("name", ["m.gguf", "model.ckpt"])
 def test_file_of_another_format(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"")
     assert "cannot be streamed yet" in refusal(tmp_path / name, UnsupportedError)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00001.bin", "last.pth", "last.pt"])
+def test_a_pickle_where_nobody_reads_pickles(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    for path in (tmp_path, tmp_path / name):
+        assert f"{name} is a PyTorch pickle, which cannot be read here" in refusal(path, UnsupportedError)
+
+
+def test_a_pickled_shard_that_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model-00001-of-00002.bin").write_bytes(b"")
+    assert "lacks pytorch_model-00002-of-00002.bin" in refusal(tmp_path, MissingShardError)
+
+
+def test_several_pickles_and_nothing_says_which(tmp_path: Path) -> None:
+    for name in ("epoch1.pt", "epoch2.pt"):
+        (tmp_path / name).write_bytes(b"")
+    assert "epoch1.pt, epoch2.pt, and nothing says which" in refusal(tmp_path, RequestError)
+
+
+@pytest.mark.parametrize("name", ["training_args.bin", "optimizer.pt", "rng_state_0.pth", "scheduler.pt"])
+def test_what_a_trainer_leaves_is_no_weights(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"")
+    assert "there are no weights in" in refusal(tmp_path, CheckpointError)
+
+
+def test_an_adapter_in_a_pickle(tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    assert "an adapter" in refusal(tmp_path, UnsupportedError)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "../pytorch_model.bin", "pytorch_model.pkl"])
+def test_an_index_of_pickles_that_names_something_else(tmp_path: Path, file: str) -> None:
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": file}}))
+    refusal(tmp_path, CheckpointError)
 
 
 def test_file_that_is_no_weights_file(tmp_path: Path) -> None:

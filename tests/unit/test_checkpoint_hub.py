@@ -105,6 +105,23 @@ def test_only_needed_files_of_a_cluttered_repository(hub: FakeHub) -> None:
     assert open_checkpoint(folder).nbytes == 300
 
 
+def test_pickles_where_there_is_nothing_better(hub: FakeHub) -> None:
+    left = {"training_args.bin": b"x", "optimizer.pt": b"x", "consolidated.safetensors": b"mistral"}
+    hub.add("org/model", {**SMALL, **left, "pytorch_model.bin": b"pickle", "pytorch_model-00001-of-00001.bin": b"x"})
+    folder = locate("org/model")
+    assert held(folder) == {*SMALL, "pytorch_model.bin"}
+    assert locate("org/model", local_files_only=True) == folder
+
+
+def test_pickled_shards_of_an_index(hub: FakeHub) -> None:
+    index = json.dumps({"weight_map": {"a": "pytorch_model-1.bin", "b": "pytorch_model-2.bin"}})
+    pickles = {"pytorch_model-1.bin": b"1", "pytorch_model-2.bin": b"2"}
+    hub.add("org/model", {**SMALL, **pickles, "unlisted.bin": b"x", "pytorch_model.bin.index.json": index.encode()})
+    folder = locate("org/model")
+    assert held(folder) == {*SMALL, *pickles, "pytorch_model.bin.index.json"}
+    assert locate("org/model", local_files_only=True) == folder
+
+
 def test_code_is_fetched_only_where_it_is_trusted(hub: FakeHub) -> None:
     hub.add("org/model", {**SINGLE, **CLUTTER})
     assert "modeling_new.py" in held(locate("org/model", trust_remote_code=True))

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from lamina.checkpoint.choose import INDEX_ENDING, check_subfolder, choose_weights, other_format, parse_index
+from lamina.checkpoint.choose import (
+    INDEX_ENDING,
+    PICKLED_INDEX_ENDING,
+    check_subfolder,
+    choose_weights,
+    is_pickled,
+    other_format,
+    parse_index,
+)
 from lamina.checkpoint.extent import TensorEntry
 from lamina.checkpoint.header import MAX_HEADER_BYTES, Fingerprint, missing_file, read_header_and_fingerprint
 from lamina.checkpoint.store import (
@@ -30,6 +38,9 @@ from lamina.errors import (
     RequestError,
     UnsupportedError,
 )
+
+FileReader = Callable[[str], tuple[dict[str, TensorEntry], Fingerprint]]
+"""Gives the tensors of one weight file, by its absolute path, and its fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +80,26 @@ class Checkpoint:
             opened.verify(Fingerprint(status.st_size, status.st_mtime_ns), file)
 
 
-def open_checkpoint(path: str | os.PathLike[str], *, variant: str | None = None, subfolder: str = "") -> Checkpoint:
+def open_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    variant: str | None = None,
+    subfolder: str = "",
+    read_pickled: FileReader | None = None,
+) -> Checkpoint:
     """The checkpoint in a local folder or file, every header of it checked.
 
     Takes what transformers takes, in its order: `model.safetensors`, then `model.safetensors.index.json` with
-    its shards; after these the loose `*.safetensors` of the folder. Links, as the hub's cache has them, are followed.
+    its shards; after these the loose `*.safetensors` of the folder, and then `pytorch_model.bin`, its index, and
+    whatever other pickle is the only one. Links, as the hub's cache has them, are followed.
     A folder that `lamina split` wrote is known by its manifest.
 
     Args:
-        path: a folder, one `.safetensors` file, or one index.
+        path: a folder, one weight file, or one index.
         variant: as transformers has it; `"fp16"` stands for `model.fp16.safetensors`.
         subfolder: where in the folder the weights are.
+        read_pickled: finds the tensors in one of torch's pickles, for which torch is needed: see
+            `lamina.model.pickled`. Without it pickled weights are refused.
 
     Raises:
         ModelNotFoundError: nothing is at `path`.
@@ -92,7 +112,7 @@ def open_checkpoint(path: str | os.PathLike[str], *, variant: str | None = None,
     """
     root = os.path.abspath(os.path.expanduser(os.fspath(path)))
     if not _is_folder(root):
-        return _open_file(root)
+        return _open_file(root, read_pickled)
     if subfolder:
         root = os.path.join(root, check_subfolder(subfolder))
         if not os.path.isdir(root):
@@ -104,8 +124,8 @@ def open_checkpoint(path: str | os.PathLike[str], *, variant: str | None = None,
         raise partial_store(root)
     chosen = choose_weights(names, variant, root)
     if chosen[0].endswith(".json"):
-        return _open_indexed(root, chosen[0], names)
-    return _open_shards(root, chosen)
+        return _open_indexed(root, chosen[0], names, read_pickled)
+    return _open_shards(root, chosen, read_pickled)
 
 
 def check_index(weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry], index: str) -> None:
@@ -155,14 +175,14 @@ def _is_folder(path: str) -> bool:
         ) from None
 
 
-def _open_file(path: str) -> Checkpoint:
+def _open_file(path: str, read_pickled: FileReader | None) -> Checkpoint:
     root, name = os.path.split(path)
     if name.endswith((".safetensors", INDEX_ENDING)) and os.path.exists(os.path.join(root, MANIFEST)):
         raise RequestError(f"{path} is a part of a store: give its folder, {root}")
-    if name.endswith(".safetensors"):
-        return _open_shards(root, [name])
-    if name.endswith(INDEX_ENDING):
-        return _open_indexed(root, name, _list_folder(root))
+    if name.endswith(".safetensors") or is_pickled(name):
+        return _open_shards(root, [name], read_pickled)
+    if name.endswith((INDEX_ENDING, PICKLED_INDEX_ENDING)):
+        return _open_indexed(root, name, _list_folder(root), read_pickled)
     if form := other_format(name):
         raise UnsupportedError(f"{path} holds {form}, which cannot be streamed yet: convert it to safetensors")
     raise UnsupportedError(f"{path} is no weights file: give the folder of a model, or a .safetensors file")
@@ -186,20 +206,25 @@ def _open_store(root: str, variant: str | None) -> Checkpoint:
     return replace(stored, tensors=apply_manifest(manifest, stored.tensors))
 
 
-def _open_shards(root: str, names: Iterable[str]) -> Checkpoint:
-    read = {(file := os.path.join(root, name)): read_header_and_fingerprint(file) for name in names}
+def _open_shards(root: str, names: Iterable[str], read_pickled: FileReader | None = None) -> Checkpoint:
+    read = {}
+    for file in (os.path.join(root, name) for name in names):
+        if is_pickled(file) and read_pickled is None:
+            raise UnsupportedError(f"{file} is a PyTorch pickle, which cannot be read here: convert it to safetensors")
+        reader = read_pickled if is_pickled(file) and read_pickled is not None else read_header_and_fingerprint
+        read[file] = reader(file)
     tensors = merge_tensors(found for found, _ in read.values())
     return Checkpoint(root, tuple(read), tensors, {file: fingerprint for file, (_, fingerprint) in read.items()})
 
 
-def _open_indexed(root: str, index: str, names: list[str]) -> Checkpoint:
+def _open_indexed(root: str, index: str, names: list[str], read_pickled: FileReader | None) -> Checkpoint:
     weight_map = parse_index(read_index(os.path.join(root, index)), index)
     shards = sorted(set(weight_map.values()))
     missing = sorted(set(shards).difference(names)) or [each for each in shards if _is_broken_link(root, each)]
     if missing:
         others = f" (and {len(missing) - 1} more of {len(shards)})" if len(missing) > 1 else ""
         raise MissingShardError(f"{index} needs {missing[0]}{others}: {missing_file(os.path.join(root, missing[0]))}")
-    checkpoint = _open_shards(root, shards)
+    checkpoint = _open_shards(root, shards, read_pickled)
     check_index(weight_map, checkpoint.tensors, index)
     return checkpoint
 

@@ -1,6 +1,7 @@
 """Which files of a folder or a hub repository make up its model: names only, nothing is opened.
 
-The order is that of transformers: `model.safetensors`, then `model.safetensors.index.json` and its shards.
+The order is that of transformers: `model.safetensors`, then `model.safetensors.index.json` and its shards, then
+`pytorch_model.bin`, then `pytorch_model.bin.index.json` and its shards.
 """
 
 from __future__ import annotations
@@ -15,18 +16,21 @@ from lamina.errors import CheckpointError, LaminaError, MissingShardError, Reque
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 INDEX_ENDING = ".safetensors.index.json"
+PICKLED_FILE = "pytorch_model.bin"
+PICKLED_INDEX_ENDING = ".bin.index.json"
+PICKLED_ENDINGS = (".bin", ".pt", ".pth")
 
 _OTHER_FORMATS = {
     ".gguf": "GGUF",
-    ".bin": "PyTorch pickles",
-    ".pt": "PyTorch pickles",
-    ".pth": "PyTorch pickles",
     ".ckpt": "PyTorch pickles",
     ".h5": "TensorFlow weights",
     ".msgpack": "Flax weights",
 }
 _ADAPTER_FILE = "adapter_model.safetensors"
-_SHARD_NUMBER = re.compile(r"(.*)-(\d{1,6})-of-(\d{1,6})(.*)\.safetensors")
+_ADAPTER_PICKLE = "adapter_model.bin"
+# What trainers leave beside the weights, in the format of weights.
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states", "trainer_state")
+_SHARD_NUMBER = re.compile(r"(.*)-(\d{1,6})-of-(\d{1,6})(.*)(\.safetensors|\.bin)")
 _VARIANT = re.compile(r"model(?:-\d+-of-\d+)?\.(\w+)(?:-\d+-of-\d+)?\.safetensors")
 _SMALL_ENDINGS = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 _TEMPLATE_FOLDER = "additional_chat_templates/"
@@ -57,6 +61,9 @@ def choose_weights(names: Collection[str], variant: str | None, where: str) -> l
         if wanted in names:
             return [wanted]
     loose = sorted(name for name in names if name.endswith(".safetensors") and not name.startswith("."))
+    none_of_the_model = all(name == _ADAPTER_FILE or name.startswith("consolidated") for name in loose)
+    if none_of_the_model and (pickled := _choose_pickled(names, variant, where)):
+        return pickled
     if not loose:
         raise _no_weights(names, where)
     if loose == [_ADAPTER_FILE]:
@@ -66,6 +73,29 @@ def choose_weights(names: Collection[str], variant: str | None, where: str) -> l
     chosen = [name for name in chosen if not name.startswith("consolidated")] or chosen
     _check_numbering(chosen, where)
     return chosen
+
+
+def is_pickled(name: str) -> bool:
+    """Whether a file is one of torch's pickles, by the end of its name."""
+    return name.endswith(PICKLED_ENDINGS)
+
+
+def _choose_pickled(names: Collection[str], variant: str | None, where: str) -> list[str]:
+    """The pickled weights of a folder, or their index; empty where there are none."""
+    index = add_variant(f"{PICKLED_FILE}.index.json", variant)
+    for wanted in (add_variant(PICKLED_FILE, variant), index):
+        if wanted in names:
+            return [wanted]
+    found = sorted(n for n in names if is_pickled(n) and not n.startswith((*_NO_WEIGHTS, ".", "consolidated")))
+    if variant or not found or any(other_format(name) for name in names):
+        return []
+    if found == [_ADAPTER_PICKLE]:
+        raise UnsupportedError(f"{where} holds an adapter, not a model: give the model that it belongs to")
+    shards = [name for name in found if name.startswith("pytorch_model-")]
+    if not shards and len(found) > 1:
+        raise RequestError(f"{where} has the weights {', '.join(found[:4])}, and nothing says which: give one of them")
+    _check_numbering(shards or found, where)
+    return shards or found
 
 
 def _of_variant(loose: list[str], variant: str | None, where: str) -> list[str]:
@@ -84,8 +114,8 @@ def _of_variant(loose: list[str], variant: str | None, where: str) -> list[str]:
 def _check_numbering(names: list[str], where: str) -> None:
     """Without an index, only `-00001-of-00003` tells that a shard is missing."""
     matches = [match for name in names if (match := _SHARD_NUMBER.fullmatch(name))]
-    for stem, digits, count, ending in {(each[1], len(each[2]), each[3], each[4]) for each in matches}:
-        shards = (f"{stem}-{number:0{digits}d}-of-{count}{ending}.safetensors" for number in range(1, int(count) + 1))
+    for stem, digits, count, ending in {(each[1], len(each[2]), each[3], each[4] + each[5]) for each in matches}:
+        shards = (f"{stem}-{number:0{digits}d}-of-{count}{ending}" for number in range(1, int(count) + 1))
         if missing := next((shard for shard in shards if shard not in names), None):
             raise MissingShardError(f"{where} lacks {missing}, which the names of the others call for: fetch it again")
 
@@ -150,8 +180,9 @@ def parse_index(raw: bytes, name: str) -> dict[str, str]:
                 f"{name} names the file {quote(file)}, which is not a plain name in its own folder: "
                 "do not trust this checkpoint"
             )
-        if not file.endswith(".safetensors"):
-            raise CheckpointError(f"{name} names the file {quote(file)}, which is no safetensors file: fetch it again")
+        if not file.endswith(".bin" if name.endswith(PICKLED_INDEX_ENDING) else ".safetensors"):
+            kind = "pickle" if name.endswith(PICKLED_INDEX_ENDING) else "safetensors file"
+            raise CheckpointError(f"{name} names the file {quote(file)}, which is no {kind}: fetch it again")
     return weight_map
 
 

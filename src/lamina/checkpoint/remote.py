@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from lamina.checkpoint.checkpoint import Checkpoint, check_index, merge_tensors
-from lamina.checkpoint.choose import check_subfolder, parse_index
+from lamina.checkpoint.choose import check_subfolder, is_pickled, parse_index
 from lamina.checkpoint.extent import TensorEntry
 from lamina.checkpoint.header import MAX_HEADER_BYTES, PREFIX_BYTES, header_length, parse_header
 from lamina.checkpoint.hub_errors import clear_errors, transport_error
@@ -20,7 +20,7 @@ from lamina.checkpoint.repository import (
     in_subfolder,
     list_repository,
 )
-from lamina.errors import CheckpointError
+from lamina.errors import CheckpointError, UnsupportedError
 
 _FIRST_BYTES = 100_000
 """Asked for at once. By huggingface_hub's count, 97% of the headers of its 1000 top models are shorter."""
@@ -58,6 +58,10 @@ def remote_headers(
             weight_map = parse_index(_whole_file(request, listing, index), index)
             files = sorted(set(weight_map.values()))
             check_listed(request, listing, files, index)
+        if is_pickled(files[0]):
+            raise UnsupportedError(
+                f"{model} has pickled weights only ({files[0]}), which no header describes: download it, then plan"
+            )
         # A 405B model has 191 files: one after the other they would take a minute of waiting.
         with ThreadPoolExecutor(_REQUESTS_AT_ONCE, "lamina-headers") as pool:
             shards = list(pool.map(partial(_remote_header, request, listing), files))

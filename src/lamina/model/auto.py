@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import os
 import time
@@ -22,6 +23,7 @@ from lamina.model.build import Request, build
 from lamina.model.engine import Engine
 from lamina.model.gguf import load_gguf
 from lamina.model.handle import Lamina
+from lamina.model.pickled import read_pickled
 from lamina.model.tokenizer import LazyTokenizer, load_tokenizer
 from lamina.model.trace import Trace, trace
 from lamina.model.weights import Weights, describe
@@ -222,8 +224,9 @@ def _open(
     model: str, hub: Mapping[str, Any], variant: str | None, trust: bool, progress: Progress | None, wanted: bool
 ) -> tuple[str, Checkpoint]:
     """Folder of the small files, and the checkpoint's tensors."""
+    open_any = functools.partial(open_checkpoint, read_pickled=read_pickled)
     if _is_local(model):
-        checkpoint = open_checkpoint(os.path.expanduser(model), variant=variant, subfolder=hub.get("subfolder", ""))
+        checkpoint = open_any(os.path.expanduser(model), variant=variant, subfolder=hub.get("subfolder", ""))
         return checkpoint.root, checkpoint
     from lamina.checkpoint.hub import locate, metadata_folder, remote_headers
 
@@ -233,7 +236,7 @@ def _open(
         folder = metadata_folder(model, trust_remote_code=trust, **hub)
         remote = {key: value for key, value in hub.items() if key in ("revision", "token", "subfolder")}
         return folder, remote_headers(model, variant=variant, **remote)
-    checkpoint = open_checkpoint(found, variant=variant, subfolder=hub.get("subfolder", ""))
+    checkpoint = open_any(found, variant=variant, subfolder=hub.get("subfolder", ""))
     return checkpoint.root, checkpoint
 
 

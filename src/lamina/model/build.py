@@ -7,6 +7,7 @@ holds. It does it on `DiskTensor`s, so that nothing is read, and every parameter
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -47,6 +48,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
+COMPARED_BYTES = 4 << 20  # at once, of two weights that may be one
 HUB_KEYS = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download", "proxies")
 
 
@@ -133,7 +135,7 @@ def build(request: Request, checkpoint: Checkpoint) -> PreTrainedModel:
     options["dtype"] = request.options.get("dtype") or request.options.get("torch_dtype") or "auto"
     options["ignore_mismatched_sizes"] = True  # transformers then names them; `_check` refuses
     generation = _generation_config(request)
-    with recording(), _silent():
+    with recording(functools.partial(_same_bytes, checkpoint)), _silent():
         try:
             model, info = model_class.from_pretrained(
                 None, config=config, state_dict=state, output_loading_info=True, generation_config=generation, **options
@@ -168,6 +170,25 @@ def _state(
         wanted = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     dtype = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
     return unpacked_state(state, checkpoint, quantization, dtype if isinstance(dtype, torch.dtype) else None)
+
+
+def _same_bytes(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """Whether two tensors of a checkpoint are the same numbers: pickles have both names of tied weights, always."""
+    entries = [checkpoint.tensors[name] for name in (one, other)]
+    if len({(entry.dtype, entry.shape, entry.encoding) for entry in entries}) > 1:
+        return False
+    extents = [entry.extent for entry in entries]
+    if extents[0] == extents[1]:
+        return True
+    if extents[0].length != extents[1].length or any("://" in extent.file for extent in extents):
+        return False
+    with open(extents[0].file, "rb") as first, open(extents[1].file, "rb") as second:
+        for at in range(0, extents[0].length, COMPARED_BYTES):
+            count = min(COMPARED_BYTES, extents[0].length - at)
+            parts = [os.pread(f.fileno(), count, e.offset + at) for f, e in zip((first, second), extents, strict=True)]
+            if parts[0] != parts[1]:
+                return False
+    return True
 
 
 def _class_of(config: PreTrainedConfig, trust_remote_code: bool) -> type[PreTrainedModel]:
