@@ -103,7 +103,11 @@ def _load() -> ctypes.CDLL:
     if folder is not None:
         if not _is_mine(folder / name):
             _compile(compiler, folder / name)
-        return _open(folder / name)
+        try:
+            return _open(folder / name)
+        except OSError:
+            (folder / name).unlink(missing_ok=True)  # half a file of a full disk, say: the next process makes another
+            raise
     with tempfile.TemporaryDirectory(prefix="lamina-") as private:  # what is loaded stays loaded without its file
         _compile(compiler, Path(private) / name)
         return _open(Path(private) / name)
