@@ -106,7 +106,7 @@ class Model:
 
 @dataclass
 class Library:
-    """Stands for the module `lamina.model`: `opened` holds what each call was given."""
+    """Stands for the module `lamina.auto`: `opened` holds what each call was given."""
 
     model: Model = field(default_factory=Model)
     error: BaseException | None = None

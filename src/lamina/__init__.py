@@ -22,7 +22,7 @@ from lamina.errors import (
 )
 
 if TYPE_CHECKING:
-    from lamina.model import AutoModel, plan_model
+    from lamina.auto import AutoModel, plan_model
 
 __version__ = "0.1.0"
 
@@ -50,7 +50,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """`AutoModel` and `plan_model` bring torch and transformers: they are imported when they are asked for."""
     if name in ("AutoModel", "plan_model"):
-        import lamina.model
+        import lamina.auto
 
-        return getattr(lamina.model, name)
+        return getattr(lamina.auto, name)
     raise AttributeError(f"module 'lamina' has no attribute {name!r}")

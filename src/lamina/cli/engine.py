@@ -18,8 +18,8 @@ Report = Callable[[str, int, int], None]
 
 
 def library(options: ModelOptions) -> Any:
-    """`lamina.model`, with the process set up as `options` say."""
-    return _imported("lamina.model", options)
+    """`lamina.auto`, with the process set up as `options` say."""
+    return _imported("lamina.auto", options)
 
 
 def store_library(options: SourceOptions) -> Any:

@@ -1,4 +1,4 @@
-"""`AutoModel`: from a name and a number of bytes to a transformers model that streams."""
+"""From a name and a number of bytes to a transformers model that streams."""
 
 from __future__ import annotations
 
@@ -38,86 +38,43 @@ PROBED_BYTES = 128 << 20  # read for the forecast
 PROBE_SETTING = ((4, 8 << 20),)  # threads, bytes of a read
 
 
-class AutoModel:
-    """Loads any causal language model that transformers knows, inside a memory budget."""
-
-    def __init__(self) -> None:
-        raise RequestError("AutoModel is made with AutoModel.from_pretrained(model)")
-
-    @staticmethod
-    def from_pretrained(
-        model: str,
-        *,
-        memory: int | str | None = None,
-        device_memory: int | str | None = None,
-        device: str | torch.device = "auto",
-        compression: str | None = None,
-        draft: str | None = None,
-        layer_shards_saving_path: str | None = None,
-        hf_token: str | None = None,
-        prefetching: bool = True,
-        delete_original: bool = False,
-        profiling_mode: bool = False,
-        context: int | None = None,
-        progress: Progress | None = None,
-        **transformers_kwargs: Any,
-    ) -> PreTrainedModel:
-        """A transformers model whose weights stay on disk as far as the memory does not hold them.
-
-        Args:
-            model: hub id, local folder, or one `.safetensors` file in a folder with its config.
-            memory: most resident memory of the process, in bytes or as text ("4GB", "4GiB"). Default: 90% of
-                what is free, seen through cgroup limits.
-            device_memory: the same for the accelerator.
-            device: "auto" (an accelerator where there is one), "cpu", "cuda", "cuda:1", "mps", "xpu".
-            compression, layer_shards_saving_path, delete_original: of a split; not available yet.
-            draft: only None, "none" and "auto" so far: no speculation.
-            hf_token: token of the hub; the same as transformers' `token`.
-            prefetching: read experts that are likely to be routed to before their router has spoken. Reading ahead
-                of what every pass needs is always on.
-            profiling_mode: accepted for AirLLM's sake; `model.lamina.stats` always counts.
-            context: tokens, prompt and answer together, to keep room for. Default 2048 or what the model takes.
-            progress: told ("download" or "load", bytes done, bytes in all).
-            transformers_kwargs: `dtype`, `revision`, `cache_dir`, `token`, `trust_remote_code`,
-                `attn_implementation`, and whatever else the model's config takes.
-
-        Returns:
-            The model's own transformers class, in evaluation mode, with `model.lamina` and `model.tokenizer`.
-
-        Raises:
-            ModelNotFoundError: no such model.
-            BudgetError: the memory is too small; the error carries `minimum_bytes`.
-            CheckpointError: the checkpoint is damaged or incomplete.
-            UnsupportedError: it cannot be streamed yet.
-        """
-        began = time.perf_counter()
-        _check_faces(compression, draft, layer_shards_saving_path, delete_original)
-        options = dict(transformers_kwargs)
-        if hf_token is not None:
-            options.setdefault("token", hf_token)
-        prepared = _prepare(model, memory, device_memory, device, context, options, progress)
-        readers = Readers(fingerprints=prepared.checkpoint.fingerprints)
-        engine = Engine(prepared.model, prepared.weights, prepared.plan, prepared.device, readers, prefetching)
-        try:
-            engine.start(prepared.model, progress)
-            prepared.checkpoint.verify_unchanged()  # while it was loaded, or since its headers were read
-        except BaseException:
-            engine.close()
-            raise
-        engine.plan = _with_rate(engine, prepared.checkpoint)
-        streamed = prepared.model
-        streamed.lamina = Lamina(streamed, engine, prepared.trace, time.perf_counter() - began)
-        streamed.lamina.attach()
-        hub = {key: options[key] for key in HUB if key in options}
-        request = prepared.request
-        lazy = LazyTokenizer(
-            streamed,
-            request.gguf.load_tokenizer
-            if request.gguf is not None
-            else lambda: load_tokenizer(request.folder, request.trust_remote_code, **hub),
-        )
-        object.__setattr__(streamed, "tokenizer", lazy)  # nn.Module would look at its class, and so load it
-        return streamed
+def load_model(
+    model: str,
+    *,
+    memory: int | str | None = None,
+    device_memory: int | str | None = None,
+    device: str | torch.device = "auto",
+    prefetching: bool = True,
+    context: int | None = None,
+    progress: Progress | None = None,
+    **transformers_kwargs: Any,
+) -> PreTrainedModel:
+    """A checkpoint as a transformers model that streams; see `lamina.AutoModel.from_pretrained`."""
+    began = time.perf_counter()
+    options = dict(transformers_kwargs)
+    prepared = _prepare(model, memory, device_memory, device, context, options, progress)
+    readers = Readers(fingerprints=prepared.checkpoint.fingerprints)
+    engine = Engine(prepared.model, prepared.weights, prepared.plan, prepared.device, readers, prefetching)
+    try:
+        engine.start(prepared.model, progress)
+        prepared.checkpoint.verify_unchanged()  # while it was loaded, or since its headers were read
+    except BaseException:
+        engine.close()
+        raise
+    engine.plan = _with_rate(engine, prepared.checkpoint)
+    streamed = prepared.model
+    streamed.lamina = Lamina(streamed, engine, prepared.trace, time.perf_counter() - began)
+    streamed.lamina.attach()
+    hub = {key: options[key] for key in HUB if key in options}
+    request = prepared.request
+    lazy = LazyTokenizer(
+        streamed,
+        request.gguf.load_tokenizer
+        if request.gguf is not None
+        else lambda: load_tokenizer(request.folder, request.trust_remote_code, **hub),
+    )
+    object.__setattr__(streamed, "tokenizer", lazy)  # nn.Module would look at its class, and so load it
+    return streamed
 
 
 @dataclass(frozen=True)
@@ -140,17 +97,10 @@ def plan_model(
     device_memory: int | str | None = None,
     device: str | torch.device = "auto",
     context: int | None = None,
-    compression: str | None = None,
-    draft: str | None = None,
     progress: Progress | None = None,
     **transformers_kwargs: Any,
 ) -> Plan:
-    """What `AutoModel.from_pretrained` would do, from the config and the headers alone.
-
-    For a model on the hub only its small files and the headers of its weight files are fetched.
-    Arguments and errors are those of `AutoModel.from_pretrained`.
-    """
-    _check_faces(compression, draft, None, False)
+    """What `load_model` would do, from the config and the headers alone; see `lamina.plan_model`."""
     return _prepare(
         model, memory, device_memory, device, context, dict(transformers_kwargs), progress, weights_wanted=False
     ).plan
@@ -288,15 +238,3 @@ def choose_device(device: str | torch.device) -> torch.device:
     if chosen.type == "meta":
         raise RequestError("device 'meta' computes nothing: use 'auto', 'cpu' or an accelerator")
     return chosen
-
-
-def _check_faces(compression: str | None, draft: str | None, path: str | None, delete_original: bool) -> None:
-    if compression is not None:
-        raise UnsupportedError(f"compression={compression!r} is not available yet: leave it out to stream unquantised")
-    if draft not in (None, "none", "auto"):
-        raise UnsupportedError(f"draft={draft!r} is not available yet: use 'none' or 'auto'")
-    if path is not None or delete_original:
-        raise UnsupportedError(
-            "layer_shards_saving_path and delete_original belong to a split, which is not needed: "
-            "the checkpoint is streamed in place"
-        )

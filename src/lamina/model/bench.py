@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from lamina.checkpoint import Extent
 from lamina.errors import RequestError
-from lamina.model.auto import AutoModel
+from lamina.model.auto import load_model
 from lamina.model.engine import Engine
 from lamina.plan.layout import Layout
 from lamina.stream.experts import Counts
@@ -36,12 +36,13 @@ def bench_model(
     prompt_ids: Sequence[int] | None = None,
     context: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    load: Callable[..., PreTrainedModel] = load_model,
     **options: Any,
 ) -> dict[str, Any]:
     """Load, generate greedily, and measure; between the tokens read a pass's bytes with nothing else going on.
 
     Args:
-        model, memory, context, progress, options: as for `AutoModel.from_pretrained`.
+        model, memory, context, progress, options: as for `load`, which loads the model.
         prompt_tokens: length of the prompt where `prompt_ids` does not give one.
         new_tokens: tokens to generate; the end-of-text token is not taken.
         prompt_ids: token ids of the prompt.
@@ -56,7 +57,7 @@ def bench_model(
     ids = list(prompt_ids) if prompt_ids else [1 + i % 97 for i in range(prompt_tokens)]
     if context is None:
         context = len(ids) + new_tokens
-    loaded = AutoModel.from_pretrained(model, memory=memory, context=context, progress=progress, **options)
+    loaded = load(model, memory=memory, context=context, progress=progress, **options)
     with loaded.lamina:
         meter = _Meter(loaded)
         tokens = _generate(loaded, ids, new_tokens, meter)

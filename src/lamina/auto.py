@@ -1,0 +1,164 @@
+"""`AutoModel`: the one way in. A name and a number of bytes give a transformers model that streams.
+
+What has to be made first is made here, by the packages below: a store where smaller weights are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+import lamina.model
+from lamina.errors import RequestError, UnsupportedError
+from lamina.plan.planner import Plan
+from lamina.store import default_folder, is_store_of, split
+
+Progress = Callable[[str, int, int], None]
+SOURCE = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "variant", "trust_remote_code")
+PLAIN = "plain"
+
+
+class AutoModel:
+    """Loads any causal language model that transformers knows, inside a memory budget."""
+
+    def __init__(self) -> None:
+        raise RequestError("AutoModel is made with AutoModel.from_pretrained(model)")
+
+    @staticmethod
+    def from_pretrained(
+        model: str,
+        *,
+        memory: int | str | None = None,
+        device_memory: int | str | None = None,
+        device: str | torch.device = "auto",
+        compression: str | None = None,
+        draft: str | None = None,
+        layer_shards_saving_path: str | None = None,
+        hf_token: str | None = None,
+        prefetching: bool = True,
+        delete_original: bool = False,
+        profiling_mode: bool = False,
+        context: int | None = None,
+        progress: Progress | None = None,
+        **transformers_kwargs: Any,
+    ) -> PreTrainedModel:
+        """A transformers model whose weights stay on disk as far as the memory does not hold them.
+
+        Args:
+            model: hub id, local folder, one `.safetensors` file in a folder with its config, or a `.gguf` file.
+            memory: most resident memory of the process, in bytes or as text ("4GB", "4GiB"). Default: 90% of
+                what is free, seen through cgroup limits.
+            device_memory: the same for the accelerator.
+            device: "auto" (an accelerator where there is one), "cpu", "cuda", "cuda:1", "mps", "xpu".
+            compression: "8bit", "4bit" or "lossless": weights in fewer bytes. On first use they are written as a
+                store of their own (`lamina split`), which is used from then on. None: the checkpoint as it is.
+            draft: only None, "none" and "auto" so far: no speculation.
+            layer_shards_saving_path: the folder that the store is made in. Default: beside the model's own folder,
+                or in the hub's cache. Without a compression the same numbers are written unit by unit.
+            hf_token: token of the hub; the same as transformers' `token`.
+            prefetching: read experts that are likely to be routed to before their router has spoken. Reading ahead
+                of what every pass needs is always on.
+            delete_original: delete the weight files that the store was made from, once it was read back and found
+                right. Files in the hub's cache stay.
+            profiling_mode: accepted for AirLLM's sake; `model.lamina.stats` always counts.
+            context: tokens, prompt and answer together, to keep room for. Default 2048 or what the model takes.
+            progress: told ("download", "split", "verify" or "load", bytes done, bytes in all).
+            transformers_kwargs: `dtype`, `revision`, `cache_dir`, `token`, `trust_remote_code`,
+                `attn_implementation`, and whatever else the model's config takes.
+
+        Returns:
+            The model's own transformers class, in evaluation mode, with `model.lamina` and `model.tokenizer`.
+
+        Raises:
+            ModelNotFoundError: no such model.
+            BudgetError: the memory is too small; the error carries `minimum_bytes`.
+            CheckpointError: the checkpoint is damaged or incomplete.
+            RequestError: a wrong argument.
+            UnsupportedError: it cannot be streamed.
+            WriteError: the store cannot be written.
+        """
+        _check_draft(draft)
+        if hf_token is not None:
+            transformers_kwargs.setdefault("token", hf_token)
+        if compression is not None or layer_shards_saving_path is not None or delete_original:
+            source = {key: transformers_kwargs[key] for key in SOURCE if transformers_kwargs.get(key) is not None}
+            if not is_store_of(model, compression or PLAIN):
+                model = split(
+                    model,
+                    compression=compression,
+                    layer_shards_saving_path=layer_shards_saving_path,
+                    delete_original=delete_original,
+                    progress=progress,
+                    **source,
+                ).folder
+                _without(transformers_kwargs, "subfolder", "variant")
+        return lamina.model.load_model(
+            model,
+            memory=memory,
+            device_memory=device_memory,
+            device=device,
+            prefetching=prefetching,
+            context=context,
+            progress=progress,
+            **transformers_kwargs,
+        )
+
+
+def plan_model(
+    model: str,
+    *,
+    memory: int | str | None = None,
+    device_memory: int | str | None = None,
+    device: str | torch.device = "auto",
+    context: int | None = None,
+    compression: str | None = None,
+    draft: str | None = None,
+    progress: Progress | None = None,
+    **transformers_kwargs: Any,
+) -> Plan:
+    """What `AutoModel.from_pretrained` would do, from the config and the headers alone.
+
+    For a model on the hub only its small files and the headers of its weight files are fetched.
+    Arguments and errors are those of `AutoModel.from_pretrained`.
+
+    Raises:
+        RequestError: a compression of which there is no store yet.
+    """
+    _check_draft(draft)
+    if compression is not None and not is_store_of(model, compression):
+        source = {key: value for key, value in transformers_kwargs.items() if key in SOURCE and key != "variant"}
+        folder = default_folder(model, compression, **source)
+        if not is_store_of(folder, compression):
+            raise RequestError(
+                f"there is no {compression} store of {model} yet: "
+                f"make it with lamina split {model} --compression {compression}, or plan without --compression"
+            )
+        model = folder
+        _without(transformers_kwargs, "subfolder", "variant")
+    return lamina.model.plan_model(
+        model,
+        memory=memory,
+        device_memory=device_memory,
+        device=device,
+        context=context,
+        progress=progress,
+        **transformers_kwargs,
+    )
+
+
+def bench_model(model: str, **request: Any) -> dict[str, Any]:
+    """See `lamina.model.bench_model`; takes what `AutoModel.from_pretrained` takes as well."""
+    return lamina.model.bench_model(model, load=AutoModel.from_pretrained, **request)
+
+
+def _check_draft(draft: str | None) -> None:
+    if draft not in (None, "none", "auto"):
+        raise UnsupportedError(f"draft={draft!r} is not available yet: use 'none' or 'auto'")
+
+
+def _without(options: dict[str, Any], *names: str) -> None:
+    for name in names:
+        options.pop(name, None)
