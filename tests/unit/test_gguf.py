@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
@@ -13,9 +14,9 @@ from transformers import AutoTokenizer
 
 from gguf_files import FAMILIES, blocks, field, header, tensor, write_model
 from lamina.checkpoint.gguf import BLOCK_TYPES, find_gguf, open_gguf
-from lamina.codec import codec_for
+from lamina.codec import codec_for, native
 from lamina.codec.gguf import register_all
-from lamina.errors import UnsupportedError
+from lamina.errors import CheckpointError, UnsupportedError
 from lamina.model.gguf import load_gguf
 
 KINDS = [name for name, _, _ in BLOCK_TYPES.values()]
@@ -27,6 +28,18 @@ def registered() -> None:
     register_all()
 
 
+@pytest.fixture(params=["kernels", "torch"])
+def either(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With the kernels in C and without."""
+    if request.param == "kernels":
+        if native.missing():
+            pytest.skip(native.missing())
+        yield
+        return
+    with native.switched_off():
+        yield
+
+
 @pytest.mark.parametrize("number", BLOCK_TYPES)
 def test_block_sizes_are_those_of_the_package(number: int) -> None:
     name, elements, nbytes = BLOCK_TYPES[number]
@@ -36,6 +49,7 @@ def test_block_sizes_are_those_of_the_package(number: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", KINDS)
+@pytest.mark.usefixtures("either")
 def test_blocks_are_decoded_to_the_bits_of_the_package(name: str, dtype: torch.dtype) -> None:
     kind = gguf.GGMLQuantizationType[name]
     rows, columns = 37, 3 * gguf.GGML_QUANT_SIZES[kind][0]
@@ -48,6 +62,7 @@ def test_blocks_are_decoded_to_the_bits_of_the_package(name: str, dtype: torch.d
 
 
 @pytest.mark.parametrize("name", WITHOUT_BOOKS)
+@pytest.mark.usefixtures("either")
 def test_blocks_of_any_bytes_at_any_address_are_decoded(name: str) -> None:
     kind = gguf.GGMLQuantizationType[name]
     elements, nbytes = gguf.GGML_QUANT_SIZES[kind]
@@ -61,6 +76,7 @@ def test_blocks_of_any_bytes_at_any_address_are_decoded(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q6_K"])
+@pytest.mark.usefixtures("either")
 def test_more_rows_than_are_decoded_at_once_are_all_decoded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lamina.codec.gguf.CHUNK", 512)
     kind = gguf.GGMLQuantizationType[name]
@@ -68,6 +84,39 @@ def test_more_rows_than_are_decoded_at_once_are_all_decoded(name: str, monkeypat
     out = torch.empty(5, 768)
     codec_for(f"gguf.{name}").decode(torch.from_numpy(raw), 5, 768, out)
     assert torch.equal(out, torch.from_numpy(gguf.quants.dequantize(raw, kind)))
+
+
+@pytest.mark.parametrize("name", WITHOUT_BOOKS)
+def test_products_are_those_of_the_decoded_rows(name: str) -> None:
+    if native.missing():
+        pytest.skip(native.missing())
+    kind = gguf.GGMLQuantizationType[name]
+    columns = 256 + 3 * gguf.GGML_QUANT_SIZES[kind][0]
+    raw = blocks(kind, (37, columns), 4)
+    weights = torch.from_numpy(gguf.quants.dequantize(raw, kind)).double()
+    codec, panels = codec_for(f"gguf.{name}"), torch.from_numpy(raw)
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 5e-4)):
+        x = torch.randn(5, columns).to(dtype)
+        out = torch.zeros(5, 40, dtype=dtype)[:, 1:38]
+        assert codec.linear(x, panels, 37, out)
+        wanted, most = x.double() @ weights.T, x.double().abs() @ weights.abs().T
+        assert ((out.double() - wanted).abs() <= tolerance * most).all()
+        alone = torch.empty(1, 20, dtype=dtype)
+        assert codec.linear(x[3:4].contiguous(), panels[6:26], 20, alone)
+        assert torch.equal(alone[0], out[3, 6:26])
+
+
+def test_many_tokens_are_left_to_torch() -> None:
+    panels = torch.zeros(4, 34, dtype=torch.uint8)
+    assert not codec_for("gguf.Q8_0").linear(torch.zeros(9, 32), panels, 4, torch.empty(9, 4))
+    assert not codec_for("gguf.TQ2_0").linear(torch.zeros(1, 256), panels, 4, torch.empty(1, 4))
+
+
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize("shape", [(3, 34), (4, 33), (4, 68)])
+def test_panels_of_another_size_are_refused(shape: tuple[int, int]) -> None:
+    with pytest.raises(CheckpointError, match=r"4 rows of 32 columns in gguf\.Q8_0 are 4 panels of 34 bytes, here are"):
+        codec_for("gguf.Q8_0").decode(torch.zeros(shape, dtype=torch.uint8), 4, 32, torch.empty(4, 32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -4,7 +4,8 @@ A panel is one row, a row is a run of blocks. A block holds small whole numbers 
 them and, in some types, what is taken off afterwards; layouts as in ggml-quants.c. What is decoded has the very
 bits that `gguf.quants.dequantize` gives in fp32, rounded once where `out` has fewer.
 
-Rows are decoded a few at a time, so that the levels and the fp32 values stay in the processor's cache.
+The usual types have kernels in C (gguf_kernels.c), which multiply as well; without a compiler torch decodes them, a
+few rows at a time, so that levels and fp32 values stay in the processor's cache.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ import numpy
 import torch
 
 from lamina.checkpoint.gguf import BLOCK_TYPES, CODEC_PREFIX
+from lamina.codec import native
 from lamina.codec.codec import register
-from lamina.errors import UnsupportedError
+from lamina.errors import CheckpointError, UnsupportedError
 
 CHUNK = 1 << 18
-"""Elements decoded at once: one megabyte of fp32."""
+"""Elements decoded at once by torch: one megabyte of fp32."""
+
+LINEAR_TOKENS = 8
+"""Beyond, decoding a block of rows and torch's own product are quicker."""
 
 _IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _FP4_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice those of e2m1
@@ -43,52 +48,92 @@ class Parts(NamedTuple):
     minimums: Tensor | None = None
 
 
-class BlockCodec:
-    """One type of blocks, decoded by torch."""
+class Blocks:
+    """What all types of blocks have in common.
 
-    def __init__(self, name: str, block: int, nbytes: int, parts: Callable[[Tensor], Parts]) -> None:
-        self.name, self.block, self.nbytes, self._parts = name, block, nbytes, parts
+    Attributes:
+        number: of the type in a GGUF file.
+        block: elements of a block.
+        nbytes: bytes of a block.
+    """
+
+    def __init__(self, number: int, parts: Callable[[Tensor], Parts] | None = None) -> None:
+        kind, self.block, self.nbytes = BLOCK_TYPES[number]
+        self.name, self.number, self._parts = CODEC_PREFIX + kind, number, parts
 
     def decode(self, panels: Tensor, rows: int, columns: int, out: Tensor) -> None:
         """See `Codec.decode`."""
+        self._check(panels, rows, columns)
         blocks, values = panels.reshape(-1, self.nbytes), out.view(-1, self.block)
         step = CHUNK // self.block
-        work = torch.empty(min(step, len(blocks)), self.block, dtype=torch.float32, device=out.device)
         for at in range(0, len(blocks), step):
-            target = values[at : at + step]
-            parts = self._parts(blocks[at : at + step])
-            real = target if target.dtype == torch.float32 else work[: len(target)]
-            grouped = real.view(len(target), parts.scales.shape[1], -1)
-            real.copy_(parts.levels)
-            grouped.mul_(parts.scales.unsqueeze(2))
-            if parts.minimums is not None:
-                grouped.sub_(parts.minimums.unsqueeze(2))
-            if real is not target:
-                target.copy_(real)
+            self._decode(blocks[at : at + step], values[at : at + step])
 
     def linear(self, x: Tensor, panels: Tensor, rows: int, out: Tensor) -> bool:
         """See `Codec.linear`."""
         return False
 
+    def _decode(self, blocks: Tensor, out: Tensor) -> None:
+        raise NotImplementedError
 
-class BorrowedCodec:
-    """A rare type of blocks, decoded by the `gguf` package, which has the code books of the type."""
+    def _check(self, panels: Tensor, rows: int, columns: int) -> None:
+        """What keeps the kernels inside the panels."""
+        wanted = (rows, columns // self.block * self.nbytes)
+        if tuple(panels.shape) != wanted or columns % self.block:
+            raise CheckpointError(
+                f"{rows} rows of {columns} columns in {self.name} are {rows} panels of {wanted[1]} bytes, here are "
+                f"{panels.shape[0]} of {panels.shape[1]}: the checkpoint's encoding is not that of its tensors"
+            )
 
-    def __init__(self, name: str, block: int, nbytes: int) -> None:
-        self.name, self.block, self.nbytes = name, block, nbytes
+
+class ComputedBlocks(Blocks):
+    """A type of blocks that is decoded by the kernels in C; without them by torch, to the same bits."""
 
     def decode(self, panels: Tensor, rows: int, columns: int, out: Tensor) -> None:
         """See `Codec.decode`."""
-        quants, kind = _gguf_package(self.name)
-        blocks, values = panels.reshape(-1, self.nbytes), out.view(-1, self.block)
-        for at in range(0, len(blocks), step := CHUNK // self.block):
-            with numpy.errstate(all="ignore"):
-                decoded = quants.dequantize(blocks[at : at + step].cpu().numpy(), kind)
-            values[at : at + step].copy_(torch.from_numpy(decoded))
+        kernels, type_code = native.library(), native.type_code(out.dtype)
+        if kernels is None or type_code is None or out.device.type != "cpu" or not panels.is_contiguous():
+            super().decode(panels, rows, columns, out)
+            return
+        self._check(panels, rows, columns)
+        kernels.lamina_gguf_decode(
+            panels.data_ptr(), rows, columns, self.number, type_code, out.data_ptr(), torch.get_num_threads()
+        )
 
     def linear(self, x: Tensor, panels: Tensor, rows: int, out: Tensor) -> bool:
-        """See `Codec.linear`."""
-        return False
+        """See `Codec.linear`. Sums are in fp32, of weights that are not rounded to x's type."""
+        tokens, columns = x.shape
+        kernels, type_code = native.library(), native.type_code(x.dtype)
+        if kernels is None or type_code is None or x.device.type != "cpu" or not 0 < tokens <= LINEAR_TOKENS:
+            return False
+        self._check(panels, rows, columns)
+        weights = (panels.data_ptr(), rows, columns, self.number)
+        failed: int = kernels.lamina_gguf_linear(
+            x.data_ptr(), tokens, *weights, type_code, out.data_ptr(), out.stride(0), torch.get_num_threads()
+        )
+        return not failed
+
+    def _decode(self, blocks: Tensor, out: Tensor) -> None:
+        assert self._parts is not None
+        parts = self._parts(blocks)
+        real = out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32, device=out.device)
+        grouped = real.view(len(out), parts.scales.shape[1], -1)
+        real.copy_(parts.levels)
+        grouped.mul_(parts.scales.unsqueeze(2))
+        if parts.minimums is not None:
+            grouped.sub_(parts.minimums.unsqueeze(2))
+        if real is not out:
+            out.copy_(real)
+
+
+class BorrowedBlocks(Blocks):
+    """A rare type of blocks, decoded by the `gguf` package, which has the code books of the type."""
+
+    def _decode(self, blocks: Tensor, out: Tensor) -> None:
+        quants, kind = _gguf_package(self.name)
+        with numpy.errstate(all="ignore"):
+            decoded = quants.dequantize(blocks.cpu().numpy(), kind)
+        out.copy_(torch.from_numpy(decoded))
 
 
 class PlainCodec:
@@ -276,9 +321,6 @@ def register_all() -> None:
     """Make every type of blocks known to `codec_for`."""
     for kind, dtype in _PLAIN.items():
         register(PlainCodec(CODEC_PREFIX + kind, dtype))
-    for kind, block, nbytes in BLOCK_TYPES.values():
-        name = CODEC_PREFIX + kind
-        if kind in _DECODED:
-            register(BlockCodec(name, block, nbytes, _DECODED[kind]))
-        else:
-            register(BorrowedCodec(name, block, nbytes))
+    for number, (kind, _, _) in BLOCK_TYPES.items():
+        parts = _DECODED.get(kind)
+        register(BorrowedBlocks(number) if parts is None else ComputedBlocks(number, parts))

@@ -398,6 +398,8 @@ void lamina_affine_pack(const float *rows, const float *scale, const float *cent
 #define RUN 256     /* elements whose first codes are interleaved */
 #define SECONDS 128 /* second codes that are interleaved, in 48 bytes */
 #define HEAD 16
+#define FIRST 3  /* exponents with a code of two bits */
+#define SECOND 7 /* and of three bits more */
 #define ESCAPE 7
 
 typedef struct {
@@ -535,6 +537,106 @@ int64_t lamina_bf16z_decode(const uint8_t *panels, int64_t count, int64_t panel_
         wrong += decode_chunk(&it, chunk, own, out + first);
     }
     return wrong;
+}
+
+#include "gguf_kernels.c"
+
+/* How often each exponent occurs: counts[256]. */
+static void count_exponents(const uint16_t *bits, int64_t elements, int64_t *counts) {
+    uint32_t apart[4][256]; /* a counter that is still being written would be waited for */
+    memset(counts, 0, 256 * sizeof *counts);
+    for (int64_t at = 0; at < elements; at += 1 << 30) {
+        int64_t end = SMALLER(elements, at + (1 << 30)), i = at;
+        memset(apart, 0, sizeof apart);
+        for (; i + 4 <= end; i += 4)
+            for (int k = 0; k < 4; k++) apart[k][bits[i + k] >> 7 & 255]++;
+        for (; i < end; i++) apart[0][bits[i] >> 7 & 255]++;
+        for (int e = 0; e < 256; e++) counts[e] += (int64_t)apart[0][e] + apart[1][e] + apart[2][e] + apart[3][e];
+    }
+}
+
+/* The commonest first, of equals the smaller first; and the bytes that such a panel takes. */
+static int64_t rank_exponents(const int64_t *counts, int64_t elements, uint8_t ranked[FIRST + SECOND]) {
+    int64_t seconds = elements, escapes, fixed;
+    uint8_t taken[256] = {0};
+    for (int rank = 0; rank < FIRST + SECOND; rank++) {
+        int best = -1;
+        for (int e = 0; e < 256; e++)
+            if (!taken[e] && (best < 0 || counts[e] > counts[best])) best = e;
+        taken[best] = 1;
+        ranked[rank] = (uint8_t)best;
+    }
+    for (int rank = 0; rank < FIRST; rank++) seconds -= counts[ranked[rank]];
+    escapes = seconds;
+    for (int rank = FIRST; rank < FIRST + SECOND; rank++) escapes -= counts[ranked[rank]];
+    fixed = HEAD + 4 * ((elements + CHUNK - 1) / CHUNK) + (RUN + RUN / 4) * ((elements + RUN - 1) / RUN);
+    return fixed + 48 * ((seconds + SECONDS - 1) / SECONDS) + escapes;
+}
+
+/* Second codes in turn, packed group by group; escapes wait until it is known where they begin. */
+typedef struct {
+    uint8_t *groups, codes[SECONDS];
+    int waiting;
+} packer_t;
+
+static void pack_second(packer_t *it, uint8_t code) {
+    it->codes[it->waiting++] = code;
+    if (it->waiting < SECONDS) return;
+    for (int i = 0; i < SECONDS; i++) {
+        it->groups[i % 32] |= (uint8_t)((it->codes[i] & 3) << 2 * (i / 32));
+        it->groups[32 + i % 16] |= (uint8_t)(it->codes[i] >> 2 << i / 16);
+    }
+    it->groups += 48;
+    it->waiting = 0;
+}
+
+/* The panel is all zeros before. */
+static void encode_panel(const uint16_t *bits, int64_t elements, int64_t second_count, uint8_t *panel) {
+    uint8_t firsts[256], seconds[256], *counts = panel + HEAD;
+    uint8_t *raw = counts + 4 * ((elements + CHUNK - 1) / CHUNK), *codes = raw + (elements + RUN - 1) / RUN * RUN;
+    packer_t packer = {codes + (elements + RUN - 1) / RUN * (RUN / 4), {0}, 0};
+    uint8_t *escapes = packer.groups + 48 * ((second_count + SECONDS - 1) / SECONDS);
+    memset(firsts, FIRST, sizeof firsts);
+    memset(seconds, ESCAPE, sizeof seconds);
+    for (int rank = 0; rank < FIRST; rank++) firsts[panel[4 + rank]] = (uint8_t)rank;
+    for (int rank = 0; rank < SECOND; rank++) seconds[panel[4 + FIRST + rank]] = (uint8_t)rank;
+    for (int64_t chunk = 0; chunk * CHUNK < elements; chunk++) {
+        uint16_t found[2] = {0, 0};
+        for (int64_t i = chunk * CHUNK; i < SMALLER(elements, (chunk + 1) * CHUNK); i++) {
+            uint8_t exponent = bits[i] >> 7 & 255, code = firsts[exponent];
+            raw[i] = (uint8_t)((bits[i] >> 8 & 0x80) | (bits[i] & 0x7f));
+            codes[i / RUN * (RUN / 4) + i % 64] |= (uint8_t)(code << 2 * (i % RUN / 64));
+            if (code < FIRST) continue;
+            found[0]++;
+            pack_second(&packer, seconds[exponent]);
+            if (seconds[exponent] == ESCAPE) found[1]++, *escapes++ = exponent;
+        }
+        memcpy(counts + 4 * chunk, found, 4);
+    }
+    while (packer.waiting) pack_second(&packer, 0);
+}
+
+/* The most bytes that one of the panels needs; where `out` is given and that is not more than `panel_bytes`, the
+   panels are written there. */
+int64_t lamina_bf16z_encode(const uint16_t *bits, int64_t elements, int64_t panel_elements, uint32_t panel_rows,
+                            int64_t panel_bytes, uint8_t *out, int32_t threads) {
+    int64_t panels = (elements + panel_elements - 1) / panel_elements, most = 0;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (elements > 65536) reduction(max : most)
+    for (int64_t index = 0; index < panels; index++) {
+        const uint16_t *from = bits + index * panel_elements;
+        int64_t own = SMALLER(panel_elements, elements - index * panel_elements), counts[256], seconds = own, need;
+        uint8_t ranked[FIRST + SECOND], *panel = out + index * panel_bytes;
+        count_exponents(from, own, counts);
+        need = rank_exponents(counts, own, ranked);
+        most = need > most ? need : most;
+        if (!out || need > panel_bytes) continue;
+        for (int rank = 0; rank < FIRST; rank++) seconds -= counts[ranked[rank]];
+        memset(panel, 0, (size_t)panel_bytes);
+        memcpy(panel, &panel_rows, 4);
+        memcpy(panel + 4, ranked, sizeof ranked);
+        encode_panel(from, own, seconds, panel);
+    }
+    return most;
 }
 
 int32_t lamina_kernels_version(void) { return 1; }

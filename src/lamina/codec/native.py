@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("kernels.c")
+INCLUDED = Path(__file__).with_name("gguf_kernels.c")
 VERSION = 1  # of the functions' arguments: lamina_kernels_version() says the same
 COMPILERS = ("cc", "gcc", "clang")
 # Sums are one fused multiply-add after another in every variant of a loop, or in none: their bits must be the same.
@@ -118,7 +119,7 @@ def _fingerprint(compiler: str) -> str:
     real = os.path.realpath(compiler)
     known = os.stat(real)
     parts = [VERSION, VARIANTS, FLAGS, real, known.st_size, known.st_mtime_ns, _processor()]
-    return hashlib.sha256(SOURCE.read_bytes() + repr(parts).encode()).hexdigest()[:32]
+    return hashlib.sha256(SOURCE.read_bytes() + INCLUDED.read_bytes() + repr(parts).encode()).hexdigest()[:32]
 
 
 def _processor() -> str:
@@ -191,4 +192,10 @@ def _open(path: Path) -> ctypes.CDLL:
     kernels.lamina_affine_pack.restype = None
     kernels.lamina_bf16z_decode.argtypes = [pointer, long, long, long, long, pointer, short]
     kernels.lamina_bf16z_decode.restype = long
+    kernels.lamina_bf16z_encode.argtypes = [pointer, long, long, ctypes.c_uint32, long, pointer, short]
+    kernels.lamina_bf16z_encode.restype = long
+    kernels.lamina_gguf_decode.argtypes = kernels.lamina_affine_decode.argtypes
+    kernels.lamina_gguf_decode.restype = short
+    kernels.lamina_gguf_linear.argtypes = kernels.lamina_affine_linear.argtypes
+    kernels.lamina_gguf_linear.restype = short
     return kernels
