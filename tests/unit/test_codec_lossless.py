@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from lamina.codec import LOSSLESS, codec_for, native
-from lamina.errors import CheckpointError
+from lamina.errors import ChangedError, CheckpointError
 
 PATTERNS = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
 
@@ -123,6 +123,22 @@ def test_panels_take_what_was_said(way: str) -> None:
     )
     assert LOSSLESS.encode(block, 256, need).shape == (3, need)
     assert same_bits(decoded(LOSSLESS.encode(block, 256, need + 1000), 600, 40), block)
+
+
+def test_a_tensor_that_changed_since_it_was_measured_is_noticed(way: str) -> None:
+    need = LOSSLESS.need(torch.zeros(40, 100, dtype=torch.bfloat16), 16)
+    with pytest.raises(ChangedError, match=f"at most {need}: the tensor has changed"):
+        LOSSLESS.encode(normal(40, 100), 16, need)
+
+
+def test_both_encoders_write_the_same_bytes() -> None:
+    if native.missing():
+        pytest.skip(native.missing())
+    for block in (PATTERNS.view(256, 256), normal(100, 333), normal(1, 5), PATTERNS[:1].expand(20, 20)):
+        for panel_rows in (7, 64):
+            panels = encoded(block, panel_rows)
+            with native.switched_off():
+                assert torch.equal(encoded(block, panel_rows), panels)
 
 
 def test_a_tensor_that_would_not_shrink_is_better_plain() -> None:

@@ -23,7 +23,7 @@ TRIES = 16  # ranges for a group, from WIDEST of its own to a part that fewer bi
 WIDEST = 1.04
 NARROWEST = {4: 0.64, 5: 0.8, 6: 0.9}
 REACH = 8191.0  # of the whole numbers that stand for a group's weights: 32 * 32 * REACH is less than 2^24
-ELEMENTS = 1 << 17  # fitted at a time: what stays in a core's cache
+ELEMENTS = 1 << 20  # fitted at a time: bounds what that takes besides
 TINY = 1e-37  # a smaller scale has no reciprocal in fp32, and nothing to scale
 
 

@@ -25,12 +25,13 @@ Panels of a tensor have equal bytes, those of the one that needs most: encoding 
 
 from __future__ import annotations
 
+import ctypes
 import math
 
 import torch
 
 from lamina.codec import native
-from lamina.errors import CheckpointError
+from lamina.errors import ChangedError, CheckpointError
 
 CHUNK, RUN, SECONDS = 4096, 256, 128
 HEAD = 16
@@ -51,7 +52,11 @@ class Lossless:
             block: bf16 of shape (rows, columns), beginning with a panel.
             panel_rows: rows of a panel.
         """
-        return max((_need(_split(panel)[1]) for panel in torch.split(block, panel_rows)), default=HEAD)
+        if block.numel() == 0:
+            return HEAD
+        if (kernels := _kernels(block)) is not None:
+            return _encode_natively(kernels, block, panel_rows, 0, None)
+        return max(_need(_split(panel)[1]) for panel in torch.split(block, panel_rows))
 
     def saves(self, panel_bytes: int, panel_rows: int, rows: int, columns: int) -> bool:
         """Whether a tensor of that many rows is better stored in such panels than plain."""
@@ -67,9 +72,26 @@ class Lossless:
 
         Returns:
             uint8 of shape (panels, panel_bytes).
+
+        Raises:
+            ChangedError: a panel needs more.
         """
-        panels = [_encode(panel, panel_rows, panel_bytes) for panel in torch.split(block, panel_rows)]
-        return torch.stack(panels) if panels else torch.empty(0, panel_bytes, dtype=torch.uint8)
+        panels = torch.empty(math.ceil(len(block) / panel_rows), panel_bytes, dtype=torch.uint8)
+        if block.numel() == 0:
+            return panels.zero_()
+        if (kernels := _kernels(block)) is not None:
+            need = _encode_natively(kernels, block, panel_rows, panel_bytes, panels)
+        else:
+            encoded = [_encode(panel, panel_rows) for panel in torch.split(block, panel_rows)]
+            need = max(len(panel) for panel in encoded)
+            for panel, some in zip(panels, encoded, strict=True):
+                panel.copy_(_exactly(some, panel_bytes))
+        if need > panel_bytes:
+            raise ChangedError(
+                f"a panel takes {need} bytes in bf16z, when it was measured it took at most {panel_bytes}: the tensor "
+                "has changed in between, split the model again"
+            )
+        return panels
 
     def decode(self, panels: torch.Tensor, rows: int, columns: int, out: torch.Tensor) -> None:
         """See `Codec`.
@@ -83,7 +105,7 @@ class Lossless:
         if out.dtype != torch.bfloat16:
             self._decode_and_convert(panels, rows, columns, panel_rows, out)
             return
-        kernels = native.library() if out.device.type == "cpu" else None
+        kernels = _kernels(out)
         if kernels is None:
             parts = zip(panels, torch.split(out, panel_rows), strict=True)
             wrong = sum(_decode(panel, some) for panel, some in parts)
@@ -123,6 +145,22 @@ class Lossless:
             some.copy_(scratch[: len(some)])
 
 
+def _kernels(tensor: torch.Tensor) -> ctypes.CDLL | None:
+    return native.library() if tensor.device.type == "cpu" else None
+
+
+def _encode_natively(
+    kernels: ctypes.CDLL, block: torch.Tensor, panel_rows: int, panel_bytes: int, panels: torch.Tensor | None
+) -> int:
+    """The bytes that the neediest panel takes; writes where there are panels and they are large enough."""
+    block = block.contiguous()
+    need: int = kernels.lamina_bf16z_encode(
+        *(block.data_ptr(), block.numel(), panel_rows * block.shape[1], panel_rows, panel_bytes),
+        *(None if panels is None else panels.data_ptr(), torch.get_num_threads()),
+    )
+    return need
+
+
 def _split(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """bf16 -> sign and mantissa as one byte, exponent: uint8, flat."""
     bits = rows.contiguous().view(torch.int16).flatten()
@@ -147,7 +185,8 @@ def _need_of_counts(ranked: list[int]) -> int:
     return fixed + 48 * math.ceil(seconds / SECONDS) + escapes
 
 
-def _encode(rows: torch.Tensor, panel_rows: int, panel_bytes: int) -> torch.Tensor:
+def _encode(rows: torch.Tensor, panel_rows: int) -> torch.Tensor:
+    """One panel in torch alone, as many bytes as it needs."""
     raw, exponents = _split(rows)
     _, ranked = _ranked(exponents)
     codes = torch.full((2, 256), FIRST, dtype=torch.uint8)  # of the first plane, of the second
@@ -169,7 +208,7 @@ def _encode(rows: torch.Tensor, panel_rows: int, panel_bytes: int) -> torch.Tens
         _pack_seconds(_fill(seconds, SECONDS).view(-1, SECONDS)),
         escapes,
     ]
-    return _fill(torch.cat(parts), panel_bytes)
+    return torch.cat(parts)
 
 
 def _fill(flat: torch.Tensor, size: int) -> torch.Tensor:
