@@ -46,13 +46,16 @@ def _in_steps(block: torch.Tensor, group: int, encode: Callable[[torch.Tensor], 
 def _grouped(block: torch.Tensor, group: int) -> torch.Tensor:
     """As fp32 [rows, groups, group]; the last column is repeated to fill a group, which widens no range."""
     rows = block.float()
-    if not torch.isfinite(rows).all():
-        raise CheckpointError(
-            "a weight is infinite or not a number, which no scaled integer can hold: store the checkpoint lossless"
-        )
     if missing := -rows.shape[1] % group:
         rows = torch.cat([rows, rows[:, -1:].expand(-1, missing)], dim=1)
     return rows.contiguous().view(len(rows), rows.shape[1] // group, group)
+
+
+def _refuse_infinite(extremes: torch.Tensor) -> None:
+    if not torch.isfinite(extremes).all():
+        raise CheckpointError(
+            "a weight is infinite or not a number, which no scaled integer can hold: store the checkpoint lossless"
+        )
 
 
 def _groups(rows: torch.Tensor, bits: int) -> torch.Tensor:
@@ -69,6 +72,7 @@ def _groups(rows: torch.Tensor, bits: int) -> torch.Tensor:
 def _fit(rows: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and centre of each group of rows, shape [rows, groups, 32]."""
     low, high = rows.amin(2), rows.amax(2)
+    _refuse_infinite(torch.stack([low, high]))
     middle, half = low / 2 + high / 2, high / 2 - low / 2
     factor = torch.where(half > TINY, REACH / half, 0)
     number, total, shared, spread = _search(rows, middle, factor, bits)
@@ -131,7 +135,9 @@ def _planes(rows: torch.Tensor, scale: torch.Tensor, centre: torch.Tensor, bits:
 
 
 def _blocks(rows: torch.Tensor) -> torch.Tensor:
-    scale = _up_to_bf16(rows.abs().amax(2) / 127)
+    most = torch.maximum(rows.amax(2), -rows.amin(2))
+    _refuse_infinite(most)
+    scale = _up_to_bf16(most / 127)
     factor = torch.where(scale > TINY, 1 / scale, 0)
     codes = (rows * factor.unsqueeze(-1)).round_().clamp_(-127, 127).to(torch.int8)
     return torch.cat([scale.bfloat16().view(torch.uint8), codes.flatten(1).view(torch.uint8)], dim=1)

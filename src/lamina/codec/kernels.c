@@ -93,7 +93,7 @@ INLINE uint32_t load32(const uint8_t *at) {
     return value;
 }
 
-/* Compilers choose short vectors for loops that begin with bytes, so the width is said here; the values are the same. */
+/* Compilers choose short vectors for loops that begin with bytes, so the width is said here; values are the same. */
 #if defined(__AVX512F__)
 #define WIDTH 16
 #elif defined(__AVX2__)
@@ -270,8 +270,8 @@ static void linear_rows(span_t decode, int64_t bytes, const uint8_t *panels, int
         }
 }
 
-/* x as fp32 in spans of columns, padded by zeros: [spans][tokens][SPAN]. What a tile reads lies close together then; with
-   tokens a power of two apart they would push each other out of the first cache. */
+/* x as fp32 in spans of columns, padded by zeros: [spans][tokens][SPAN]. What a tile reads lies close together then;
+   tokens that are a power of two apart would push each other out of the first cache. */
 static void widen(const void *x, int type, int64_t tokens, int64_t columns, float *wide) {
     for (int64_t first = 0; first < columns; first += SPAN)
         for (int64_t t = 0; t < tokens; t++, wide += SPAN) {
@@ -449,7 +449,8 @@ INLINE int64_t translate(const panel_t *it, place_t place, uint8_t *codes) {
     int64_t found = 0, available = it->end - it->escapes - place.escape;
     const uint8_t *next = codes, *stop = codes + place.seconds;
     uint8_t table[8] = {0};
-    while (next < stop && (next = memchr(next, ESCAPE, (size_t)(stop - next)))) at[found++] = (uint16_t)(next++ - codes);
+    while (next < stop && (next = memchr(next, ESCAPE, (size_t)(stop - next))))
+        at[found++] = (uint16_t)(next++ - codes);
     memcpy(table, it->second_table, ESCAPE);
     for (int64_t i = 0; i < place.seconds; i++) codes[i] = table[codes[i] & 7];
     for (int64_t i = 0; i < found; i++) codes[at[i]] = i < available ? it->escapes[place.escape + i] : 0;
@@ -458,6 +459,7 @@ INLINE int64_t translate(const panel_t *it, place_t place, uint8_t *codes) {
 
 /* 64 elements; gives how many second codes they took. */
 #ifdef EXPANDING
+#define UPPER(vector) _mm512_extracti64x4_epi64(vector, 1)
 INLINE int expand(const uint8_t *raw, const uint8_t *firsts, int quarter, __m512i table, const uint8_t *seconds,
                   uint16_t *out) {
     __m512i low = _mm512_loadu_si512(raw), three = _mm512_set1_epi8(3);
@@ -466,8 +468,8 @@ INLINE int expand(const uint8_t *raw, const uint8_t *firsts, int quarter, __m512
     __m512i exponents = _mm512_shuffle_epi8(table, codes);
     exponents = _mm512_mask_expand_epi8(exponents, others, _mm512_loadu_si512(seconds));
     for (int half = 0; half < 2; half++) {
-        __m512i e = _mm512_cvtepu8_epi16(half ? _mm512_extracti64x4_epi64(exponents, 1) : _mm512_castsi512_si256(exponents));
-        __m512i r = _mm512_cvtepu8_epi16(half ? _mm512_extracti64x4_epi64(low, 1) : _mm512_castsi512_si256(low));
+        __m512i e = _mm512_cvtepu8_epi16(half ? UPPER(exponents) : _mm512_castsi512_si256(exponents));
+        __m512i r = _mm512_cvtepu8_epi16(half ? UPPER(low) : _mm512_castsi512_si256(low));
         __m512i sign = _mm512_and_si512(_mm512_slli_epi16(r, 8), _mm512_set1_epi16((short)0x8000));
         __m512i rest = _mm512_and_si512(r, _mm512_set1_epi16(0x7f));
         _mm512_storeu_si512(out + 32 * half, _mm512_or_si512(_mm512_or_si512(sign, rest), _mm512_slli_epi16(e, 7)));
@@ -573,47 +575,63 @@ static int64_t rank_exponents(const int64_t *counts, int64_t elements, uint8_t r
     return fixed + 48 * ((seconds + SECONDS - 1) / SECONDS) + escapes;
 }
 
-/* Second codes in turn, packed group by group; escapes wait until it is known where they begin. */
-typedef struct {
-    uint8_t *groups, codes[SECONDS];
-    int waiting;
-} packer_t;
-
-static void pack_second(packer_t *it, uint8_t code) {
-    it->codes[it->waiting++] = code;
-    if (it->waiting < SECONDS) return;
-    for (int i = 0; i < SECONDS; i++) {
-        it->groups[i % 32] |= (uint8_t)((it->codes[i] & 3) << 2 * (i / 32));
-        it->groups[32 + i % 16] |= (uint8_t)(it->codes[i] >> 2 << i / 16);
-    }
-    it->groups += 48;
-    it->waiting = 0;
+static void pack_firsts(const uint8_t *codes, uint8_t *to) {
+    for (int i = 0; i < 64; i++)
+        to[i] = (uint8_t)(codes[i] | codes[64 + i] << 2 | codes[128 + i] << 4 | codes[192 + i] << 6);
 }
 
-/* The panel is all zeros before. */
+static void pack_seconds(const uint8_t *codes, uint8_t *to) {
+    memset(to, 0, 48);
+    for (int k = 0; k < 4; k++)
+        for (int i = 0; i < 32; i++) to[i] |= (uint8_t)((codes[32 * k + i] & 3) << 2 * k);
+    for (int k = 0; k < 8; k++)
+        for (int i = 0; i < 16; i++) to[32 + i] |= (uint8_t)(codes[16 * k + i] >> 2 << k);
+}
+
+/* Raw bytes and first codes of one run; gives how many of its exponents have none and are written to `others`. */
+static int encode_run(const uint16_t *bits, int count, const uint8_t *firsts, uint8_t *raw, uint8_t *to,
+                      uint8_t *others) {
+    uint8_t codes[RUN] = {0};
+    int found = 0;
+    for (int i = 0; i < count; i++) raw[i] = (uint8_t)((bits[i] >> 8 & 0x80) | (bits[i] & 0x7f));
+    for (int i = 0; i < count; i++) { /* without a branch: nobody can foresee which exponent is next */
+        uint8_t exponent = bits[i] >> 7 & 255;
+        codes[i] = firsts[exponent];
+        others[found] = exponent;
+        found += codes[i] == FIRST;
+    }
+    pack_firsts(codes, to);
+    return found;
+}
+
+/* What follows the head; the panel is all zeros there before. */
 static void encode_panel(const uint16_t *bits, int64_t elements, int64_t second_count, uint8_t *panel) {
-    uint8_t firsts[256], seconds[256], *counts = panel + HEAD;
+    uint8_t firsts[256], seconds[256], waiting[SECONDS + CHUNK + 1], *counts = panel + HEAD;
     uint8_t *raw = counts + 4 * ((elements + CHUNK - 1) / CHUNK), *codes = raw + (elements + RUN - 1) / RUN * RUN;
-    packer_t packer = {codes + (elements + RUN - 1) / RUN * (RUN / 4), {0}, 0};
-    uint8_t *escapes = packer.groups + 48 * ((second_count + SECONDS - 1) / SECONDS);
+    uint8_t *groups = codes + (elements + RUN - 1) / RUN * (RUN / 4);
+    uint8_t *escapes = groups + 48 * ((second_count + SECONDS - 1) / SECONDS);
+    int behind = 0, done; /* second codes of chunks before that wait for their group to be full */
     memset(firsts, FIRST, sizeof firsts);
     memset(seconds, ESCAPE, sizeof seconds);
     for (int rank = 0; rank < FIRST; rank++) firsts[panel[4 + rank]] = (uint8_t)rank;
     for (int rank = 0; rank < SECOND; rank++) seconds[panel[4 + FIRST + rank]] = (uint8_t)rank;
-    for (int64_t chunk = 0; chunk * CHUNK < elements; chunk++) {
+    for (int64_t chunk = 0; chunk * CHUNK < elements; chunk++, counts += 4) {
         uint16_t found[2] = {0, 0};
-        for (int64_t i = chunk * CHUNK; i < SMALLER(elements, (chunk + 1) * CHUNK); i++) {
-            uint8_t exponent = bits[i] >> 7 & 255, code = firsts[exponent];
-            raw[i] = (uint8_t)((bits[i] >> 8 & 0x80) | (bits[i] & 0x7f));
-            codes[i / RUN * (RUN / 4) + i % 64] |= (uint8_t)(code << 2 * (i % RUN / 64));
-            if (code < FIRST) continue;
-            found[0]++;
-            pack_second(&packer, seconds[exponent]);
-            if (seconds[exponent] == ESCAPE) found[1]++, *escapes++ = exponent;
+        for (int64_t at = chunk * CHUNK; at < SMALLER(elements, (chunk + 1) * CHUNK); at += RUN)
+            found[0] += (uint16_t)encode_run(bits + at, (int)SMALLER(elements - at, RUN), firsts, raw + at,
+                                             codes + at / 4, waiting + behind + found[0]);
+        for (int i = behind; i < behind + found[0]; i++) {
+            uint8_t exponent = waiting[i];
+            waiting[i] = seconds[exponent];
+            if (waiting[i] == ESCAPE) found[1]++, *escapes++ = exponent;
         }
-        memcpy(counts + 4 * chunk, found, 4);
+        memcpy(counts, found, 4);
+        behind += found[0];
+        for (done = 0; done + SECONDS <= behind; done += SECONDS, groups += 48) pack_seconds(waiting + done, groups);
+        memmove(waiting, waiting + done, (size_t)(behind -= done));
     }
-    while (packer.waiting) pack_second(&packer, 0);
+    memset(waiting + behind, 0, SECONDS);
+    if (behind) pack_seconds(waiting, groups);
 }
 
 /* The most bytes that one of the panels needs; where `out` is given and that is not more than `panel_bytes`, the
