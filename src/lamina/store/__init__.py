@@ -3,8 +3,27 @@
 What is written is an ordinary folder of safetensors files with one manifest beside them (docs/store-format.md).
 """
 
-from lamina.store.place import default_folder, is_store_of
-from lamina.store.split import SplitResult, split
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from lamina.store.verify import Fault, Verification, verify
 
+if TYPE_CHECKING:
+    from lamina.store.place import default_folder, is_store_of
+    from lamina.store.splitting import SplitResult, split
+
 __all__ = ["Fault", "SplitResult", "Verification", "default_folder", "is_store_of", "split", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    """What builds a model brings torch and transformers: it is imported when it is asked for."""
+    if name in ("default_folder", "is_store_of"):
+        from lamina.store import place
+
+        return getattr(place, name)
+    if name in ("SplitResult", "split"):
+        from lamina.store import splitting
+
+        return getattr(splitting, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,11 +7,14 @@ import errno
 import hashlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lamina.errors import CheckpointError, WriteError
 from lamina.sizes import format_size
+
+Progress = Callable[[str, int, int], None]
+"""Told a stage (`download`, `wait`, `check`, `split`, `verify`), bytes done and bytes in all."""
 
 PART = ".part"
 FLUSHED_BYTES = 32 << 20  # after so many the drive is asked to begin, and the page cache to let go
@@ -119,7 +122,7 @@ def remove_parts(folder: str) -> None:
                 os.unlink(os.path.join(folder, name))
 
 
-def checksum(path: str, seen: Any = None) -> tuple[int, str]:
+def checksum(path: str, seen: Callable[[int], None] | None = None) -> tuple[int, str]:
     """Bytes of a file and their SHA-256, read from the drive rather than from the page cache.
 
     Args:

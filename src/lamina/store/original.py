@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lamina.errors import ChangedError, CheckpointError
-from lamina.store.files import flush_folder, refusals
-from lamina.store.source import SNAPSHOT, Progress
+from lamina.store.files import Progress, flush_folder, refusals
+from lamina.store.source import SNAPSHOT
 from lamina.store.verify import verify
 
 IN_CACHE = "belongs to the hub's cache, which other programs share: `hf cache` removes it there"

@@ -65,6 +65,7 @@ def make_runs(model: Any, checkpoint: Checkpoint, traced: Trace, weights: Weight
     Lossless panels have no size yet: that takes a look at the numbers.
     """
     uses = list(_uses(model, traced, weights))
+    uses += _copies(model, checkpoint, uses)
     layers = sorted(weights.schedule.layers, key=len, reverse=True)
     coded = _coded(uses, checkpoint, RECIPES[compression])
     runs: list[Run] = []
@@ -96,6 +97,14 @@ def _uses(model: Any, traced: Trace, weights: Weights) -> Iterator[_Use]:
         role = _role(name, tensor, traced, weights, experts_by_config(model.config), tensor is output)
         looked_up = "embedding" in traced.uses.get(name, ())
         yield _Use(name, tuple(dict.fromkeys(str(box.source) for box in boxes)), role, boxes, looked_up)
+
+
+def _copies(model: Any, checkpoint: Checkpoint, uses: Iterable[_Use]) -> list[_Use]:
+    """Tensors that a checkpoint holds under a second name, though the model has tied them to the first."""
+    used = {source for use in uses for source in use.sources}
+    names = getattr(model, "all_tied_weights_keys", None) or {}
+    found = [name for name in names if name in checkpoint.tensors and name not in used]
+    return [_Use(name, (name,), Role.HEAD, (), looked_up=True) for name in found]
 
 
 def _role(

@@ -6,14 +6,15 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lamina.checkpoint import Checkpoint, Extent, Fingerprint, open_checkpoint
 from lamina.errors import ChangedError, CheckpointError, ReadError, TruncatedError, UnsupportedError
+from lamina.model.pickled import read_pickled
+from lamina.store.files import Progress
 
-Progress = Callable[[str, int, int], None]
 SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})(?:/|$)")
 
 
@@ -60,7 +61,9 @@ def open_source(
         from lamina.checkpoint.hub import locate
 
         found = locate(model, variant=variant, progress=progress, trust_remote_code=trust_remote_code, **hub)
-    checkpoint = open_checkpoint(found, variant=variant, subfolder=hub.get("subfolder") or "")
+    checkpoint = open_checkpoint(
+        found, variant=variant, subfolder=hub.get("subfolder") or "", read_pickled=read_pickled
+    )
     for entry in checkpoint.tensors.values():
         if entry.encoding is not None:
             raise UnsupportedError(

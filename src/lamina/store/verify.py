@@ -9,8 +9,7 @@ from typing import Any
 from lamina.checkpoint import open_checkpoint
 from lamina.checkpoint.store import MANIFEST, is_partial, partial_store, read_manifest
 from lamina.errors import CheckpointError, RequestError
-from lamina.store.files import checksum
-from lamina.store.source import Progress
+from lamina.store.files import Progress, checksum
 
 
 @dataclass(frozen=True, slots=True)

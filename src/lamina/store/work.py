@@ -16,13 +16,13 @@ from lamina.errors import ChangedError, CheckpointError, RequestError
 from lamina.model.build import Request, build
 from lamina.model.trace import trace
 from lamina.model.weights import describe
-from lamina.store.files import check_room, checksum, is_part, refusals, remove_parts, write_whole
+from lamina.store.files import Progress, check_room, checksum, is_part, refusals, remove_parts, write_whole
 from lamina.store.journal import Finished, Journal, remove_journal
 from lamina.store.layout import StoreFile, make_files
 from lamina.store.lock import LOCK, locked
 from lamina.store.recipe import make_runs
 from lamina.store.size import estimate
-from lamina.store.source import Progress, Source, explain_change
+from lamina.store.source import Source, explain_change
 from lamina.store.writer import write_file
 
 SPARE_BYTES = 1 << 20  # for the journal and what the file system needs for itself

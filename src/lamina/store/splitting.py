@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lamina.checkpoint.store import PLAIN, Manifest, check_compression
+from lamina.store.files import Progress
 from lamina.store.original import IN_CACHE, Deletion, delete_original_files
 from lamina.store.place import check_place, default_folder
-from lamina.store.source import Progress, explain_age, local_root, open_source
+from lamina.store.source import explain_age, local_root, open_source
 from lamina.store.work import Work, finished_store, is_whole, made_from_another, tidy
 
 
