@@ -124,7 +124,13 @@ def test_block_fp8_is_what_transformers_decodes(family: str, tmp_path: Path) -> 
 # transformers divides 48 rows with two scales evenly, where the format says blocks of 32: only the definition can judge
 @pytest.mark.parametrize(
     ("family", "method"),
-    [("qwen3_next", "fp8"), ("qwen3_moe", "gptq"), ("mixtral", "awq"), ("qwen2_moe", "pack-quantized in groups of 16")],
+    [
+        ("qwen3_next", "fp8"),
+        ("qwen3_moe", "gptq"),
+        ("qwen3_moe", "nvfp4"),
+        ("mixtral", "awq"),
+        ("qwen2_moe", "pack-quantized in groups of 16"),
+    ],
 )
 def test_families_that_merge_and_split(family: str, method: str, tmp_path: Path) -> None:
     folder, decoded = _quantized(tmp_path, family, method)

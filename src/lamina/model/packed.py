@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-CHUNK = 1 << 20  # elements decoded at once
+CHUNK = 1 << 18  # elements decoded at once: in float32 they stay in a processor's cache
 ROWS_AT_ONCE = 32  # rows of a block come in multiples of this many: no packed word is cut in two
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # which nibble of a word holds each of its eight columns
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight columns each nibble of a word holds
 _WORD = 32
 
 
@@ -71,10 +71,10 @@ class Scaled(Packed):
     factor: float = 1.0
 
     def rows(self, first: int, count: int, *stored: torch.Tensor) -> torch.Tensor:
-        weight = stored[0].view(-1, self.shape[-1])[first : first + count].float()
+        weight = to_float(stored[0].view(-1, self.shape[-1])[first : first + count])
         if len(stored) > 2:
             weight = weight - self._spread(stored[2].float(), first, count)
-        scales = to_float(stored[1])
+        scales = scales_of(stored[1])
         return weight * self._spread(scales if self.factor == 1.0 else scales * self.factor, first, count)
 
     def _spread(self, grid: torch.Tensor, first: int, count: int) -> torch.Tensor:
@@ -102,11 +102,11 @@ class Float4(Packed):
     def rows(self, first: int, count: int, *stored: torch.Tensor) -> torch.Tensor:
         columns = self.shape[-1]
         packed = stored[0].view(torch.uint8).view(-1, columns // 2)[first : first + count]
-        values = torch.tensor(E2M1, device=packed.device)[torch.stack((packed & 15, packed >> 4), -1).int()]
-        scales = to_float(stored[1].reshape(-1, columns // self.group)[first : first + count])
+        values = look_up(in_pairs(torch.tensor(E2M1, device=packed.device)), packed)
+        scales = scales_of(stored[1].reshape(-1, columns // self.group)[first : first + count])
         if len(stored) > 2:
             scales = scales / stored[2].float()
-        return values.view(count, columns) * spread(scales, self.group, columns)
+        return values * spread(scales, self.group, columns)
 
 
 @dataclass(frozen=True)
@@ -154,9 +154,7 @@ class Integers(Packed):
         values = unpack(stored[0][first : first + count], self.bits, columns)
         scales = stored[1].reshape(-1, stored[1].shape[-1])
         scales = (scales[first : first + count] if scales.shape[0] > 1 else scales).float()
-        group = stored[-1].long() if len(stored) > 2 + self.zeros else None
-        if group is not None and (group < 0).any():  # the package's word for columns in their own order
-            group = None
+        group = out_of_order(stored[-1] if len(stored) > 2 + self.zeros else None, self.group)
         if not self.zeros:
             return (values - middle) * by_group(scales, group, self.group, columns)
         words = stored[2][first * self.bits // _WORD : -(-(first + count) * self.bits // _WORD)]
@@ -188,7 +186,7 @@ class Gptq(Packed):
         zeros = unpack(stored[1][:, words], self.bits, count).t()
         zeros = (zeros + self.offset) % (1 << self.bits)
         scales = stored[2][:, first : first + count].t().float()
-        group = stored[3].long() if len(stored) > 3 else None
+        group = out_of_order(stored[3] if len(stored) > 3 else None, self.group)
         return (values - by_group(zeros, group, self.group, columns)) * by_group(scales, group, self.group, columns)
 
 
@@ -213,8 +211,11 @@ class Awq(Packed):
 
     @staticmethod
     def _outputs(words: torch.Tensor, count: int) -> torch.Tensor:
-        values = unpack(words, 4, words.shape[1] * 8).view(len(words), -1, 8)[..., list(AWQ_ORDER)]
-        return values.reshape(len(words), -1)[:, :count].t()
+        across = words.t().contiguous()
+        out = torch.empty(len(across), 8, across.shape[1], device=words.device)
+        for nibble, column in enumerate(AWQ_ORDER):
+            out[:, column] = (across >> 4 * nibble) & 15
+        return out.view(-1, across.shape[1])[:count]
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,7 @@ class Lookup4(Packed):
         columns = self.shape[-1]
         begin, end = first * columns, (first + count) * columns
         packed = stored[0].view(torch.uint8).view(-1)[begin // 2 : (end + 1) // 2]
-        values = stored[2].float()[torch.stack((packed >> 4, packed & 15), -1).int()].view(-1)
+        values = look_up(in_pairs(stored[2].float()).flip(-1), packed)
         low, high = begin // self.block, -(-end // self.block)
         absmax = stored[1][low:high]
         if self.nested_block:
@@ -258,18 +259,38 @@ def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """The first `count` unsigned integers of each row of int32 words, which are a stream of bits from the lowest on.
 
     Returns:
-        int32 of shape (rows, count).
+        float32 of shape (rows, count).
     """
-    if _WORD % bits == 0:
-        shifts = torch.arange(0, _WORD, bits, dtype=torch.int32, device=words.device)
-        values = (words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
-        return values.flatten(-2)[..., :count]
+    if bits in (4, 8):
+        packed = words.flatten().view(torch.uint8).view(*words.shape[:-1], -1)
+        values = packed.float() if bits == 8 else look_up(in_pairs(torch.arange(16.0, device=words.device)), packed)
+        return values[..., :count]
     place = torch.arange(count, device=words.device) * bits
     word, shift = place // _WORD, place % _WORD
     unsigned = words.long() & 0xFFFFFFFF
     next_word = (word + 1).clamp(max=words.shape[-1] - 1)
     values = (unsigned[..., word] | unsigned[..., next_word] << _WORD) >> shift
-    return (values & ((1 << bits) - 1)).int()
+    return (values & ((1 << bits) - 1)).float()
+
+
+def in_pairs(table: torch.Tensor) -> torch.Tensor:
+    """Of a table of 16 numbers, the two that each byte stands for, the lower four bits first: float32 (256, 2)."""
+    return torch.stack((table.repeat(16), table.repeat_interleave(16)), -1)
+
+
+def look_up(table: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    """The numbers of bytes, one or two each: a table is several times quicker than torch's own conversions.
+
+    Args:
+        table: float32 (256,) or (256, 2).
+        packed: uint8 (..., bytes).
+
+    Returns:
+        float32 (..., numbers).
+    """
+    as_one = table.contiguous().view(torch.float64).view(-1) if table.dim() == 2 else table  # two floats at once
+    found = as_one.index_select(0, packed.reshape(-1).int()).view(torch.float32)
+    return found.view(*packed.shape[:-1], -1)
 
 
 def spread(values: torch.Tensor, group: int, columns: int) -> torch.Tensor:
@@ -281,9 +302,25 @@ def spread(values: torch.Tensor, group: int, columns: int) -> torch.Tensor:
 
 def by_group(values: torch.Tensor, group_of: torch.Tensor | None, group: int, columns: int) -> torch.Tensor:
     """`spread`, or the number of each column's own group where these do not follow one another."""
-    return spread(values, group, columns) if group_of is None else values[..., group_of]
+    return spread(values, group, columns) if group_of is None else values.index_select(-1, group_of)
 
 
-def to_float(scales: torch.Tensor) -> torch.Tensor:
+def out_of_order(group_of: torch.Tensor | None, group: int) -> torch.Tensor | None:
+    """The group of each column, None where they simply follow one another, which some files say with -1."""
+    if group_of is None or (group_of < 0).any():
+        return None
+    in_order = torch.arange(len(group_of), device=group_of.device) // group
+    return None if torch.equal(in_order, group_of.long()) else group_of.int()
+
+
+def to_float(values: torch.Tensor) -> torch.Tensor:
+    """Numbers of any dtype as float32."""
+    if values.dtype.itemsize > 1 or not values.is_floating_point():
+        return values.float()
+    codes = torch.arange(256, dtype=torch.uint8, device=values.device).view(values.dtype)
+    return look_up(codes.float(), values.view(torch.uint8))
+
+
+def scales_of(scales: torch.Tensor) -> torch.Tensor:
     """Scales as float32; bytes are exponents of two (E8M0)."""
     return (scales.float() - 127.0).exp2() if scales.dtype == torch.uint8 else scales.float()
