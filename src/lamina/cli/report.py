@@ -61,7 +61,16 @@ def intention(plan: Mapping[str, Any]) -> str:
     if plan.get("expert_slots"):  # else all of them stay, or there are none
         kept += f", {plan['expert_slots']:,} of {plan['experts']:,} experts are kept"
         read = f"about {format_size(plan['bytes_read_per_pass'])} are read for each token"
-    return f"{budget} · {kept} · {read} · about {_number(plan['predicted_seconds_per_token'])} s/token"
+    return f"{budget} · {kept} · {read} · about {_number(plan['predicted_seconds_per_token'])} s/token{_not_paid(plan)}"
+
+
+def _not_paid(plan: Mapping[str, Any]) -> str:
+    """A word of warning where decoding takes longer than reading more would."""
+    plain = plan.get("predicted_seconds_per_token_plain")
+    if plain is None or plain >= plan["predicted_seconds_per_token"]:
+        return ""
+    rate = format_rate(plan["decoding_bytes_per_second"])
+    return f" (decoding at {rate} is slower than this disk: uncompressed about {_number(plain)} s/token)"
 
 
 def split_summary(result: Mapping[str, Any]) -> str:
@@ -96,6 +105,7 @@ _PLAN_ROWS = {
     "bytes_read_per_pass": "read for each pass",
     "units": "units moved as one",
     "predicted_seconds_per_token": "predicted time a token",
+    "predicted_seconds_per_token_plain": "the same uncompressed",
 }
 
 _BENCH_ROWS = {

@@ -20,6 +20,7 @@ from lamina.checkpoint.gguf import find_gguf
 from lamina.errors import BudgetError, RequestError, UnsupportedError
 from lamina.model.budget import SHORTEST_CONTEXT, default_context, make_budget
 from lamina.model.build import Request, build
+from lamina.model.decoding import decoding_rate, prepare
 from lamina.model.engine import Engine
 from lamina.model.gguf import load_gguf
 from lamina.model.handle import Lamina
@@ -53,6 +54,7 @@ def load_model(
     began = time.perf_counter()
     options = dict(transformers_kwargs)
     prepared = _prepare(model, memory, device_memory, device, context, options, progress)
+    prepare(prepared.weights.schedule.weights.values())
     readers = Readers(fingerprints=prepared.checkpoint.fingerprints)
     engine = Engine(prepared.model, prepared.weights, prepared.plan, prepared.device, readers, prefetching)
     try:
@@ -61,7 +63,7 @@ def load_model(
     except BaseException:
         engine.close()
         raise
-    engine.plan = _with_rate(engine, prepared.checkpoint)
+    engine.plan = _with_rates(engine, prepared.checkpoint)
     streamed = prepared.model
     streamed.lamina = Lamina(streamed, engine, prepared.trace, time.perf_counter() - began)
     streamed.lamina.attach()
@@ -203,11 +205,19 @@ def _is_local(model: str) -> bool:
     return os.path.exists(os.path.expanduser(model))
 
 
-def _with_rate(engine: Engine, checkpoint: Checkpoint) -> Plan:
-    """The plan with the drive's rate as loading saw it, or as a short read sees it where little was loaded."""
-    if not engine.plan.streams or engine.load_rate is None:
-        return dataclasses.replace(engine.plan, hardware=_probed(checkpoint)) if engine.plan.streams else engine.plan
-    return dataclasses.replace(engine.plan, hardware=Hardware(disk_bytes_per_second=engine.load_rate))
+def _with_rates(engine: Engine, checkpoint: Checkpoint) -> Plan:
+    """The plan with the rates of this machine.
+
+    The drive's as loading saw it, or as a short read sees it where little was loaded; the codecs' as a few rows show.
+    """
+    hardware = Hardware()
+    if engine.plan.streams and engine.load_rate is not None:
+        hardware = Hardware(disk_bytes_per_second=engine.load_rate)
+    elif engine.plan.streams:
+        hardware = _probed(checkpoint)
+    if (decoding := decoding_rate(engine)) is not None:
+        hardware = dataclasses.replace(hardware, decoding_bytes_per_second=decoding)
+    return dataclasses.replace(engine.plan, hardware=hardware)
 
 
 def _probed(checkpoint: Checkpoint) -> Hardware:

@@ -84,7 +84,7 @@ class Engine:
         if self.device.type != "cpu":
             _move_buffers(model, self.device)
         began = time.perf_counter()
-        for name, tensor in load_residents(resident, self.readers, self._finish, self.device, progress).items():
+        for name, tensor in load_residents(resident, self.readers, self.finish, self.device, progress).items():
             parameter = tensor
             if not isinstance(tensor, Encoded):
                 parameter = nn.Parameter(tensor, requires_grad=_differentiable(tensor))
@@ -173,7 +173,7 @@ class Engine:
         layout = lay_out([(weight, part)])
         area = Area(layout.nbytes)
         self.readers.read(layout.reads, area)
-        tensor = self._finish(layout.placed[0], area.tensor)
+        tensor = self.finish(layout.placed[0], area.tensor)
         tensor = tensor.decode() if isinstance(tensor, Encoded) else tensor
         return tensor.detach().to(self.device)
 
@@ -276,7 +276,7 @@ class Engine:
                 return
             self._held[name].append(held)
             for placed in held.item.layout.placed:
-                self._bind(placed.part.weight, self._finish(placed, held.memory))
+                self._bind(placed.part.weight, self.finish(placed, held.memory))
 
         return enter
 
@@ -332,7 +332,7 @@ class Engine:
                 part = item.parts[0]
                 rows = slice(part.first, part.first + part.count)
                 held = self._acquire(module, item.block)
-                block = self._block(item) if held is None else self._finish(held.item.layout.placed[0], held.memory)
+                block = self._block(item) if held is None else self.finish(held.item.layout.placed[0], held.memory)
                 out[..., rows] = nn.functional.linear(x, block, None if bias is None else bias[rows])
                 if held is not None:
                     assert self.stream is not None
@@ -351,7 +351,7 @@ class Engine:
                                         plan.device_expert_slots)  # fmt: skip
         if self.experts is None:
             return
-        hooks = self._expert_hooks = ExpertHooks(self.experts, self._finish)
+        hooks = self._expert_hooks = ExpertHooks(self.experts, self.finish)
         if self.foresee and not plan.steps:  # where dense weights stream the drive is never idle
             streamed = [name for name in self.schedule if name not in plan.resident]
             self._handles += hooks.foresee(model, plan.experts, self.weights.routers, streamed)
@@ -365,12 +365,12 @@ class Engine:
     def _block(self, item: Item) -> torch.Tensor:
         area = Area(item.nbytes)
         self.readers.read(item.layout.reads, area)
-        return self._finish(item.layout.placed[0], area.tensor).to(self.device)
+        return self.finish(item.layout.placed[0], area.tensor).to(self.device)
 
     def _stored_dtype(self, weight: Weight) -> torch.dtype:
         return self.weights.stored_dtypes.get(weight.name, _dtype(weight))
 
-    def _finish(self, placed: Placed, memory: torch.Tensor) -> torch.Tensor:
+    def finish(self, placed: Placed, memory: torch.Tensor) -> torch.Tensor:
         """The tensor of a part whose stored bytes are in `memory`."""
         weight = self.schedule[placed.part.weight]
         shape = weight.shape if placed.part.count == weight.rows else (placed.part.count, *weight.shape[1:])

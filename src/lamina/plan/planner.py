@@ -38,11 +38,16 @@ RING_SHARE = 0.35  # of what is left for weights, where the wanted ring is more
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """Rates the forecast uses, in bytes per second."""
+    """Rates the forecast uses, in bytes per second.
+
+    Attributes:
+        decoding_bytes_per_second: of the weights that a codec makes and multiplies, as they are once decoded.
+    """
 
     disk_bytes_per_second: float = 1e9
     memory_bytes_per_second: float = 1e10
     link_bytes_per_second: float = 1e10
+    decoding_bytes_per_second: float = 5e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +97,7 @@ class Plan:
         ring_bytes: the window on the host; `device_ring_bytes` the one on the device.
         minimum_memory_bytes: the smallest budget that holds this model with this context.
         active_bytes_per_token: of the weights that one token needs; less than `model_bytes` where it is routed.
+        encoded_bytes_per_token: of these, what is decoded where it is used; `decoded_bytes_per_token` once decoded.
         expert_count: experts of the model, wherever they are; `expert_bytes` is what they have on disk.
         experts: those that are read when they are routed to; empty where all of them are resident.
         expert_slots: how many of them the cache in memory holds, each in `expert_slot_bytes`.
@@ -113,6 +119,8 @@ class Plan:
     minimum_device_memory_bytes: int = 0
     traced: bool = True
     active_bytes_per_token: int = 0
+    encoded_bytes_per_token: int = 0
+    decoded_bytes_per_token: int = 0
     expert_count: int = 0
     expert_bytes: int = 0
     experts: tuple[Experts, ...] = ()
@@ -165,11 +173,22 @@ class Plan:
         """
         disk = self.hardware.disk_bytes_per_second
         moved = sum(self.items[i].nbytes for i in self.steps) if self.budget.on_device else 0
+        plain = self.active_bytes_per_token - self.encoded_bytes_per_token
         return self.expert_bytes_per_token / disk + max(
             self.bytes_streamed_per_pass / disk,
             moved / self.hardware.link_bytes_per_second,
-            self.active_bytes_per_token / self.hardware.memory_bytes_per_second,
+            plain / self.hardware.memory_bytes_per_second
+            + self.decoded_bytes_per_token / self.hardware.decoding_bytes_per_second,
         )
+
+    @property
+    def predicted_seconds_per_token_plain(self) -> float | None:
+        """The same if no weight were encoded; None where none is, or where it is read only when routed to."""
+        if not self.encoded_bytes_per_token or self.experts:
+            return None
+        needed = self.active_bytes_per_token - self.encoded_bytes_per_token + self.decoded_bytes_per_token
+        streamed = max(needed - self.resident_bytes, 0)
+        return max(streamed / self.hardware.disk_bytes_per_second, needed / self.hardware.memory_bytes_per_second)
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain numbers, for `lamina plan --json`."""
@@ -192,6 +211,7 @@ class Plan:
             "minimum_memory_bytes": self.minimum_memory_bytes,
             "minimum_device_memory_bytes": self.minimum_device_memory_bytes,
             "predicted_seconds_per_token": self.predicted_seconds_per_token,
+            "predicted_seconds_per_token_plain": self.predicted_seconds_per_token_plain,
             "units": self.units,
             "gathered": sorted(self.gathered),
             "traced": self.traced,
@@ -276,6 +296,12 @@ class _Planner:
         self.dense_bytes = resident_size([*self.always, *self.movable]) - self.always_bytes
         dense = sum(w.stored_nbytes for w in {w.name: w for w in (*self.always, *self.movable)}.values())
         self.active_bytes = dense + sum(module.routed_bytes for module in self.experts)
+        encoded = [w for w in {w.name: w for w in (*self.always, *self.movable)}.values() if w.encoded]
+        routed_too = [(w, m.routed) for m in self.experts for w in m.weights if w.encoded]
+        self.encoded_bytes = sum(w.stored_nbytes for w in encoded)
+        self.encoded_bytes += sum(w.stored_nbytes // w.experts * count for w, count in routed_too)
+        self.decoded_bytes = sum(w.decoded_nbytes for w in encoded)
+        self.decoded_bytes += sum(w.decoded_nbytes // w.experts * count for w, count in routed_too)
 
     def minimum(self) -> tuple[int, int]:
         """Least bytes of memory, and of device memory."""
@@ -449,6 +475,8 @@ class _Planner:
             minimum_device_memory_bytes=minimum_device,
             traced=self.schedule.traced,
             active_bytes_per_token=self.active_bytes,
+            encoded_bytes_per_token=self.encoded_bytes,
+            decoded_bytes_per_token=self.decoded_bytes,
             expert_count=sum(module.count for module in self.experts),
             expert_bytes=sum(module.stored_bytes for module in self.experts),
         )

@@ -158,6 +158,11 @@ class Weight:
         return self.convert in (Convert.CAST, Convert.REPLAY)
 
     @property
+    def encoded(self) -> bool:
+        """Whether it stays in memory as it is stored, and is decoded where it is used."""
+        return self.convert is Convert.DECODE
+
+    @property
     def by_rows(self) -> bool:
         """Whether some of its rows can be read and finished without the others."""
         if self.convert is Convert.DECODE:
