@@ -107,34 +107,46 @@ HALVES = {
 
 
 def write_model(
-    folder: Path, family: str, kinds: Sequence[str] = ("Q8_0",), *, name: str = "model.gguf", **more: Any
+    folder: Path,
+    family: str,
+    kinds: Sequence[str] = ("Q8_0",),
+    *,
+    more: Mapping[str, Any] | None = None,
+    besides: Mapping[str, np.ndarray[Any, Any]] | None = None,
 ) -> Path:
     """A tiny random model of a GGUF architecture.
 
     Args:
         kinds: types of the matrices, taken in turn. Others are F32.
         more: metadata in place of the usual, without the architecture before its key.
+        besides: tensors that no parameter is.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / name
-    values = {**SHARED, **FAMILIES[family], **more}
+    path = folder / "model.gguf"
+    values = {**SHARED, **FAMILIES[family], **(more or {})}
     if family in ONLY_EPSILON:
         values.pop("attention.layer_norm_rms_epsilon")
-    _write(path, family, values, {"token_embd.weight": np.zeros((VOCABULARY, HIDDEN), np.float32)})
+    write_tensors(path, family, values, {"token_embd.weight": np.zeros((VOCABULARY, HIDDEN), np.float32)})
     shapes = _shapes(path, family)
     tensors: dict[str, Any] = {}
     for index, (tensor_name, shape) in enumerate(sorted(shapes.items())):
         kind = gguf.GGMLQuantizationType[kinds[index % len(kinds)]]
         tensors[tensor_name] = _values(tensor_name, shape, kind, index)
-    _write(path, family, values, tensors)
+    write_tensors(path, family, values, {**tensors, **(besides or {})})
     return path
 
 
-def _write(path: Path, family: str, values: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+def write_tensors(path: Path, family: str, values: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+    """A file with these tensors; metadata as in `write_model`."""
     writer = gguf.GGUFWriter(path, family)
     writer.add_name("tiny")
     for key, value in values.items():
-        add = {int: writer.add_uint32, float: writer.add_float32, list: writer.add_array}[type(value)]
+        add = {
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            list: writer.add_array,
+            str: writer.add_string,
+        }[type(value)]
         add(f"{family}.{key}", value)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([*(chr(33 + i) for i in range(VOCABULARY - 1)), "!!"])

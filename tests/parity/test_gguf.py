@@ -6,11 +6,12 @@ import copy
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from gguf_files import FAMILIES, write_model
+from gguf_files import FAMILIES, SHARED, write_model, write_tensors
 from parity.judge import answers, minimum_of, reads_on_demand, steady, streamed_model
 
 MEMORY = 3 << 30
@@ -76,3 +77,44 @@ def test_logits_are_those_of_transformers(tmp_path: Path) -> None:
     ):
         expected = reference(path, lamina.model.config)(prompt).logits
         torch.testing.assert_close(lamina.model(prompt).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_mixtral_is_a_llama_with_experts(tmp_path: Path) -> None:
+    config = MixtralConfig(
+        vocab_size=96, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64, rope_theta=10000.0,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config).eval()
+    path = tmp_path / "model.gguf"
+    values = {**SHARED, **FAMILIES["llama"], "expert_count": 4, "expert_used_count": 2}
+    write_tensors(path, "llama", values, as_llama_cpp(model.state_dict(), config))
+    prompt = torch.arange(5, 17).view(2, 6)
+    with torch.no_grad(), streamed_model(path, MEMORY, dtype=torch.float32).lamina as lamina:
+        assert type(lamina.model) is MixtralForCausalLM
+        assert_same_parameters(lamina.model, model)
+        torch.testing.assert_close(lamina.model(prompt).logits, model(prompt).logits, rtol=1e-4, atol=1e-4)
+
+
+def as_llama_cpp(state: dict[str, torch.Tensor], config: MixtralConfig) -> dict[str, np.ndarray]:
+    """Mixtral's weights as llama.cpp's converter names and orders them."""
+    names = {
+        "model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm", "mlp.gate.": "ffn_gate_inp.", "model.layers.": "blk.",
+        "mlp.experts.down_proj": "ffn_down_exps.weight",
+    }  # fmt: skip
+    stored = {}
+    for name, tensor in state.items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        values = tensor.float()
+        if "attn_q" in name or "attn_k" in name:
+            heads = config.num_attention_heads if "attn_q" in name else config.num_key_value_heads
+            values = values.reshape(heads, 2, -1, 256).transpose(1, 2).reshape(values.shape)
+        if "gate_up_proj" in name:
+            for part, half in zip(("gate", "up"), values.chunk(2, dim=1), strict=True):
+                stored[name.replace("mlp.experts.gate_up_proj", f"ffn_{part}_exps.weight")] = half.contiguous().numpy()
+        else:
+            stored[name] = values.contiguous().numpy()
+    return stored

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from gguf_files import FAMILIES, blocks, field, header, tensor, write_model
+from lamina import AutoModel
 from lamina.checkpoint.gguf import BLOCK_TYPES, find_gguf, open_gguf
 from lamina.codec import codec_for, native
 from lamina.codec.gguf import register_all
@@ -248,3 +249,68 @@ def test_reading_a_model_leaves_nothing_behind(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     load_gguf(path, {})
     assert os.listdir(tmp_path) == ["model"]
+
+
+def rotations(path: Path) -> dict[str, object]:
+    rope: dict[str, object] = load_gguf(path, {}).config.rope_parameters
+    return rope
+
+
+def llama3_divisors(factor: float, base: float = 10000.0, pairs: int = 32) -> np.ndarray:
+    """As llama.cpp's converter writes them."""
+    found = []
+    for index in range(pairs):
+        wave = 2 * np.pi * base ** (index / pairs)
+        smooth = (8192 / wave - 1) / 3
+        found.append(1 if wave < 8192 / 4 else factor if wave > 8192 else 1 / ((1 - smooth) / factor + smooth))
+    return np.array(found, np.float32)
+
+
+def test_llama_3_divides_its_frequencies(tmp_path: Path) -> None:
+    divisors = llama3_divisors(32.0)
+    assert 1 < sorted(divisors)[-3] <= 32 and (divisors == 1).any()
+    rope = rotations(write_model(tmp_path, "llama", besides={"rope_freqs.weight": divisors}))
+    assert rope["rope_type"] == "llama3" and rope["factor"] == 32.0 and rope["rope_theta"] == 10000.0
+    others = np.linspace(1, 3, 32, dtype=np.float32)
+    rope = rotations(write_model(tmp_path, "llama", besides={"rope_freqs.weight": others}))
+    assert rope["rope_type"] == "longrope" and rope["long_factor"] == others.tolist() and rope["attention_factor"] == 1
+    assert rotations(write_model(tmp_path, "llama", besides={"rope_freqs.weight": np.ones(32, np.float32)})) == {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+    }
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_divided_frequencies_are_those_of_llama_cpp(others: bool, tmp_path: Path) -> None:
+    divisors = np.linspace(1, 3, 32, dtype=np.float32) if others else llama3_divisors(8.0)
+    path = write_model(tmp_path, "llama", besides={"rope_freqs.weight": divisors})
+    with AutoModel.from_pretrained(str(path), memory="3GB", device="cpu").lamina as lamina:
+        plain = 10000.0 ** -(torch.arange(32) / 32)
+        found = lamina.model.model.rotary_emb.inv_freq
+        torch.testing.assert_close(found, plain / torch.from_numpy(divisors), rtol=1e-4, atol=0)
+
+
+def test_other_rotations_are_the_files(tmp_path: Path) -> None:
+    yarn = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32}
+    rope = rotations(write_model(tmp_path, "qwen2", more=yarn))
+    assert rope["rope_type"] == "yarn" and rope["factor"] == 4.0 and rope["original_max_position_embeddings"] == 32
+    linear = {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}
+    rope = rotations(write_model(tmp_path, "gemma3", more=linear))
+    assert rope["full_attention"]["rope_type"] == "linear" and rope["full_attention"]["factor"] == 8.0  # type: ignore[index]
+    assert rope["sliding_attention"]["rope_type"] == "default"  # type: ignore[index]
+    factors = np.linspace(1, 2, 24, dtype=np.float32)
+    besides = {"rope_factors_short.weight": factors, "rope_factors_long.weight": 2 * factors}
+    more = {
+        "rope.dimension_count": 48,
+        "rope.scaling.attn_factor": 1.5,
+        "rope.scaling.original_context_length": 32,
+    }
+    rope = rotations(write_model(tmp_path, "phi3", more=more, besides=besides))
+    assert rope["rope_type"] == "longrope" and rope["partial_rotary_factor"] == 0.75
+    assert rope["long_factor"] == (2 * factors).tolist() and rope["short_factor"] == factors.tolist()
+    assert rope["attention_factor"] == 1.5 and rope["original_max_position_embeddings"] == 32
+
+
+def test_the_largest_gemmas_scale_by_their_width(tmp_path: Path) -> None:
+    assert load_gguf(write_model(tmp_path, "gemma2"), {}).config.query_pre_attn_scalar == 256
+    assert load_gguf(write_model(tmp_path, "gemma2", more={"block_count": 46}), {}).config.query_pre_attn_scalar == 64

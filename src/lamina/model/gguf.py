@@ -13,8 +13,6 @@ import dataclasses
 import itertools
 import math
 import os
-import struct
-import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedConfig,
@@ -34,26 +31,19 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, 
 
 from lamina.checkpoint import DTYPE_BYTES, Checkpoint, TensorEntry
 from lamina.checkpoint.extent import Encoding
-from lamina.checkpoint.gguf import CODEC_PREFIX, MAGIC, GgufFile, open_gguf
+from lamina.checkpoint.gguf import CODEC_PREFIX, GgufFile, open_gguf
 from lamina.codec.gguf import register_all
-from lamina.errors import CheckpointError, LaminaError, MissingTensorError, RequestError, UnsupportedError
-from lamina.model.build import TORCH_DTYPES, torch_dtype
+from lamina.errors import MissingTensorError, RequestError, UnsupportedError
 from lamina.model.build import _silent as silent
+from lamina.model.build import torch_dtype
 from lamina.model.disk_tensor import DiskTensor, Op, Source, recording
+from lamina.model.gguf_config import CAUSES, load_gguf_config, refused
 
 PROBED_COLUMNS = 2  # in place of all of a row: enough to tell columns in another order from rows in another order
-LONGEST_ARRAY = 1 << 16  # bytes; what a config needs is shorter, vocabularies and merges are longer
-Array = np.ndarray[Any, Any]
-
 INSTALL = "GGUF files need the gguf package: pip install 'lamina[gguf]'"
-CAUSES = (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, NotImplementedError)
 END_OF_TURN = ("eos", "eot", "eom")  # llama.cpp stops at each of them
-# What transformers 5.23 leaves at its default although the file says it: end of the metadata key, key of the config.
-LEFT_OUT = (
-    ("expert_feed_forward_length", "moe_intermediate_size"),
-    ("expert_shared_feed_forward_length", "shared_expert_intermediate_size"),
-    ("attention.key_length", "head_dim"),
-)
+
+Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -120,85 +110,13 @@ def load_gguf(path: str | os.PathLike[str], options: Mapping[str, Any]) -> GgufM
     file = open_gguf(path)
     register_all()
     try:
-        config, unused = _load_config(file, options)
+        config, unused = load_gguf_config(file, options)
         tensors, checkpoint = _load_tensors(file, config)
     except ImportError as error:
         raise UnsupportedError(INSTALL) from error
     stops = [file.get(f"tokenizer.ggml.{name}_token_id") for name in END_OF_TURN]
     found = tuple(dict.fromkeys(stop for stop in stops if isinstance(stop, int)))
     return GgufModel(file.path, checkpoint, config, unused, tensors, found)
-
-
-def _load_config(file: GgufFile, options: Mapping[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
-    given = dict(options)
-    if given.get("dtype", given.get("torch_dtype", "auto")) in ("auto", None):
-        given.pop("torch_dtype", None)
-        given["dtype"] = _own_dtype(file.checkpoint)
-    table = file.checkpoint.tensors.get("token_embd.weight")
-    if table is not None:
-        given.setdefault("vocab_size", table.shape[0])
-    try:
-        with tempfile.TemporaryDirectory() as folder, silent():
-            path = _without_vocabulary(file, folder)
-            config, unused = AutoConfig.from_pretrained(
-                os.path.dirname(path), gguf_file=os.path.basename(path), return_unused_kwargs=True, **given
-            )
-    except CAUSES as error:
-        raise _refused(file, error) from error
-    unused.pop("gguf_file", None)
-    prefix = f"{file.get('general.architecture')}."
-    for ending, key in LEFT_OUT:
-        value = file.get(prefix + ending)
-        if value is not None and key not in options and hasattr(config, key):
-            setattr(config, key, value)
-    if "output.weight" in file.checkpoint.tensors:
-        config.tie_word_embeddings = False  # stored twice, and quantised in two ways
-    config.name_or_path = file.path
-    return config, unused
-
-
-def _own_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    matrices = [entry for entry in checkpoint.tensors.values() if len(entry.shape) > 1]
-    stored = {"BF16" if entry.encoding else entry.dtype for entry in matrices} - {"F32"}
-    return (
-        TORCH_DTYPES[stored.pop()] if stored in ({"F16"}, {"BF16"}) else (torch.bfloat16 if stored else torch.float32)
-    )
-
-
-def _refused(file: GgufFile, error: Exception) -> LaminaError:
-    architecture, text = file.get("general.architecture"), " ".join(str(error).split())
-    if architecture is None:
-        return CheckpointError(f"{file.path} does not say which architecture it has: it is no language model")
-    if "not supported" in text or "Unknown gguf model_type" in text:
-        return UnsupportedError(f"transformers does not know GGUF files of the architecture {architecture!r}")
-    return CheckpointError(
-        f"cannot read the config in {file.path} ({architecture}): {type(error).__name__} {text[:200]}"
-    )
-
-
-def _without_vocabulary(file: GgufFile, folder: str) -> str:
-    """A GGUF file with the same short metadata and tensor names, and nothing else.
-
-    The `gguf` package makes several objects of every word of a vocabulary: 0.5 GB and 6 s for 150,000 words.
-    """
-    from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
-
-    if file.get("general.architecture") in GGUF_CONFIG_ARCHS:
-        return file.path  # read by transformers' own reader, which has no such cost
-    with open(file.path, "rb") as source:
-        kept = []
-        for key, field in file.fields.items():
-            short = field.length <= LONGEST_ARRAY and not key.startswith(("general.alignment", "split."))
-            if short or not field.is_array:
-                source.seek(field.offset)
-                kept.append(source.read(field.length))
-    names = [name.encode() for name in file.checkpoint.tensors]
-    described = [struct.pack("<Q", len(name)) + name + struct.pack("<IQIQ", 1, 1, 0, 0) for name in names]
-    head = MAGIC + struct.pack("<IQQ", 3, len(names), len(kept))
-    path = os.path.join(folder, "config.gguf")
-    with open(path, "wb") as target:
-        target.write(head + b"".join(kept) + b"".join(described) + bytes(64))
-    return path
 
 
 @dataclass(frozen=True)
@@ -351,6 +269,18 @@ def _by_rows(entry: TensorEntry) -> TensorEntry:
     return dataclasses.replace(entry, encoding=codec)
 
 
+class _Mixtral:
+    """Both of what llama.cpp does to Mixtral, which is a llama to it: transformers has one and the other."""
+
+    def __init__(self, llama: Any, experts: Any) -> None:
+        self.llama, self.experts = llama, experts
+        self.preprocess_name = experts.preprocess_name
+        self.perform_fallback_tensor_mapping = experts.perform_fallback_tensor_mapping
+
+    def process(self, weights: Array, name: str, **more: Any) -> Any:
+        return self.experts.process(self.llama.process(weights, name).weights, name, **more)
+
+
 def _processor(file: GgufFile, config: PreTrainedConfig) -> _Processor:
     from transformers.modeling_gguf_pytorch_utils import (
         TENSOR_PROCESSORS,
@@ -358,9 +288,10 @@ def _processor(file: GgufFile, config: PreTrainedConfig) -> _Processor:
         get_gguf_hf_weights_map,
     )
 
-    kind = TENSOR_PROCESSORS.get(file.get("general.architecture"), TensorProcessor)
-    text = config.get_text_config()
-    processor = kind(config=text.to_dict())
+    text, family = config.get_text_config(), None
+    processor = TENSOR_PROCESSORS.get(file.get("general.architecture"), TensorProcessor)(config=text.to_dict())
+    if text.model_type == "mixtral":
+        processor, family = _Mixtral(processor, TENSOR_PROCESSORS["qwen3moe"]()), "llama"
     try:
         with torch.device("meta"), silent():
             model = AutoModelForCausalLM.from_config(config)
@@ -370,7 +301,7 @@ def _processor(file: GgufFile, config: PreTrainedConfig) -> _Processor:
     inner = getattr(model, prefix, None)
     parts = ((prefix, _Names(text, dict.fromkeys(inner.state_dict()))),) if inner is not None else ()
     try:
-        names = get_gguf_hf_weights_map(_Names(text, dict.fromkeys(model.state_dict()), parts), processor)
+        names = get_gguf_hf_weights_map(_Names(text, dict.fromkeys(model.state_dict()), parts), processor, family)
     except CAUSES as error:
-        raise _refused(file, error) from error
+        raise refused(file, error) from error
     return _Processor(processor, names)
