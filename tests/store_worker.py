@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["store_worker", "lamina.store"])
+_CONTEXT.set_forkserver_preload(["store_worker", "lamina.store.splitting", "transformers.models.llama.modeling_llama"])
 _WATCHED = ("open", "write", "fsync", "replace", "unlink")
 
 
