@@ -161,6 +161,13 @@ def test_verify_as_json(run: Run, store: Store) -> None:
     assert result.code == 1 and json.loads(result.out)["faults"] == [{"file": "a", "what": "is short"}]
 
 
+def test_run_verifies_first_where_it_is_asked_to(run: Run, store: Store) -> None:
+    store.checked["faults"] = [{"file": "a", "what": "is short"}]
+    result = run("run", "/models/m-4bit", "Hi", "--verify")
+    assert result.code == 1 and "1 of 35 files in /models/m-4bit is damaged (a is short)" in result.err
+    assert store.calls == [{"folder": "/models/m-4bit"}]
+
+
 def test_the_rate_of_a_resumed_split_counts_what_this_run_did(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 0.0, 10.0, 20.0])
     monkeypatch.setattr("lamina.cli.progress.now", lambda: next(clock))

@@ -17,14 +17,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import families
-from lamina.checkpoint import Checkpoint, TensorEntry, open_checkpoint
+from lamina.checkpoint import Checkpoint, TensorEntry, open_checkpoint, remote_headers
 from lamina.checkpoint.store import MANIFEST, PADDING, read_manifest
 from lamina.codec import codec_for
-from lamina.errors import CheckpointError, ModelNotFoundError, RequestError
+from lamina.errors import CheckpointError, ModelNotFoundError, RequestError, UnsupportedError
 from lamina.store import default_folder, encode, layout, recipe, split, verify, work
 from lamina.store.layout import Run, Stored, file_nbytes, header_of, make_files
 from lamina.store.size import estimate
 from lamina.store.source import SourceFiles
+from unit.fake_hub import FakeHub, connected
 
 NUMBERS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
@@ -367,3 +368,45 @@ def test_the_size_of_a_file_is_that_of_its_layout(tmp_path: Path) -> None:
     run = Run("", (Stored("x", "BF16", (7, 33)),))
     (file,) = make_files([run], padded=True)
     assert file_nbytes(file) == layout.ALIGNMENT + 7 * 33 * 2
+
+
+def test_pickled_weights_are_written_as_safetensors(tmp_path: Path) -> None:
+    families.write_tiny("llama", tmp_path / "model", dtype=torch.bfloat16)
+    tensors = source_of(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "model" / "pytorch_model.bin")
+    store = open_checkpoint(split(tmp_path / "model").folder)
+    assert all(same_bits(decoded(store.tensors[name], torch.bfloat16), tensor) for name, tensor in tensors.items())
+
+
+def test_a_tied_tensor_under_a_second_name_is_coded_like_the_first(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    families.write_tiny("llama", tmp_path / "model", dtype=torch.bfloat16, tie=True)
+    tensors = source_of(tmp_path / "model")
+    copy = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file({**tensors, **copy}, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    found = codecs_of(open_checkpoint(split(tmp_path / "model", compression="8bit").folder))
+    assert found["lm_head.weight"] == found["model.embed_tokens.weight"] == "q8"
+
+
+def test_a_model_in_which_nothing_can_be_coded_is_refused(tmp_path: Path) -> None:
+    families.write_tiny("llama", tmp_path / "model", dtype=torch.float32)
+    with pytest.raises(UnsupportedError, match=r"nothing in .* can be stored as lossless"):
+        split(tmp_path / "model", compression="lossless")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UnsupportedError, match="needs no split"):
+        split(tmp_path / "model.gguf")
+    assert sorted(os.listdir(tmp_path)) == ["model", "model.gguf"]
+
+
+def test_the_headers_of_a_store_on_the_hub_say_what_is_in_it(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, store = make("mixtral", "4bit")
+    with connected(FakeHub(), tmp_path, monkeypatch) as hub:
+        hub.add("org/store", {path.name: path.read_bytes() for path in Path(store.root).iterdir()})
+        remote = remote_headers("org/store")
+    assert {name: (e.dtype, e.shape, e.encoding) for name, e in remote.tensors.items()} == {
+        name: (e.dtype, e.shape, e.encoding) for name, e in store.tensors.items()
+    }

@@ -20,6 +20,7 @@ from lamina.checkpoint.repository import (
     in_subfolder,
     list_repository,
 )
+from lamina.checkpoint.store import MANIFEST, apply_manifest, parse_manifest
 from lamina.errors import CheckpointError, UnsupportedError
 
 _FIRST_BYTES = 100_000
@@ -65,7 +66,10 @@ def remote_headers(
         # A 405B model has 191 files: one after the other they would take a minute of waiting.
         with ThreadPoolExecutor(_REQUESTS_AT_ONCE, "lamina-headers") as pool:
             shards = list(pool.map(partial(_remote_header, request, listing), files))
-    tensors = merge_tensors(shards)
+        tensors = merge_tensors(shards)
+        if in_subfolder(request, MANIFEST) in listing.files:
+            stored = parse_manifest(_whole_file(request, listing, MANIFEST), _address(request, listing, MANIFEST))
+            tensors = apply_manifest(stored, tensors)
     if weight_map:
         check_index(weight_map, tensors, index)
     return Checkpoint(_address(request, listing), tuple(_address(request, listing, name) for name in files), tensors)

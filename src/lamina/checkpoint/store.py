@@ -163,7 +163,11 @@ def read_manifest(root: str) -> Manifest:
         CheckpointError: unreadable, damaged, written by hand, or none of ours.
     """
     path = os.path.join(root, MANIFEST)
-    raw = _read(path)
+    return parse_manifest(_read(path), path)
+
+
+def parse_manifest(raw: bytes, path: str) -> Manifest:
+    """The manifest in `raw`; `path` is how errors call it. Raises what `read_manifest` raises."""
     content = parse_object(raw, path, CheckpointError)
     if content.get("format") != FORMAT:
         raise CheckpointError(f"{path} does not say that it is of the format {FORMAT!r}: remove it, or split again")

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lamina.cli.options import ModelOptions, SourceOptions
+from lamina.errors import CheckpointError
 
 Report = Callable[[str, int, int], None]
 
@@ -45,9 +46,26 @@ def _imported(name: str, options: ModelOptions | SourceOptions) -> Any:
 @contextmanager
 def opened(model: str, options: ModelOptions, report: Report | None = None) -> Iterator[Any]:
     """The model, ready to generate; its stream is closed at the end, whatever happens."""
+    if options.verify:
+        verify(model, report)
     loaded = library(options).AutoModel.from_pretrained(model, progress=report, **options.as_kwargs())
     with loaded.lamina:
         yield loaded
+
+
+def verify(folder: str, report: Report | None) -> dict[str, Any]:
+    """What a look at every byte of a store found.
+
+    Raises:
+        CheckpointError: something is not what was written.
+    """
+    result = as_dict(store_library(SourceOptions()).verify(folder, progress=report))
+    if faults := result["faults"]:
+        raise CheckpointError(
+            f"{len(faults)} of {result['files']} files in {result['folder']} {'is' if len(faults) == 1 else 'are'} "
+            f"damaged ({faults[0]['file']} {faults[0]['what']}): see lamina verify"
+        )
+    return result
 
 
 def plan(model: str, options: ModelOptions, report: Report | None) -> dict[str, Any]:

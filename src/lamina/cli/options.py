@@ -56,6 +56,9 @@ class ModelOptions:
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model.")
     ] = False
+    verify: Annotated[bool, typer.Option("--verify", help="Compare a split model's checksums before it is used.")] = (
+        False
+    )
 
     def __post_init__(self) -> None:
         for name in ("memory", "device_memory"):
@@ -64,7 +67,8 @@ class ModelOptions:
 
     def as_kwargs(self) -> dict[str, Any]:
         """What was asked for, under the names of `from_pretrained`; what was not is left to its defaults."""
-        names = [field.name for field in fields(self) if field.name not in ("threads", "offline", "trust_remote_code")]
+        others = ("threads", "offline", "trust_remote_code", "verify")
+        names = [field.name for field in fields(self) if field.name not in others]
         kwargs = {name: value for name in names if (value := getattr(self, name)) is not None}
         for name in ("memory", "device_memory"):
             if name in kwargs:

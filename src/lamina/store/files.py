@@ -29,6 +29,8 @@ def refusals(path: str) -> Iterator[None]:
         what = error.strerror or str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             what += "; what is finished is kept: make room and run it again, it goes on where it stopped"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            what += "; choose another place with --to (layer_shards_saving_path)"
         raise WriteError(f"cannot write {path}: {what}") from error
 
 

@@ -55,6 +55,8 @@ def open_source(
         ModelNotFoundError, CheckpointError and others: as `lamina.checkpoint.locate` and `open_checkpoint`.
     """
     path = os.path.expanduser(model)
+    if path.lower().endswith(".gguf"):
+        raise UnsupportedError(f"{model} is small already and streams as it is: a GGUF file needs no split")
     if is_local := os.path.exists(path):
         found = path
     else:

@@ -12,7 +12,7 @@ import lamina
 from lamina.checkpoint import open_checkpoint
 from lamina.checkpoint.choose import INDEX_FILE, small_files
 from lamina.checkpoint.store import JOURNAL, MANIFEST, PLAIN, Manifest, ManifestFile, manifest_text, read_manifest
-from lamina.errors import ChangedError, CheckpointError, RequestError
+from lamina.errors import ChangedError, CheckpointError, RequestError, UnsupportedError
 from lamina.model.build import Request, build
 from lamina.model.trace import trace
 from lamina.model.weights import describe
@@ -25,6 +25,7 @@ from lamina.store.size import estimate
 from lamina.store.source import Source, explain_change
 from lamina.store.writer import write_file
 
+DEEPEST = 2  # folders in folders, in which code that comes with a model may be
 SPARE_BYTES = 1 << 20  # for the journal and what the file system needs for itself
 
 
@@ -67,6 +68,11 @@ class Work:
         traced = trace(model)
         weights = describe(model, self.checkpoint, traced)
         runs = make_runs(model, self.checkpoint, traced, weights, self.compression)
+        if self.compression != PLAIN and all(each.codec == PLAIN for run in runs for each in run.tensors):
+            raise UnsupportedError(
+                f"nothing in {self.checkpoint.root} can be stored as {self.compression}: its weights are quantised "
+                "already, or used in ways that no codec knows; use it as it is"
+            )
         return make_files(runs, padded=self.compression != PLAIN)
 
     def _journal(self, files: Sequence[StoreFile], found: Manifest | None) -> Journal:
@@ -139,8 +145,7 @@ class Work:
 
 def copy_small_files(root: str, folder: str, trust_remote_code: bool) -> None:
     """Config, generation config, tokenizer and chat templates as they are; never a manifest."""
-    names = [os.path.join(top, name)[len(root) + 1 :] for top, _, found in os.walk(root) for name in found]
-    for name in small_files([each.replace(os.sep, "/") for each in names], "", trust_remote_code):
+    for name in small_files(_names(root), "", trust_remote_code):
         if name == MANIFEST:
             continue
         target = os.path.join(folder, name)
@@ -152,6 +157,16 @@ def copy_small_files(root: str, folder: str, trust_remote_code: bool) -> None:
         except OSError as error:
             raise CheckpointError(f"{os.path.join(root, name)} cannot be read: {error.strerror}") from error
         write_whole(os.path.dirname(target), os.path.basename(target), data)
+
+
+def _names(root: str) -> list[str]:
+    """The files of a folder and of those in it, by their paths with slashes; hidden folders are none of the model's."""
+    names = []
+    for top, folders, found in os.walk(root):
+        depth = os.path.relpath(top, root).count(os.sep)
+        folders[:] = [each for each in sorted(folders) if not each.startswith(".") and depth < DEEPEST]
+        names += [os.path.relpath(os.path.join(top, name), root).replace(os.sep, "/") for name in sorted(found)]
+    return names
 
 
 def _index_text(finished: Sequence[Finished]) -> str:
