@@ -11,6 +11,8 @@ import gguf
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.integrations.gguf import get_gguf_conversion_mapping
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 VOCABULARY = 96
@@ -50,6 +52,21 @@ UNREAD = {  # keys that transformers does not read for every architecture
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
     "attention.key_length": "head_dim",
 }
+HYBRID = {
+    "attention.key_length": 64, "full_attention_interval": 2, "ssm.conv_kernel": 4, "ssm.state_size": 32,
+    "ssm.group_count": 2, "ssm.time_step_rank": 4, "ssm.inner_size": 256, "rope.dimension_count": 32,
+    "rope.dimension_sections": [4, 4, 8, 0], "rope.freq_base": 10000.0,
+}  # fmt: skip
+PORTED = {  # architectures whose names only transformers knows
+    "qwen35": HYBRID,
+    "qwen35moe": {**HYBRID, **EXPERTS, "expert_shared_feed_forward_length": 512},
+}
+ATTENTION = "attn_norm post_attention_norm attn_q attn_k attn_v attn_output attn_q_norm attn_k_norm".split()
+RECURRENT = "attn_norm post_attention_norm attn_qkv attn_gate ssm_alpha ssm_beta ssm_conv1d ssm_norm ssm_out".split()
+DENSE = "ffn_gate ffn_up ffn_down".split()
+MIXED = (
+    "ffn_gate_inp ffn_gate_exps ffn_up_exps ffn_down_exps ffn_gate_inp_shexp ffn_gate_shexp ffn_up_shexp ffn_down_shexp"
+).split()
 ONLY_EPSILON = {"bloom", "gpt2", "stablelm", "starcoder2"}
 
 
@@ -123,7 +140,7 @@ def write_model(
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.gguf"
-    values = {**SHARED, **FAMILIES[family], **(more or {})}
+    values = {**SHARED, **(FAMILIES | PORTED)[family], **(more or {})}
     if family in ONLY_EPSILON:
         values.pop("attention.layer_norm_rms_epsilon")
     write_tensors(path, family, values, {"token_embd.weight": np.zeros((VOCABULARY, HIDDEN), np.float32)})
@@ -168,10 +185,12 @@ def _shapes(path: Path, family: str) -> dict[str, tuple[int, ...]]:
     """GGUF names and shapes of a model's tensors, by transformers' names for them."""
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     for key, own in UNREAD.items():
-        if key in FAMILIES[family] and hasattr(config, own):
-            setattr(config, own, FAMILIES[family][key])
+        if key in (FAMILIES | PORTED)[family] and hasattr(config, own):
+            setattr(config, own, (FAMILIES | PORTED)[family][key])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+    if family in PORTED:
+        return _ported_shapes(family, config, model.state_dict())
     processor = TENSOR_PROCESSORS.get(family, TensorProcessor)(config=config.to_dict())
     shapes = {}
     parameters = {name: tuple(each.shape) for name, each in model.state_dict().items()}
@@ -186,6 +205,28 @@ def _shapes(path: Path, family: str) -> dict[str, tuple[int, ...]]:
         elif family == "gpt2" and "blk" in stored and len(shape) == 2:
             shape = shape[::-1]
         shapes[stored if stored.endswith((".weight", ".bias")) or "ssm_" in stored else f"{stored}.weight"] = shape
+    return shapes
+
+
+def _ported_shapes(family: str, config: Any, state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    mapping = get_gguf_conversion_mapping(family, config)
+    renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
+    converters = [each for each in mapping if isinstance(each, WeightConverter)]
+    names = ["token_embd.weight", "output_norm.weight", "output.weight"]
+    for layer, kind in enumerate(config.layer_types):
+        own = ATTENTION if kind == "full_attention" else RECURRENT
+        names += [f"blk.{layer}.{each}.weight" for each in (*own, *(MIXED if "moe" in family else DENSE))]
+        names += [f"blk.{layer}.ssm_a", f"blk.{layer}.ssm_dt.bias"] if own is RECURRENT else []
+    shapes = {}
+    for name in names:
+        shape = tuple(state[rename_source_key(name, renamings, converters)[0]].shape)
+        if "gate_exps" in name or "up_exps" in name:
+            shape = (shape[0], shape[1] // 2, shape[2])
+        elif "gate_inp_shexp" in name:
+            shape = shape[1:]
+        elif "conv" in name:
+            shape = (shape[0], shape[2])
+        shapes[name] = shape
     return shapes
 
 

@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.core_model_loading import rename_source_key
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
 
 from lamina.checkpoint import DTYPE_BYTES, Checkpoint, TensorEntry
@@ -162,7 +163,7 @@ class _Processor:
 class _Computed:
     """The function of an expression: one parameter from its GGUF tensors' real values."""
 
-    processor: _Processor
+    processor: _Processor | _Conversions
     sources: tuple[str, ...]
     name: str
 
@@ -204,7 +205,7 @@ def _probes(entries: Sequence[TensorEntry]) -> dict[str, Array]:
     return probes
 
 
-def _probed(processor: _Processor, entries: Sequence[TensorEntry]) -> dict[str, Array | None]:
+def _probed(processor: _Processor | _Conversions, entries: Sequence[TensorEntry]) -> dict[str, Array | None]:
     """The parameters that tensors become, with the numbers of the elements that they then hold."""
     try:
         return dict(processor.run(_probes(entries)))
@@ -214,7 +215,7 @@ def _probed(processor: _Processor, entries: Sequence[TensorEntry]) -> dict[str, 
 
 
 def _parameter(
-    name: str, found: Array | None, entries: Sequence[TensorEntry], processor: _Processor
+    name: str, found: Array | None, entries: Sequence[TensorEntry], processor: _Processor | _Conversions
 ) -> tuple[DiskTensor, tuple[int, ...] | None]:
     """One parameter, and the order of its rows in the file where it is another one."""
     probes = list(_probes(entries).values())
@@ -230,7 +231,9 @@ def _parameter(
         whole = np.array_equal(np.sort(order), np.arange(len(order)))
         if found.shape == probe.shape and probe.ndim == 2 and whole and np.array_equal(found, probe[order]):
             return _stored(entry), tuple(order.tolist())
-    shape = entry.shape if found is None or probe.ndim > 1 else found.shape
+    shape = entry.shape
+    if found is not None:
+        shape = found.shape if probe.ndim == 1 else (*found.shape[:-1], entry.shape[-1])
     computed = Op(_Computed(processor, (entry.name,), name), (Source(entry.name),), {}, None)
     return DiskTensor(torch.empty(shape, dtype=torch.float32, device="meta"), computed, None), None
 
@@ -281,13 +284,52 @@ class _Mixtral:
         return self.experts.process(self.llama.process(weights, name).weights, name, **more)
 
 
-def _processor(file: GgufFile, config: PreTrainedConfig) -> _Processor:
+@dataclass(frozen=True)
+class _Conversions:
+    """transformers' newer way, for architectures that it has ported: conversions like those of safetensors files."""
+
+    renamings: Sequence[Any]
+    converters: Sequence[Any]
+
+    def target(self, name: str) -> str:
+        return self._renamed(name)[0]
+
+    def run(self, values: Mapping[str, Array]) -> dict[str, Array]:
+        """What becomes of GGUF tensors; by the names of parameters."""
+        found: dict[str, Array] = {}
+        taken: dict[str, dict[str, Any]] = defaultdict(dict)
+        for name, weights in values.items():
+            target, pattern = self._renamed(name)
+            if pattern is None:
+                found[target] = weights
+            else:
+                taken[target][pattern] = [torch.from_numpy(weights)]
+        for target, tensors in taken.items():
+            converter = next(each for each in self.converters if set(tensors) <= set(each.source_patterns))
+            sides = {"source_patterns": converter.source_patterns, "target_patterns": converter.target_patterns}
+            for operation in converter.operations:
+                tensors = operation.convert(tensors, full_layer_name=target, **sides)
+            found[target] = next(iter(tensors.values())).numpy()
+        return found
+
+    def _renamed(self, name: str) -> tuple[str, str | None]:
+        renamed: tuple[str, str | None] = rename_source_key(name, self.renamings, self.converters)
+        return renamed
+
+
+def _processor(file: GgufFile, config: PreTrainedConfig) -> _Processor | _Conversions:
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+    from transformers.integrations.gguf import get_gguf_conversion_mapping, is_gguf_arch_supported
     from transformers.modeling_gguf_pytorch_utils import (
         TENSOR_PROCESSORS,
         TensorProcessor,
         get_gguf_hf_weights_map,
     )
 
+    if is_gguf_arch_supported(file.get("general.architecture")):
+        mapping = get_gguf_conversion_mapping(file.get("general.architecture"), config)
+        converters = [each for each in mapping if isinstance(each, WeightConverter)]
+        return _Conversions([each for each in mapping if isinstance(each, WeightRenaming)], converters)
     text, family = config.get_text_config(), None
     processor = TENSOR_PROCESSORS.get(file.get("general.architecture"), TensorProcessor)(config=text.to_dict())
     if text.model_type == "mixtral":
