@@ -4,8 +4,9 @@ A panel is one row, a row is a run of blocks. A block holds small whole numbers 
 them and, in some types, what is taken off afterwards; layouts as in ggml-quants.c. What is decoded has the very
 bits that `gguf.quants.dequantize` gives in fp32, rounded once where `out` has fewer.
 
-The usual types have kernels in C (gguf_kernels.c), which multiply as well; without a compiler torch decodes them, a
-few rows at a time, so that levels and fp32 values stay in the processor's cache.
+Kernels in C (gguf_kernels.c) decode and multiply; without a compiler torch decodes the usual types, a few rows at a
+time, so that levels and fp32 values stay in the processor's cache. The code books of the IQ1, IQ2 and IQ3 types are the
+`gguf` package's, which also decodes what nobody else does.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Parts(NamedTuple):
 
 
 class Blocks:
-    """What all types of blocks have in common.
+    """A type of blocks, decoded by the kernels in C; without them by torch or the `gguf` package, to the same bits.
 
     Attributes:
         number: of the type in a GGUF file.
@@ -57,64 +58,48 @@ class Blocks:
         nbytes: bytes of a block.
     """
 
-    def __init__(self, number: int, parts: Callable[[Tensor], Parts] | None = None) -> None:
-        kind, self.block, self.nbytes = BLOCK_TYPES[number]
-        self.name, self.number, self._parts = CODEC_PREFIX + kind, number, parts
+    def __init__(self, number: int, parts: Callable[[Tensor], Parts] | None) -> None:
+        self.kind, self.block, self.nbytes = BLOCK_TYPES[number]
+        self.name, self.number, self._parts = CODEC_PREFIX + self.kind, number, parts
 
     def decode(self, panels: Tensor, rows: int, columns: int, out: Tensor) -> None:
         """See `Codec.decode`."""
         self._check(panels, rows, columns)
+        kernels = self._kernels(out)
+        if kernels is not None:
+            matrix = (panels.contiguous().data_ptr(), rows, columns, self.number, native.type_code(out.dtype))
+            if kernels.lamina_gguf_decode(*matrix, out.data_ptr(), torch.get_num_threads()) == 0:
+                return
         blocks, values = panels.reshape(-1, self.nbytes), out.view(-1, self.block)
         step = CHUNK // self.block
         for at in range(0, len(blocks), step):
             self._decode(blocks[at : at + step], values[at : at + step])
 
     def linear(self, x: Tensor, panels: Tensor, rows: int, out: Tensor) -> bool:
-        """See `Codec.linear`."""
-        return False
-
-    def _decode(self, blocks: Tensor, out: Tensor) -> None:
-        raise NotImplementedError
-
-    def _check(self, panels: Tensor, rows: int, columns: int) -> None:
-        """What keeps the kernels inside the panels."""
-        wanted = (rows, columns // self.block * self.nbytes)
-        if tuple(panels.shape) != wanted or columns % self.block:
-            raise CheckpointError(
-                f"{rows} rows of {columns} columns in {self.name} are {rows} panels of {wanted[1]} bytes, here are "
-                f"{panels.shape[0]} of {panels.shape[1]}: the checkpoint's encoding is not that of its tensors"
-            )
-
-
-class ComputedBlocks(Blocks):
-    """A type of blocks that is decoded by the kernels in C; without them by torch, to the same bits."""
-
-    def decode(self, panels: Tensor, rows: int, columns: int, out: Tensor) -> None:
-        """See `Codec.decode`."""
-        kernels, type_code = native.library(), native.type_code(out.dtype)
-        if kernels is None or type_code is None or out.device.type != "cpu" or not panels.is_contiguous():
-            super().decode(panels, rows, columns, out)
-            return
-        self._check(panels, rows, columns)
-        kernels.lamina_gguf_decode(
-            panels.data_ptr(), rows, columns, self.number, type_code, out.data_ptr(), torch.get_num_threads()
-        )
-
-    def linear(self, x: Tensor, panels: Tensor, rows: int, out: Tensor) -> bool:
         """See `Codec.linear`. Sums are in fp32, of weights that are not rounded to x's type."""
         tokens, columns = x.shape
-        kernels, type_code = native.library(), native.type_code(x.dtype)
-        if kernels is None or type_code is None or x.device.type != "cpu" or not 0 < tokens <= LINEAR_TOKENS:
+        kernels = self._kernels(x)
+        if kernels is None or not 0 < tokens <= LINEAR_TOKENS:
             return False
         self._check(panels, rows, columns)
-        weights = (panels.data_ptr(), rows, columns, self.number)
-        failed: int = kernels.lamina_gguf_linear(
-            x.data_ptr(), tokens, *weights, type_code, out.data_ptr(), out.stride(0), torch.get_num_threads()
-        )
+        matrix = (panels.data_ptr(), rows, columns, self.number, native.type_code(x.dtype))
+        threads = torch.get_num_threads()
+        failed: int = kernels.lamina_gguf_linear(x.data_ptr(), tokens, *matrix, out.data_ptr(), out.stride(0), threads)
         return not failed
 
+    def _kernels(self, tensor: Tensor) -> Any:
+        """The kernels, if they take such a tensor and have this type's code book; or None."""
+        kernels = native.library() if tensor.device.type == "cpu" else None
+        if kernels is None or native.type_code(tensor.dtype) is None:
+            return None
+        return kernels if self.kind not in _BOOKS or _give_book(kernels, *_BOOKS[self.kind]) else None
+
     def _decode(self, blocks: Tensor, out: Tensor) -> None:
-        assert self._parts is not None
+        if self._parts is None:
+            quants, kind = _gguf_package(self.kind)
+            with numpy.errstate(all="ignore"):
+                out.copy_(torch.from_numpy(quants.dequantize(blocks.cpu().numpy(), kind)))
+            return
         parts = self._parts(blocks)
         real = out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32, device=out.device)
         grouped = real.view(len(out), parts.scales.shape[1], -1)
@@ -125,15 +110,14 @@ class ComputedBlocks(Blocks):
         if real is not out:
             out.copy_(real)
 
-
-class BorrowedBlocks(Blocks):
-    """A rare type of blocks, decoded by the `gguf` package, which has the code books of the type."""
-
-    def _decode(self, blocks: Tensor, out: Tensor) -> None:
-        quants, kind = _gguf_package(self.name)
-        with numpy.errstate(all="ignore"):
-            decoded = quants.dequantize(blocks.cpu().numpy(), kind)
-        out.copy_(torch.from_numpy(decoded))
+    def _check(self, panels: Tensor, rows: int, columns: int) -> None:
+        """What keeps the kernels inside the panels."""
+        wanted = (rows, columns // self.block * self.nbytes)
+        if tuple(panels.shape) != wanted or columns % self.block:
+            raise CheckpointError(
+                f"{rows} rows of {columns} columns in {self.name} are {rows} panels of {wanted[1]} bytes, here are "
+                f"{panels.shape[0]} of {panels.shape[1]}: the checkpoint's encoding is not that of its tensors"
+            )
 
 
 class PlainCodec:
@@ -153,13 +137,23 @@ class PlainCodec:
         return False
 
 
-def _gguf_package(codec: str) -> tuple[Any, Any]:
-    kind = codec.removeprefix(CODEC_PREFIX)
+def _gguf_package(kind: str) -> tuple[Any, Any]:
     try:
         from gguf import GGMLQuantizationType, quants
     except ImportError as error:
         raise UnsupportedError(f"{kind} blocks need the gguf package: pip install 'lamina[gguf]'") from error
     return quants, GGMLQuantizationType[kind]
+
+
+@cache
+def _give_book(kernels: Any, book: int, kind: str) -> bool:
+    """Hands a type's code book, which the `gguf` package has, to the kernels; whether they took it."""
+    quants, _ = _gguf_package(kind)
+    holder = getattr(quants, kind)
+    holder.init_grid()
+    points = numpy.ascontiguousarray(holder.grid, dtype=numpy.int8)
+    given: int = kernels.lamina_gguf_book(book, points.ctypes.data, points.size)
+    return given == 0
 
 
 def _half(blocks: Tensor, at: int, count: int = 1) -> Tensor:
@@ -313,6 +307,15 @@ _DECODED: dict[str, Callable[[Tensor], Parts]] = {
 }
 
 
+_BOOKS = {  # the number of a type's code book in the kernels, and whose it is
+    "IQ2_XXS": (0, "IQ2_XXS"),
+    "IQ2_XS": (1, "IQ2_XS"),
+    "IQ2_S": (2, "IQ2_S"),
+    "IQ3_XXS": (3, "IQ3_XXS"),
+    "IQ3_S": (4, "IQ3_S"),
+    "IQ1_S": (5, "IQ1_S"),
+    "IQ1_M": (5, "IQ1_S"),
+}
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -322,5 +325,4 @@ def register_all() -> None:
     for kind, dtype in _PLAIN.items():
         register(PlainCodec(CODEC_PREFIX + kind, dtype))
     for number, (kind, _, _) in BLOCK_TYPES.items():
-        parts = _DECODED.get(kind)
-        register(BorrowedBlocks(number) if parts is None else ComputedBlocks(number, parts))
+        register(Blocks(number, _DECODED.get(kind)))

@@ -177,23 +177,123 @@ INLINE void block_mxfp4(const uint8_t *at, float *out) {
     looked_up(fp4_levels, at + 1, scale, out);
 }
 
-/* name, elements and bytes of a block, number in a GGUF file */
-#define GGUF_TYPES(X)                                                                                                  \
-    X(q4_0, 32, 18, 2)                                                                                                 \
-    X(q4_1, 32, 20, 3)                                                                                                 \
-    X(q5_0, 32, 22, 6)                                                                                                 \
-    X(q5_1, 32, 24, 7)                                                                                                 \
-    X(q8_0, 32, 34, 8)                                                                                                 \
-    X(q2_k, 256, 84, 10)                                                                                               \
-    X(q3_k, 256, 110, 11)                                                                                              \
-    X(q4_k, 256, 144, 12)                                                                                              \
-    X(q5_k, 256, 176, 13)                                                                                              \
-    X(q6_k, 256, 210, 14)                                                                                              \
-    X(iq4_nl, 32, 18, 20)                                                                                              \
-    X(iq4_xs, 256, 136, 23)                                                                                            \
-    X(mxfp4, 32, 17, 39)
+/* Types whose blocks hold places in a code book of points. The books are given once, as the gguf package has them. */
 
-#define GGUF_SPAN(name, elements, bytes, number)                                                                       \
+enum { XXS2, XS2, S2, XXS3, S3, ONE, BOOKS };
+static int8_t books[BOOKS][2048 * 8] ALIGNED;
+static int32_t book_given[BOOKS];
+
+/* 0, or 1 where there is no such book. */
+int32_t lamina_gguf_book(int32_t book, const int8_t *points, int64_t count) {
+    if (book < 0 || book >= BOOKS || count > (int64_t)sizeof books[0]) return 1;
+    memcpy(books[book], points, (size_t)count);
+    book_given[book] = 1;
+    return 0;
+}
+
+INLINE void points(const int8_t *from, int count, uint32_t signs, float scale, float *out) {
+    for (int i = 0; i < count; i++) out[i] = float_of(bits_of(scale * (float)from[i]) ^ (signs >> i & 1) << 31);
+}
+
+/* Seven signs, and an eighth that makes their number even. */
+INLINE uint32_t eight_signs(uint32_t seven) {
+    seven &= 127;
+    return seven | (uint32_t)(__builtin_popcount(seven) & 1) << 7;
+}
+
+INLINE void block_iq2_xxs(const uint8_t *at, float *out) {
+    for (int group = 0; group < 8; group++) {
+        const uint8_t *places = at + 2 + 8 * group;
+        uint32_t rest = load32(places + 4);
+        float scale = half_at(at) * (0.5f + (float)(rest >> 28)) * 0.25f;
+        for (int j = 0; j < 4; j++)
+            points(books[XXS2] + 8 * places[j], 8, eight_signs(rest >> 7 * j), scale, out + 32 * group + 8 * j);
+    }
+}
+
+INLINE void block_iq2_xs(const uint8_t *at, float *out) {
+    for (int j = 0; j < 32; j++) {
+        uint32_t code = load16(at + 2 + 2 * j);
+        float scale = half_at(at) * (0.5f + (float)(at[66 + j / 4] >> (j / 2 % 2 * 4) & 15)) * 0.25f;
+        points(books[XS2] + 8 * (code & 511), 8, eight_signs(code >> 9), scale, out + 8 * j);
+    }
+}
+
+INLINE void block_iq2_s(const uint8_t *at, float *out) {
+    for (int j = 0; j < 32; j++) {
+        int place = at[2 + j] | (at[66 + j / 4] >> (j % 4 * 2) & 3) << 8;
+        float scale = half_at(at) * (0.5f + (float)(at[74 + j / 4] >> (j / 2 % 2 * 4) & 15)) * 0.25f;
+        points(books[S2] + 8 * place, 8, at[34 + j], scale, out + 8 * j);
+    }
+}
+
+INLINE void block_iq3_xxs(const uint8_t *at, float *out) {
+    for (int group = 0; group < 8; group++) {
+        const uint8_t *places = at + 2 + 8 * group;
+        uint32_t rest = load32(at + 66 + 4 * group);
+        float scale = half_at(at) * (0.5f + (float)(rest >> 28)) * 0.5f;
+        for (int j = 0; j < 8; j++) {
+            uint32_t signs = eight_signs(rest >> j / 2 * 7) >> j % 2 * 4;
+            points(books[XXS3] + 4 * places[j], 4, signs, scale, out + 32 * group + 4 * j);
+        }
+    }
+}
+
+INLINE void block_iq3_s(const uint8_t *at, float *out) {
+    for (int j = 0; j < 64; j++) {
+        int place = at[2 + j] | (at[66 + j / 8] >> (j % 8) & 1) << 8;
+        float scale = half_at(at) * (float)(1 + 2 * (at[106 + j / 16] >> (j / 8 % 2 * 4) & 15));
+        points(books[S3] + 4 * place, 4, (uint32_t)at[74 + j / 2] >> j % 2 * 4, scale, out + 4 * j);
+    }
+}
+
+INLINE void shifted_points(const int8_t *from, float shift, float scale, float *out) {
+    for (int i = 0; i < 8; i++) out[i] = scale * ((float)from[i] + shift);
+}
+
+INLINE void block_iq1_s(const uint8_t *at, float *out) {
+    for (int j = 0; j < 32; j++) {
+        int high = load16(at + 34 + j / 4 * 2), place = at[2 + j] | (high >> (j % 4 * 3) & 7) << 8;
+        float scale = half_at(at) * (float)(2 * (high >> 12 & 7) + 1);
+        shifted_points(books[ONE] + 8 * place, high & 0x8000 ? -0.125f : 0.125f, scale, out + 8 * j);
+    }
+}
+
+INLINE void block_iq1_m(const uint8_t *at, float *out) {
+    uint32_t half = 0;
+    for (int i = 0; i < 4; i++) half |= (uint32_t)(load16(at + 48 + 2 * i) >> 12) << 4 * i;
+    float unit = from_f16((uint16_t)half);
+    for (int j = 0; j < 32; j++) {
+        int high = at[32 + j / 2] >> (j % 2 * 4) & 15, place = at[j] | (high & 7) << 8;
+        float scale = unit * (float)(2 * (load16(at + 48 + j / 8 * 2) >> (j / 2 % 4 * 3) & 7) + 1);
+        shifted_points(books[ONE] + 8 * place, high & 8 ? -0.125f : 0.125f, scale, out + 8 * j);
+    }
+}
+
+/* name, elements and bytes of a block, number in a GGUF file; then the book that it needs */
+#define GGUF_TYPES(X)                                                                                                  \
+    X(q4_0, 32, 18, 2, -1)                                                                                             \
+    X(q4_1, 32, 20, 3, -1)                                                                                             \
+    X(q5_0, 32, 22, 6, -1)                                                                                             \
+    X(q5_1, 32, 24, 7, -1)                                                                                             \
+    X(q8_0, 32, 34, 8, -1)                                                                                             \
+    X(q2_k, 256, 84, 10, -1)                                                                                           \
+    X(q3_k, 256, 110, 11, -1)                                                                                          \
+    X(q4_k, 256, 144, 12, -1)                                                                                          \
+    X(q5_k, 256, 176, 13, -1)                                                                                          \
+    X(q6_k, 256, 210, 14, -1)                                                                                          \
+    X(iq4_nl, 32, 18, 20, -1)                                                                                          \
+    X(iq4_xs, 256, 136, 23, -1)                                                                                        \
+    X(mxfp4, 32, 17, 39, -1)                                                                                           \
+    X(iq2_xxs, 256, 66, 16, XXS2)                                                                                      \
+    X(iq2_xs, 256, 74, 17, XS2)                                                                                        \
+    X(iq2_s, 256, 82, 22, S2)                                                                                          \
+    X(iq3_xxs, 256, 98, 18, XXS3)                                                                                      \
+    X(iq3_s, 256, 110, 21, S3)                                                                                         \
+    X(iq1_s, 256, 50, 19, ONE)                                                                                         \
+    X(iq1_m, 256, 56, 29, ONE)
+
+#define GGUF_SPAN(name, elements, bytes, number, book)                                                                 \
     static void span_##name(const uint8_t *row, int64_t columns, int64_t first, int64_t count, float *out) {           \
         (void)columns;                                                                                                 \
         const uint8_t *at = row + first / elements * bytes;                                                            \
@@ -201,11 +301,12 @@ INLINE void block_mxfp4(const uint8_t *at, float *out) {
     }
 GGUF_TYPES(GGUF_SPAN)
 
-/* Gives the bytes of a row, 0 for a type that is not known here. */
+/* Gives the bytes of a row; leaves decode for a type that is not known here, or whose book is not. */
 static int64_t gguf_type(int number, int64_t columns, span_t *decode) {
     switch (number) {
-#define GGUF_CASE(name, elements, bytes, number)                                                                       \
+#define GGUF_CASE(name, elements, bytes, number, book)                                                                 \
     case number:                                                                                                       \
+        if (book >= 0 && !book_given[book < 0 ? 0 : book]) return 0;                                                   \
         *decode = span_##name;                                                                                         \
         return columns / elements * bytes;
         GGUF_TYPES(GGUF_CASE)

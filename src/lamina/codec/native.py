@@ -204,4 +204,6 @@ def _open(path: Path) -> ctypes.CDLL:
     kernels.lamina_gguf_decode.restype = short
     kernels.lamina_gguf_linear.argtypes = kernels.lamina_affine_linear.argtypes
     kernels.lamina_gguf_linear.restype = short
+    kernels.lamina_gguf_book.argtypes = [short, pointer, long]
+    kernels.lamina_gguf_book.restype = short
     return kernels
