@@ -104,7 +104,7 @@ INLINE uint32_t load32(const uint8_t *at) {
 
 typedef uint32_t words_t __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t integers_t __attribute__((vector_size(4 * WIDTH)));
-typedef float floats_t __attribute__((vector_size(4 * WIDTH)));
+typedef float floats_t __attribute__((vector_size(4 * WIDTH), may_alias));
 
 INLINE words_t widen_bytes(const uint8_t *from) {
 #if defined(__AVX512F__)
@@ -197,49 +197,51 @@ void lamina_affine_decode(const uint8_t *panels, int64_t rows, int64_t columns, 
 
 #define LANES 16
 #define TILE_ROWS 4
-#define TILE_TOKENS 4
 #define TOKENS_MAX 64
 
-/* Else gcc reads a token's value once for each row again, and reading is what limits this loop. */
 #if defined(__AVX512F__)
+/* Else gcc reads a token's value once for each row again, and reading is what limits this loop. */
 #define KEEP(vector) __asm__("" : "+v"(vector))
+#define TILE_TOKENS 4
 #else
 #define KEEP(vector)
+#define TILE_TOKENS 2 /* what sixteen registers hold */
 #endif
 
-typedef float lanes_t __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-
-INLINE void tile(int tokens, const float *x, const float *weights, int64_t count, lanes_t *sums) {
-    lanes_t sum[TILE_TOKENS * TILE_ROWS];
+/* Adds to sums[tokens][TILE_ROWS][LANES]. */
+INLINE void tile(int tokens, const float *x, const float *weights, int64_t count, float *sums) {
+    for (int lane = 0; lane < LANES; lane += WIDTH) {
+        floats_t sum[TILE_TOKENS * TILE_ROWS];
 #pragma GCC unroll 16
-    for (int i = 0; i < tokens * TILE_ROWS; i++) sum[i] = sums[i];
-    for (int64_t k = 0; k < count; k += LANES) {
-        lanes_t weight[TILE_ROWS];
+        for (int i = 0; i < tokens * TILE_ROWS; i++) sum[i] = *(const floats_t *)(sums + i * LANES + lane);
+        for (int64_t k = lane; k < count; k += LANES) {
+            floats_t weight[TILE_ROWS];
 #pragma GCC unroll 4
-        for (int r = 0; r < TILE_ROWS; r++) weight[r] = *(const lanes_t *)(weights + r * SPAN + k);
+            for (int r = 0; r < TILE_ROWS; r++) weight[r] = *(const floats_t *)(weights + r * SPAN + k);
 #pragma GCC unroll 4
-        for (int t = 0; t < tokens; t++) {
-            lanes_t value = *(const lanes_t *)(x + t * SPAN + k);
-            KEEP(value);
+            for (int t = 0; t < tokens; t++) {
+                floats_t value = *(const floats_t *)(x + t * SPAN + k);
+                KEEP(value);
 #pragma GCC unroll 4
-            for (int r = 0; r < TILE_ROWS; r++) sum[t * TILE_ROWS + r] += weight[r] * value;
+                for (int r = 0; r < TILE_ROWS; r++) sum[t * TILE_ROWS + r] += weight[r] * value;
+            }
         }
-    }
 #pragma GCC unroll 16
-    for (int i = 0; i < tokens * TILE_ROWS; i++) sums[i] = sum[i];
+        for (int i = 0; i < tokens * TILE_ROWS; i++) *(floats_t *)(sums + i * LANES + lane) = sum[i];
+    }
 }
 
 static __attribute__((noinline)) void tile_of_one(const float *x, const float *weights, int64_t count,
-                                                  lanes_t *sums) {
+                                                  float *sums) {
     tile(1, x, weights, count, sums);
 }
 
-static __attribute__((noinline)) void tile_of_four(const float *x, const float *weights, int64_t count,
-                                                   lanes_t *sums) {
-    tile(4, x, weights, count, sums);
+static __attribute__((noinline)) void tile_of_some(const float *x, const float *weights, int64_t count,
+                                                   float *sums) {
+    tile(TILE_TOKENS, x, weights, count, sums);
 }
 
-INLINE float total(const lanes_t *sum) {
+INLINE float total(const float *sum) {
     float lanes[LANES];
     memcpy(lanes, sum, sizeof lanes);
     for (int width = LANES / 2; width; width /= 2)
@@ -251,21 +253,21 @@ INLINE float total(const lanes_t *sum) {
 static void linear_rows(span_t decode, int64_t bytes, const uint8_t *panels, int64_t row, int number, int64_t columns,
                         const float *x, int64_t tokens, int type, void *out, int64_t out_stride) {
     float weights[TILE_ROWS * SPAN] ALIGNED;
-    lanes_t sums[TOKENS_MAX * TILE_ROWS] ALIGNED;
+    float sums[TOKENS_MAX * TILE_ROWS * LANES] ALIGNED;
     memset(weights, 0, sizeof weights);
-    memset(sums, 0, (size_t)tokens * TILE_ROWS * sizeof(lanes_t));
+    memset(sums, 0, (size_t)tokens * TILE_ROWS * LANES * sizeof *sums);
     for (int64_t first = 0; first < columns; first += SPAN) {
         int64_t count = SMALLER(columns - first, SPAN), t = 0;
         for (int r = 0; r < number; r++)
             decode(panels + (row + r) * bytes, columns, first, count, weights + r * SPAN);
-        for (; t + 4 <= tokens; t += 4)
-            tile_of_four(x + t * SPAN, weights, count, sums + t * TILE_ROWS);
-        for (; t < tokens; t++) tile_of_one(x + t * SPAN, weights, count, sums + t * TILE_ROWS);
+        for (; t + TILE_TOKENS <= tokens; t += TILE_TOKENS)
+            tile_of_some(x + t * SPAN, weights, count, sums + t * TILE_ROWS * LANES);
+        for (; t < tokens; t++) tile_of_one(x + t * SPAN, weights, count, sums + t * TILE_ROWS * LANES);
         x += tokens * SPAN;
     }
     for (int64_t t = 0; t < tokens; t++)
         for (int r = 0; r < number; r++) {
-            float value = total(sums + t * TILE_ROWS + r);
+            float value = total(sums + (t * TILE_ROWS + r) * LANES);
             put(&value, 1, type, out, t * out_stride + row + r);
         }
 }
@@ -544,13 +546,35 @@ INLINE place_t find_chunk(const panel_t *it, int64_t chunk) {
 
 /* One group of second codes: four to a byte of the first 32, the third bits in the other 16. */
 INLINE void unpack_seconds(const uint8_t *restrict from, uint8_t *restrict codes) {
-    for (int k = 0; k < 4; k++)
-        for (int i = 0; i < 32; i++) codes[32 * k + i] = (from[i] >> 2 * k) & 3;
     for (int k = 0; k < 8; k++)
-        for (int i = 0; i < 16; i++) codes[16 * k + i] |= ((from[32 + i] >> k) & 1) << 2;
+        for (int i = 0; i < 16; i++)
+            codes[16 * k + i] =
+                (uint8_t)((from[16 * (k % 2) + i] >> 2 * (k / 2) & 3) | (from[32 + i] >> k & 1) << 2);
 }
 
 /* Second codes of a chunk become exponents; gives how many escapes there are among them. */
+#ifdef EXPANDING
+INLINE int64_t translate(const panel_t *it, place_t place, uint8_t *codes) {
+    uint8_t table[16] = {0};
+    memcpy(table, it->second_table, ESCAPE);
+    __m512i exponents = _mm512_broadcast_i32x4(_mm_loadu_si128((const void *)table));
+    const uint8_t *next = it->escapes + place.escape;
+    int64_t found = 0, left = it->end - next;
+    for (int64_t i = 0; i < place.seconds; i += 64) {
+        __m512i some = _mm512_loadu_si512(codes + i);
+        uint64_t escaped = _mm512_cmpeq_epi8_mask(some, _mm512_set1_epi8(ESCAPE));
+        if (place.seconds - i < 64) escaped &= (1ull << (place.seconds - i)) - 1;
+        some = _mm512_shuffle_epi8(exponents, some);
+        if (escaped) {
+            uint64_t there = left - found >= 64 ? ~0ull : left > found ? (1ull << (left - found)) - 1 : 0;
+            some = _mm512_mask_expand_epi8(some, escaped, _mm512_maskz_loadu_epi8(there, next + found));
+            found += __builtin_popcountll(escaped);
+        }
+        _mm512_storeu_si512(codes + i, some);
+    }
+    return found;
+}
+#else
 INLINE int64_t translate(const panel_t *it, place_t place, uint8_t *codes) {
     uint16_t at[CHUNK];
     int64_t found = 0, available = it->end - it->escapes - place.escape;
@@ -563,6 +587,7 @@ INLINE int64_t translate(const panel_t *it, place_t place, uint8_t *codes) {
     for (int64_t i = 0; i < found; i++) codes[at[i]] = i < available ? it->escapes[place.escape + i] : 0;
     return found;
 }
+#endif
 
 /* 64 elements; gives how many second codes they took. */
 #ifdef EXPANDING
@@ -584,20 +609,34 @@ INLINE int expand(const uint8_t *raw, const uint8_t *firsts, int quarter, __m512
     return __builtin_popcountll(others);
 }
 #else
+/* One bit for each byte that is 3. */
+INLINE uint64_t find_threes(const uint8_t *codes) {
+#if defined(__AVX2__)
+    __m256i three = _mm256_set1_epi8(3);
+    __m256i left = _mm256_cmpeq_epi8(_mm256_loadu_si256((const void *)codes), three);
+    __m256i right = _mm256_cmpeq_epi8(_mm256_loadu_si256((const void *)(codes + 32)), three);
+    return (uint32_t)_mm256_movemask_epi8(left) | (uint64_t)(uint32_t)_mm256_movemask_epi8(right) << 32;
+#else
+    uint64_t found = 0;
+    for (int word = 0; word < 8; word++) {
+        uint64_t eight;
+        memcpy(&eight, codes + 8 * word, 8);
+        /* Gathered into the highest byte. */
+        found |= ((eight & eight >> 1 & 0x0101010101010101u) * 0x0102040810204080u) >> 56 << 8 * word;
+    }
+    return found;
+#endif
+}
+
 INLINE int expand(const uint8_t *raw, const uint8_t *firsts, int quarter, const uint8_t *table, const uint8_t *seconds,
                   uint16_t *out) {
     uint8_t codes[64], exponents[64];
     uint8_t first = table[0], second = table[1], third = table[2];
-    int taken = 0;
-    for (int i = 0; i < 64; i++) codes[i] = (firsts[i] >> 2 * quarter) & 3;
+    for (int i = 0; i < 64; i++) codes[i] = firsts[i] >> 2 * quarter & 3;
     for (int i = 0; i < 64; i++) exponents[i] = codes[i] == 0 ? first : codes[i] == 1 ? second : third;
-    for (int word = 0; word < 64; word += 8) {
-        uint64_t eight;
-        memcpy(&eight, codes + word, 8);
-        /* One bit for each byte that is 3, gathered into the highest byte. */
-        eight = ((eight & eight >> 1 & 0x0101010101010101u) * 0x0102040810204080u) >> 56;
-        for (; eight; eight &= eight - 1) exponents[word + __builtin_ctzll(eight)] = seconds[taken++];
-    }
+    uint64_t others = find_threes(codes);
+    int taken = __builtin_popcountll(others);
+    for (; others; others &= others - 1) exponents[__builtin_ctzll(others)] = *seconds++;
     for (int i = 0; i < 64; i++)
         out[i] = (uint16_t)((raw[i] & 0x80) << 8 | (raw[i] & 0x7f) | exponents[i] << 7);
     return taken;
