@@ -6,7 +6,6 @@ import functools
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -322,10 +321,13 @@ def test_a_model_of_the_hub_gets_a_place_in_its_cache(tmp_path: Path) -> None:
     assert result.folder == str(tmp_path / "lamina" / f"org--name-{commit[:12]}-8bit")
     manifest = read_manifest(result.folder)
     assert (manifest.source["model"], manifest.source["revision"]) == ("org/name", commit)
-    shutil.rmtree(snapshot / "model.safetensors", ignore_errors=True)
     (snapshot / "model.safetensors").unlink()
     again = split("org/name", compression="8bit", cache_dir=str(tmp_path), local_files_only=True, delete_original=True)
     assert again.files_kept == again.files and "hub's cache" in again.kept["org/name"]
+    snapshot.rename(snapshot.parent / ("9" * 40))
+    (tmp_path / "models--org--name" / "refs" / "main").write_text("9" * 40)
+    with pytest.raises(CheckpointError, match=f"it was made from revision {commit}, which is not 9999"):
+        split("org/name", to=result.folder, compression="8bit", cache_dir=str(tmp_path), local_files_only=True)
 
 
 def test_numbers_that_cannot_be_coded_are_named(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -161,8 +162,7 @@ def check_room(folder: str, needed: int) -> None:
     place = folder
     while not os.path.exists(place):
         place = os.path.dirname(place)
-    status = os.statvfs(place)
-    free = status.f_bavail * status.f_frsize
+    free = shutil.disk_usage(place).free
     if needed > free:
         raise WriteError(
             f"{folder} needs {format_size(needed)} more, {format_size(free)} are free there: "

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lamina.checkpoint.store import JOURNAL, ManifestTensor, describe_tensor
-from lamina.errors import RequestError
+from lamina.errors import ChangedError, RequestError
 from lamina.store.files import flush_folder, refusals, write_whole
 from lamina.store.source import explain_change
 
@@ -54,6 +54,7 @@ class Journal:
 
         Raises:
             RequestError: another split was begun in this folder.
+            ChangedError: it was begun with another source, or with another state of it.
             WriteError: the folder cannot be written to.
         """
         self._folder, self._begun = folder, begun
@@ -133,6 +134,6 @@ def _refuse_other(folder: str, before: Mapping[str, Any], now: Mapping[str, Any]
         )
     source = before.get("source")
     if change := explain_change(source if isinstance(source, dict) else {}, now["source"]):
-        raise RequestError(f"{folder} holds the beginning of a split of another checkpoint ({change}): {remedy}")
+        raise ChangedError(f"{folder} holds the beginning of a split of another checkpoint ({change}): {remedy}")
     if before.get("plan") != now["plan"]:
         raise RequestError(f"{folder} holds the beginning of a split by another version of lamina: {remedy}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -111,7 +112,7 @@ def explain_change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | N
     return None
 
 
-def explain_age(identity: Mapping[str, Any], model: str, root: str) -> str | None:
+def explain_age(identity: Mapping[str, Any], model: str, root: str, commit: str | None) -> str | None:
     """Why a store with this source was not made from a model as it is now; None where nothing speaks against it.
 
     Weight files that are gone do not: they may have been deleted because the store is enough.
@@ -120,10 +121,13 @@ def explain_age(identity: Mapping[str, Any], model: str, root: str) -> str | Non
         identity: of the source, as a manifest has it.
         model: path or hub id.
         root: folder of its weights where it is local, else empty.
+        commit: of the hub, where it is known.
     """
     name = _name(model) if root else model
     if identity.get("model") != name:
         return f"it was made from {identity.get('model')}"
+    if commit is not None and identity.get("revision") != commit:
+        return f"it was made from revision {identity.get('revision')}, which is not {commit}"
     files = identity.get("files")
     if not isinstance(files, dict) or not all(isinstance(known, dict) for known in files.values()):
         return "it says nothing about its source"
@@ -142,8 +146,7 @@ class SourceFiles:
 
     def __init__(self, fingerprints: Mapping[str, Fingerprint]) -> None:
         self._fingerprints = fingerprints
-        self._file = ""
-        self._fd = -1
+        self._file: io.FileIO | None = None
         self._buffer = bytearray()
 
     def read(self, extent: Extent, at: int, nbytes: int) -> memoryview:
@@ -154,47 +157,46 @@ class SourceFiles:
             TruncatedError: it ends too early.
             ReadError: the operating system refused.
         """
-        self._open(extent.file)
+        file = self._open(extent.file)
         if len(self._buffer) < nbytes:
             self._buffer = bytearray(nbytes)
         view, done, offset = memoryview(self._buffer)[:nbytes], 0, extent.offset + at
         try:
+            file.seek(offset)
             while done < nbytes:
-                got = os.preadv(self._fd, [view[done:]], offset + done)
+                got = file.readinto(view[done:])
                 if not got:
                     raise TruncatedError(f"{extent.file} ends at byte {offset + done}: it was cut while it was split")
                 done += got
             if hasattr(os, "posix_fadvise"):  # what was read is not read again; what follows is
-                os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
-                os.posix_fadvise(self._fd, offset + nbytes, nbytes, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(file.fileno(), offset, nbytes, os.POSIX_FADV_DONTNEED)
+                os.posix_fadvise(file.fileno(), offset + nbytes, nbytes, os.POSIX_FADV_WILLNEED)
         except OSError as error:
             raise ReadError(f"reading {extent.file} at byte {offset + done} failed: {error.strerror}") from error
         return view
 
-    def _open(self, file: str) -> None:
-        if file == self._file:
-            return
+    def _open(self, path: str) -> io.FileIO:
+        if self._file is not None and self._file.name == path:
+            return self._file
         self.close()
         try:
-            self._fd = os.open(file, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            self._file = io.FileIO(path)
         except FileNotFoundError:
-            raise ChangedError(f"{file} is gone since the split began: put it back, or split again") from None
+            raise ChangedError(f"{path} is gone since the split began: put it back, or split again") from None
         except OSError as error:
-            raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-        self._file = file
-        self._check()
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        self._check(self._file)
+        return self._file
 
-    def _check(self) -> None:
-        status = os.fstat(self._fd)
-        if (wanted := self._fingerprints.get(self._file)) and wanted != (status.st_size, status.st_mtime_ns):
-            raise ChangedError(f"{self._file} was written to while it was split: run lamina split again")
+    def _check(self, file: io.FileIO) -> None:
+        status = os.fstat(file.fileno())
+        wanted = self._fingerprints.get(str(file.name))
+        if wanted is not None and wanted != (status.st_size, status.st_mtime_ns):
+            raise ChangedError(f"{file.name!s} was written to while it was split: run lamina split again")
 
     def close(self) -> None:
         """Close what is open, after a last look whether it is still what it was."""
-        if self._fd < 0:
-            return
-        try:
-            self._check()
-        finally:
-            fd, self._fd, self._file = self._fd, -1, ""
-            os.close(fd)
+        file, self._file = self._file, None
+        if file is not None:
+            with file:
+                self._check(file)

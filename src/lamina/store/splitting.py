@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lamina.checkpoint import metadata_folder
 from lamina.checkpoint.store import PLAIN, Manifest, check_compression
+from lamina.errors import LaminaError
 from lamina.store.files import Progress
 from lamina.store.original import IN_CACHE, Deletion, delete_original_files
 from lamina.store.place import check_place, default_folder
@@ -93,7 +95,7 @@ def split(
     root = os.path.join(local_root(model), hub.get("subfolder") or "") if local else ""
 
     manifest, kept = finished_store(folder, compression), 0
-    if manifest is not None and (age := explain_age(manifest.source, model, root)):
+    if manifest is not None and (age := explain_age(manifest.source, model, root, _commit(model, local, hub))):
         raise made_from_another(folder, age)
     if manifest is not None:
         tidy(folder, progress)
@@ -110,6 +112,14 @@ def split(
     elif delete_original:
         deletion = Deletion((), {model: IN_CACHE})
     return _result(folder, manifest, kept, began, deletion)
+
+
+def _commit(model: str, local: bool, hub: Mapping[str, Any]) -> str | None:
+    """What a model of the hub is now, as far as the hub or its cache can tell."""
+    try:
+        return None if local else os.path.basename(metadata_folder(model, **hub))
+    except LaminaError:
+        return None
 
 
 def _result(folder: str, manifest: Manifest, kept: int, began: float, deletion: Deletion) -> SplitResult:
