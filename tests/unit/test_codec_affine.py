@@ -129,7 +129,7 @@ def test_a_row_becomes_the_same_bytes_in_any_company(codec: Affine, way: str) ->
 def test_the_error_of_normally_distributed_weights(codec: Affine, dtype: torch.dtype) -> None:
     block = weights(32, 2048, dtype)
     error = decoded(codec, codec.encode(block), 2048) - block.float()
-    assert error.norm() / block.float().norm() < {4: 0.0735, 5: 0.036, 6: 0.0175, 8: 0.0062}[codec.bits]
+    assert error.norm() / block.float().norm() < {4: 0.0705, 5: 0.0347, 6: 0.0171, 8: 0.0062}[codec.bits]
 
 
 def test_bits_a_weight() -> None:

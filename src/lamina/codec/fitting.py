@@ -1,8 +1,9 @@
 """How the integers of `q4`, `q5`, `q6` and `q8` are found: slower than decoding them, and apart from it.
 
-For a group of weights several ranges are tried, from its whole range to less than two thirds of it. Each gives codes,
-and codes give their own best scale and centre by least squares; the range whose fit leaves the least squared error
-wins. Then scales and centres are rounded to the row's units and the codes are found once more for these.
+For a group of weights several ranges are tried, a little wider and narrower than its own and shifted by up to half a
+step: where a range lies matters more than its width, because the mean of a group is what must be right. Each gives
+codes, and codes give their own best scale and centre by least squares; the range whose fit leaves the least squared
+error wins. Then scales and centres are rounded to the row's units and the codes are found once more for these.
 
 Every number depends on its row alone. For the search a group is written as whole numbers of at most fourteen bits, so
 that all sums are exact in fp32, in whatever order and by whatever instructions they are made; what follows is arranged
@@ -19,9 +20,8 @@ from lamina.errors import CheckpointError
 
 GROUP = 32  # columns that share a scale in q4, q5 and q6
 BLOCK = 64  # the same in q8
-TRIES = 16  # ranges for a group, from WIDEST of its own to a part that fewer bits want smaller
-WIDEST = 1.04
-NARROWEST = {4: 0.64, 5: 0.8, 6: 0.9}
+WIDTHS = {4: (1.03, 0.96, 0.89), 5: (1.02, 0.97, 0.92), 6: (1.01, 0.99, 0.97)}  # of the ranges tried, to a group's own
+SHIFTS = (-0.5, -0.25, 0.0, 0.25, 0.5)  # of each of them, in steps from one code to the next
 REACH = 8191.0  # of the whole numbers that stand for a group's weights: 32 * 32 * REACH is less than 2^24
 ELEMENTS = 1 << 18  # fitted at a time in torch: bounds what that takes besides
 TINY = 1e-33  # REACH over less than that is beyond fp32; such weights are all the same to every model
@@ -40,9 +40,9 @@ def encode(block: torch.Tensor, bits: int, panel_bytes: int) -> torch.Tensor:
             some = block[row : row + step]
             panels[row : row + step] = _blocks(some) if bits == 8 else _groups(some, bits)
         return panels
-    steps = _steps(bits)
+    ranges = _ranges(bits)
     failed = kernels.lamina_affine_encode(
-        *(block.data_ptr(), *block.shape, bits, type_code, steps.data_ptr(), len(steps)),
+        *(block.data_ptr(), *block.shape, bits, type_code, ranges.data_ptr(), len(ranges)),
         *(panels.data_ptr(), torch.get_num_threads()),
     )
     if failed:
@@ -58,13 +58,15 @@ def _refuse_infinite(weights: torch.Tensor) -> None:
         )
 
 
-def _steps(bits: int) -> torch.Tensor:
-    """The scales to try, where a group reaches from -REACH to REACH; none for q8, which has nothing to search."""
+def _ranges(bits: int) -> torch.Tensor:
+    """Scale and centre of the ranges to try, [tries, 2], where a group reaches from -REACH to REACH; none for q8.
+
+    A range that begins within a group's own or ends beyond it is worth more than a narrower one: see docs/codecs.md.
+    """
     if bits == 8:
-        return torch.empty(0)
-    part = (WIDEST - NARROWEST[bits]) / (TRIES - 1)
+        return torch.empty(0, 2)
     whole = 2 * REACH / ((1 << bits) - 1)
-    return torch.tensor([(WIDEST - part * index) * whole for index in range(TRIES)])
+    return torch.tensor([(width * whole, (0.5 + shift) * width * whole) for width in WIDTHS[bits] for shift in SHIFTS])
 
 
 def _grouped(block: torch.Tensor, group: int) -> torch.Tensor:
@@ -110,8 +112,8 @@ def _search(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, ...]:
     """
     total = x.sum(2).int()
     best, found = torch.full_like(total, -1, dtype=torch.float32), total.new_zeros(4, *total.shape)
-    for step in _steps(bits).to(x.device):
-        codes = _codes(x, step.expand(total.shape), (step / 2).expand(total.shape), bits)
+    for scale, centre in _ranges(bits).to(x.device):
+        codes = _codes(x, scale.expand(total.shape), centre.expand(total.shape), bits)
         number, squares = codes.sum(2).int(), (codes * codes).sum(2).int()
         shared, spread = 32 * codes.mul_(x).sum(2).int() - number * total, 32 * squares - number * number
         gain = shared.float() / spread.clamp(min=1).float() * shared.float()  # what the fit takes from the error

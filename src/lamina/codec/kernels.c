@@ -319,9 +319,9 @@ typedef struct {
     float number[LANES], squares[LANES], products[LANES];
 } sums_t;
 
-INLINE sums_t sum_codes(float x[GROUP][LANES], float step, int bits) {
+INLINE sums_t sum_codes(float x[GROUP][LANES], float step, float origin, int bits) {
     sums_t sums = {{0}, {0}, {0}};
-    float origin = step / 2, factor = 1 / step, most = (float)((1 << (bits - 1)) - 1);
+    float factor = 1 / step, most = (float)((1 << (bits - 1)) - 1);
     for (int i = 0; i < GROUP; i++)
         for (int g = 0; g < LANES; g++) {
             float code = rintf((x[i][g] - origin) * factor);
@@ -335,7 +335,7 @@ INLINE sums_t sum_codes(float x[GROUP][LANES], float step, int bits) {
 }
 
 /* See _search in fitting.py: found is [4][groups]. */
-static void search_lanes(const float *rows, const float *middle, const float *factor, const float *steps,
+static void search_lanes(const float *rows, const float *middle, const float *factor, const float *ranges,
                          int32_t *found, int64_t groups, int64_t first, int32_t tries, int32_t bits) {
     float x[GROUP][LANES] = {{0}}, best[LANES], totals[LANES] = {0};
     int number = (int)SMALLER(groups - first, LANES);
@@ -346,7 +346,7 @@ static void search_lanes(const float *rows, const float *middle, const float *fa
         for (int g = 0; g < LANES; g++) totals[g] += x[i][g];
     for (int g = 0; g < LANES; g++) best[g] = -1;
     for (int try = 0; try < tries; try++) {
-        sums_t sums = sum_codes(x, steps[try], bits);
+        sums_t sums = sum_codes(x, ranges[2 * try], ranges[2 * try + 1], bits);
         for (int g = 0; g < number; g++) {
             int32_t sum = (int32_t)sums.number[g], total = (int32_t)totals[g];
             int32_t shared = 32 * (int32_t)sums.products[g] - sum * total;
@@ -433,7 +433,7 @@ typedef struct {
 } fit_t;
 
 /* Scale and centre of each group: see _fit in fitting.py, also for why it is in double precision. */
-static int fit_row(const fit_t *it, int64_t groups, int bits, const float *steps, int tries) {
+static int fit_row(const fit_t *it, int64_t groups, int bits, const float *ranges, int tries) {
     int finite = 1;
     for (int64_t g = 0; g < groups; g++) {
         float low, high;
@@ -444,7 +444,7 @@ static int fit_row(const fit_t *it, int64_t groups, int bits, const float *steps
     }
     memset(it->found, 0, (size_t)groups * 16);
     for (int64_t first = 0; first < groups; first += LANES)
-        search_lanes(it->x, it->middle, it->factor, steps, it->found, groups, first, tries, bits);
+        search_lanes(it->x, it->middle, it->factor, ranges, it->found, groups, first, tries, bits);
     for (int64_t g = 0; g < groups; g++) {
         int32_t number = it->found[g], all = it->found[groups + g], shared = it->found[2 * groups + g];
         int32_t spread = it->found[3 * groups + g];
@@ -480,7 +480,7 @@ static void write_groups(const fit_t *it, int64_t groups, int bits, uint8_t *row
 
 /* How many rows were not encoded: for want of memory, or because a value is not finite. */
 int64_t lamina_affine_encode(const void *from, int64_t rows, int64_t columns, int32_t bits, int32_t type,
-                             const float *steps, int32_t tries, uint8_t *panels, int32_t threads) {
+                             const float *ranges, int32_t tries, uint8_t *panels, int32_t threads) {
     int64_t bytes = affine_bytes(bits, columns), group = bits == 8 ? BLOCK : GROUP, failed = 0;
     int64_t groups = (columns + group - 1) / group, padded = groups * group;
 #pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (rows * columns > 65536) reduction(+ : failed)
@@ -492,7 +492,7 @@ int64_t lamina_affine_encode(const void *from, int64_t rows, int64_t columns, in
             fit_t it = {room, next, next + groups, next + 2 * groups, next + 3 * groups, next + 4 * groups, NULL};
             it.found = (int32_t *)(next + 5 * groups);
             widen_row(from, type, row, columns, padded, room);
-            finite = bits == 8 ? encode_blocks(room, groups, to) : fit_row(&it, groups, bits, steps, tries);
+            finite = bits == 8 ? encode_blocks(room, groups, to) : fit_row(&it, groups, bits, ranges, tries);
             if (finite && bits < 8) write_groups(&it, groups, bits, to);
         }
         free(room);
