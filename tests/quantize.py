@@ -60,8 +60,8 @@ def write_quantized(
     return decoded
 
 
-def fp8(block: tuple[int, int], suffix: str = "weight_scale_inv", ceil: bool = False) -> Method:
-    """FP8 in blocks: an E4M3 number for each element, a float32 scale for each block."""
+def fp8(block: tuple[int, int], suffix: str = "weight_scale_inv", exponents: bool = False) -> Method:
+    """FP8 in blocks: an E4M3 number for each element, a scale for each block: float32, or a byte of exponent."""
 
     def store(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
         rows, columns = weight.shape
@@ -70,10 +70,12 @@ def fp8(block: tuple[int, int], suffix: str = "weight_scale_inv", ceil: bool = F
         numbers = np.empty(weight.shape, np.float32)
         for i, j in np.ndindex(*grid.shape):
             part = (slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1]))
-            grid[i, j] = weight[part].abs().max() / 448
+            scale = np.float32(weight[part].abs().max()) / 448
+            grid[i, j] = np.exp2(np.ceil(np.log2(scale))) if exponents else scale
             quantized[part] = (weight[part] / float(grid[i, j])).to(torch.float8_e4m3fn)
             numbers[part] = quantized[part].float().numpy() * grid[i, j]
-        return {name: quantized, name.removesuffix("weight") + suffix: torch.from_numpy(grid)}, numbers
+        scales = torch.from_numpy((np.log2(grid) + 127).astype(np.uint8) if exponents else grid)
+        return {name: quantized, name.removesuffix("weight") + suffix: scales}, numbers
 
     return store
 

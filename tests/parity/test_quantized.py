@@ -35,6 +35,8 @@ METHODS: Mapping[str, tuple[quantize.Method, Mapping[str, Any]]] = {
     "fp8 with blocks that do not fit": (quantize.fp8((28, 40)), {**FP8, "weight_block_size": [28, 40]}),
     "fp8 by tensor": (quantize.fp8((1000, 1000)), {"quant_method": "fp8", "weight_block_size": None}),
     "fp8 that says scale": (quantize.fp8((32, 32), "scale"), FP8),
+    "fp8 that says qscale_weight": (quantize.fp8((32, 32), "qscale_weight"), FP8),
+    "mxfp8": (quantize.fp8((1, 32), exponents=True), {"quant_method": "mxfp8", "weight_block_size": [1, 32]}),
     "fbgemm": (quantize.fp8_by_row, {"quant_method": "fbgemm_fp8"}),
     "float-quantized": (quantize.fp8_by_row, _compressed("float-quantized", num_bits=8, type="float")),
     "int-quantized": (quantize.int8_by_row, _compressed("int-quantized", num_bits=8, type="int")),
@@ -70,6 +72,10 @@ METHODS: Mapping[str, tuple[quantize.Method, Mapping[str, Any]]] = {
     "auto-round": (
         quantize.gptq(4, 32),
         {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "group_size": 32},
+    ),
+    "auto-round in awq's packing": (
+        quantize.awq(32),
+        {"quant_method": "auto-round", "packing_format": "auto_round:auto_awq", "bits": 4, "group_size": 32},
     ),
     "awq": (quantize.awq(32), {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}),
     "bitsandbytes in 8 bits": (

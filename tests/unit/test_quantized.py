@@ -49,6 +49,23 @@ def test_the_rows_of_all_experts_are_counted_through() -> None:
     assert torch.equal(out[0], torch.kron(scales[0], torch.ones(2, 4)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz], ids=str)
+@pytest.mark.parametrize("columns", [256, 128, 1, 85])
+def test_every_code_of_eight_bits_is_torchs_number(dtype: torch.dtype, columns: int) -> None:
+    codes = torch.arange(256, dtype=torch.uint8)[: 255 if columns == 85 else 256].view(dtype).view(-1, columns)
+    assert torch.equal(packed.to_float(codes).nan_to_num(-1e9), codes.float().nan_to_num(-1e9))
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 128), (32, 32), (32, 64), (32, 96), (96, 7)])
+def test_rows_of_experts_that_lie_across_are_those_of_the_whole(first: int, count: int) -> None:
+    weight = torch.randn(2, 64, 48, generator=torch.Generator().manual_seed(0))
+    stored, numbers = quantize.mxfp4_experts("x", weight)
+    whole = packed.Float4Experts((2, 64, 48), torch.float32, 32)
+    assert np.array_equal(whole(*stored.values()).numpy(), numbers)
+    rows = whole.rows(first, count, *stored.values())
+    assert np.array_equal(rows.numpy(), numbers.reshape(128, 48)[first : first + count])
+
+
 def test_a_zero_point_of_the_first_gptq_format_wraps() -> None:
     words = torch.zeros(1, 8, dtype=torch.int32)  # eight inputs of eight outputs, all 0
     zeros = torch.tensor([[-1]], dtype=torch.int32)  # eight times 15, which stands for 0

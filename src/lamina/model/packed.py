@@ -6,6 +6,7 @@ to the weight's dtype, a few rows at a time: a whole weight in float32 would be 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,18 +74,18 @@ class Scaled(Packed):
     def rows(self, first: int, count: int, *stored: torch.Tensor) -> torch.Tensor:
         weight = to_float(stored[0].view(-1, self.shape[-1])[first : first + count])
         if len(stored) > 2:
-            weight = weight - self._spread(stored[2].float(), first, count)
+            weight = weight - spread(self._of_rows(stored[2].float(), first, count), self.block[1], self.shape[-1])
         scales = scales_of(stored[1])
-        return weight * self._spread(scales if self.factor == 1.0 else scales * self.factor, first, count)
+        scales = self._of_rows(scales if self.factor == 1.0 else scales * self.factor, first, count)
+        return scaled(weight, scales, self.block[1])
 
-    def _spread(self, grid: torch.Tensor, first: int, count: int) -> torch.Tensor:
-        """The numbers of a grid for these rows, in shape (count, columns) or what broadcasts to it."""
+    def _of_rows(self, grid: torch.Tensor, first: int, count: int) -> torch.Tensor:
+        """The numbers of a grid for each of these rows: (count, columns of the grid), or one for all."""
         if grid.numel() == 1:
             return grid.view(1, 1)
         row = torch.arange(first, first + count, device=grid.device)
         high = self.shape[-2]
-        of_row = grid.reshape(-1, self.grid[1])[row // high * self.grid[0] + row % high // self.block[0]]
-        return spread(of_row, self.block[1], self.shape[-1])
+        return grid.reshape(-1, self.grid[1])[row // high * self.grid[0] + row % high // self.block[0]]
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Float4(Packed):
         scales = scales_of(stored[1].reshape(-1, columns // self.group)[first : first + count])
         if len(stored) > 2:
             scales = scales / stored[2].float()
-        return values * spread(scales, self.group, columns)
+        return scaled(values, scales, self.group)
 
 
 @dataclass(frozen=True)
@@ -121,14 +122,20 @@ class Float4Experts(Packed):
 
     group: int
 
-    def __call__(self, *stored: torch.Tensor) -> torch.Tensor:
-        experts, high, wide = self.shape
-        out = torch.empty(self.shape, dtype=self.dtype, device=stored[0].device)
-        across = Float4((experts, wide, high), self.dtype, self.group)
-        for expert in range(experts):
-            for first, count in blocks(wide, high):
-                decoded = across.rows(expert * wide + first, count, *stored)
-                out[expert, :, first : first + count] = decoded.t()
+    def rows(self, first: int, count: int, *stored: torch.Tensor) -> torch.Tensor:
+        _, high, wide = self.shape
+        out = torch.empty(count, wide, device=stored[0].device)
+        done = 0
+        while done < count:  # rows of one expert after the other
+            expert, row = divmod(first + done, high)
+            stop = min(row + count - done, high)
+            groups = slice(row // self.group, -(-stop // self.group))
+            packed, scales = (part[expert, :, groups].reshape(wide, -1) for part in stored)
+            across = look_up(in_pairs(torch.tensor(E2M1, device=packed.device)), packed)
+            across = scaled(across, scales_of(scales), self.group)
+            skip = row % self.group
+            out[done : done + stop - row] = across[:, skip : skip + stop - row].t()
+            done += stop - row
         return out
 
 
@@ -156,10 +163,10 @@ class Integers(Packed):
         scales = (scales[first : first + count] if scales.shape[0] > 1 else scales).float()
         group = out_of_order(stored[-1] if len(stored) > 2 + self.zeros else None, self.group)
         if not self.zeros:
-            return (values - middle) * by_group(scales, group, self.group, columns)
+            return by_group(values - middle, scales, group, self.group)
         words = stored[2][first * self.bits // _WORD : -(-(first + count) * self.bits // _WORD)]
         zeros = unpack(words.t(), self.bits, count).t()
-        return (values - by_group(zeros, group, self.group, columns)) * by_group(scales, group, self.group, columns)
+        return by_group(values - of_columns(zeros, group, self.group, columns), scales, group, self.group)
 
 
 @dataclass(frozen=True)
@@ -187,7 +194,7 @@ class Gptq(Packed):
         zeros = (zeros + self.offset) % (1 << self.bits)
         scales = stored[2][:, first : first + count].t().float()
         group = out_of_order(stored[3] if len(stored) > 3 else None, self.group)
-        return (values - by_group(zeros, group, self.group, columns)) * by_group(scales, group, self.group, columns)
+        return by_group(values - of_columns(zeros, group, self.group, columns), scales, group, self.group)
 
 
 @dataclass(frozen=True)
@@ -207,7 +214,7 @@ class Awq(Packed):
         values, zeros = (self._outputs(part[:, words], count) for part in stored[:2])
         scales = stored[2][:, first : first + count].t().float()
         columns = self.shape[-1]
-        return (values - spread(zeros, self.group, columns)) * spread(scales, self.group, columns)
+        return scaled(values - spread(zeros, self.group, columns), scales, self.group)
 
     @staticmethod
     def _outputs(words: torch.Tensor, count: int) -> torch.Tensor:
@@ -300,8 +307,23 @@ def spread(values: torch.Tensor, group: int, columns: int) -> torch.Tensor:
     return values.repeat_interleave(group, -1)[..., :columns]
 
 
-def by_group(values: torch.Tensor, group_of: torch.Tensor | None, group: int, columns: int) -> torch.Tensor:
-    """`spread`, or the number of each column's own group where these do not follow one another."""
+def scaled(values: torch.Tensor, scales: torch.Tensor, group: int) -> torch.Tensor:
+    """Numbers of shape (rows, columns), which are overwritten, times the scale of their group of columns."""
+    rows, columns = values.shape
+    if scales.shape[-1] > 1 and scales.shape[-1] * group == columns:
+        return values.view(rows, -1, group).mul_(scales.unsqueeze(-1)).view(rows, columns)
+    return values.mul_(spread(scales, group, columns))
+
+
+def by_group(values: torch.Tensor, scales: torch.Tensor, group_of: torch.Tensor | None, group: int) -> torch.Tensor:
+    """`scaled`, or where groups do not follow one another, by each column's own."""
+    if group_of is None:
+        return scaled(values, scales, group)
+    return values.mul_(of_columns(scales, group_of, group, values.shape[-1]))
+
+
+def of_columns(values: torch.Tensor, group_of: torch.Tensor | None, group: int, columns: int) -> torch.Tensor:
+    """The number of each column's group."""
     return spread(values, group, columns) if group_of is None else values.index_select(-1, group_of)
 
 
@@ -314,11 +336,25 @@ def out_of_order(group_of: torch.Tensor | None, group: int) -> torch.Tensor | No
 
 
 def to_float(values: torch.Tensor) -> torch.Tensor:
-    """Numbers of any dtype as float32."""
+    """Numbers of any dtype as new float32."""
     if values.dtype.itemsize > 1 or not values.is_floating_point():
-        return values.float()
-    codes = torch.arange(256, dtype=torch.uint8, device=values.device).view(values.dtype)
-    return look_up(codes.float(), values.view(torch.uint8))
+        return values.to(torch.float32, copy=True)
+    if values.shape[-1] % 2 or not values.is_contiguous():
+        return look_up(_codes(values.dtype, values.device), values.contiguous().view(torch.uint8))
+    pairs = values.view(torch.int16).flatten().int() & 0xFFFF
+    found = _pairs_of_codes(values.dtype, values.device).index_select(0, pairs)
+    return found.view(torch.float32).view(values.shape)
+
+
+def _codes(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.arange(256, dtype=torch.uint8, device=device).view(dtype).float()
+
+
+@functools.cache
+def _pairs_of_codes(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The two numbers of every two bytes, as one of 64 bits each: half a megabyte, made once."""
+    codes = _codes(dtype, device)
+    return torch.stack((codes.repeat(256), codes.repeat_interleave(256)), -1).view(torch.float64).view(-1)
 
 
 def scales_of(scales: torch.Tensor) -> torch.Tensor:
