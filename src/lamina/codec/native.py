@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("kernels.c")
-INCLUDED = Path(__file__).with_name("gguf_kernels.c")
 VERSION = 1  # of the functions' arguments: lamina_kernels_version() says the same
 COMPILERS = ("cc", "gcc", "clang")
 # Sums are one fused multiply-add after another in every variant of a loop, or in none: their bits must be the same.
@@ -124,7 +123,8 @@ def _fingerprint(compiler: str) -> str:
     real = os.path.realpath(compiler)
     known = os.stat(real)
     parts = [VERSION, VARIANTS, FLAGS, real, known.st_size, known.st_mtime_ns, _processor()]
-    return hashlib.sha256(SOURCE.read_bytes() + INCLUDED.read_bytes() + repr(parts).encode()).hexdigest()[:32]
+    sources = b"".join(path.read_bytes() for path in [SOURCE, *sorted(SOURCE.parent.glob("*_kernels.c"))])
+    return hashlib.sha256(sources + repr(parts).encode()).hexdigest()[:32]
 
 
 def _processor() -> str:
