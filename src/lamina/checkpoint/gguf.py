@@ -170,14 +170,18 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
     return GgufFile(checkpoint, parts[files[0]].fields)
 
 
-def _parts(first: str) -> list[str]:
-    folder, name = os.path.split(first)
+def part_names(name: str) -> list[str]:
+    """The names of all parts of a split model, by that of one; the name alone where it is none of a part."""
     match = _SPLIT.fullmatch(name)
     if match is None or not 1 <= int(match[2]) <= int(match[3]):
-        return [first]
-    names = [f"{match[1]}-{number:05d}-of-{match[3]}.gguf" for number in range(1, int(match[3]) + 1)]
-    files = [os.path.join(folder, each) for each in names]
-    if missing := [each for each in files if not os.path.exists(each)]:
+        return [name]
+    return [f"{match[1]}-{number:05d}-of-{match[3]}.gguf" for number in range(1, int(match[3]) + 1)]
+
+
+def _parts(first: str) -> list[str]:
+    folder, name = os.path.split(first)
+    files = [os.path.join(folder, each) for each in part_names(name)]
+    if len(files) > 1 and (missing := [each for each in files if not os.path.exists(each)]):
         others = f" (and {len(missing) - 1} more of {len(files)})" if len(missing) > 1 else ""
         raise MissingShardError(f"{name} needs {os.path.basename(missing[0])}{others}: {missing_file(missing[0])}")
     return files

@@ -10,7 +10,7 @@ import glob
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lamina.checkpoint.checkpoint import read_index
@@ -20,6 +20,7 @@ from lamina.checkpoint.remote import remote_headers
 from lamina.checkpoint.repository import (
     OFFLINE,
     Listing,
+    RemoteFile,
     Request,
     Token,
     check_listed,
@@ -147,13 +148,26 @@ def _download(request: Request, listing: Listing, progress: Progress | None) -> 
             chosen = sorted(set(parse_index(read_index(index), indexes[0]).values()))
             check_listed(request, listing, chosen, indexes[0])
         weights = {name: listing.files[name] for name in (in_subfolder(request, each) for each in chosen)}
-        total = sum(file.size or 0 for file in weights.values())
-        missing = sum(file.size or 0 for name, file in weights.items() if not _is_cached(request, listing, name))
-        _check_space(request, missing)
-        counter = _Counter(progress, total - missing, total)
-        _snapshot(request, listing.commit, weights, counter)
-        counter.finish()
+        download_files(request, listing, weights, progress)
     return folder
+
+
+def download_files(
+    request: Request, listing: Listing, files: Mapping[str, RemoteFile], progress: Progress | None
+) -> str:
+    """Brings files of a repository, as far as the cache does not have them; gives the folder of their snapshot."""
+    total = sum(file.size or 0 for file in files.values())
+    missing = sum(file.size or 0 for name, file in files.items() if not _is_cached(request, listing, name))
+    _check_space(request, missing)
+    counter = _Counter(progress, total - missing, total)
+    folder = _snapshot(request, listing.commit, files, counter)
+    counter.finish()
+    return folder
+
+
+def remember_commit(request: Request) -> None:
+    """Lets the cache learn which commit the revision stands for, so that it is found there without the network."""
+    _snapshot(request, request.revision, (), _Counter(None, 0, 0))
 
 
 def _fetch_small(request: Request, listing: Listing, also: Iterable[str]) -> str:

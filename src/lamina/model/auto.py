@@ -125,7 +125,7 @@ def _prepare(
             warnings.warn(f"{name} has no meaning here and is ignored", stacklevel=4)
     hub = {key: options[key] for key in HUB if options.get(key) is not None}
     variant = options.pop("variant", None)
-    if file := _gguf_file(str(model), hub.get("subfolder", ""), options.pop("gguf_file", None)):
+    if file := _gguf_file(str(model), hub, options.pop("gguf_file", None), progress, weights_wanted):
         gguf = load_gguf(file, {key: value for key, value in options.items() if key not in hub})
         request, checkpoint = Request(gguf.path, options, trust, gguf), gguf.checkpoint
     else:
@@ -192,13 +192,20 @@ def _open(
     return checkpoint.root, checkpoint
 
 
-def _gguf_file(model: str, subfolder: str, name: str | None) -> str | None:
+def _gguf_file(
+    model: str, hub: Mapping[str, Any], name: str | None, progress: Progress | None, wanted: bool
+) -> str | None:
     """The GGUF file that is meant: named by itself, by `gguf_file`, or the only weights of a folder."""
+    subfolder = hub.get("subfolder", "")
     if name is None:
         return find_gguf(os.path.join(model, subfolder) if subfolder else model)
-    if not _is_local(model):
-        raise UnsupportedError(f"gguf_file of a model on the hub: download {name} of {model}, then give its path")
-    return os.path.join(os.path.expanduser(model), subfolder, name)
+    if _is_local(model):
+        return os.path.join(os.path.expanduser(model), subfolder, name)
+    if not wanted:
+        raise UnsupportedError(f"a GGUF file is planned from its own header: download {name} of {model} first")
+    from lamina.checkpoint.hub_gguf import locate_gguf
+
+    return locate_gguf(model, name, progress=progress, **hub)
 
 
 def _is_local(model: str) -> bool:
