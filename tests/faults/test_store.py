@@ -89,6 +89,19 @@ def test_a_split_that_is_killed_at_every_step_of_its_way_still_ends(model: Path,
     assert contents(folder) == contents(whole)
 
 
+def test_what_was_damaged_meanwhile_is_written_again(model: Path, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    assert split_apart(model, folder, compression="8bit", die_at=70).code == -signal.SIGKILL
+    done = sorted(folder.glob("model-*.safetensors"))
+    assert len(done) >= 2
+    damage(done[0])
+    with open(folder / JOURNAL, "a") as journal:
+        journal.write('{"file": "model-00005-of-00005.safetensors", "byt')
+    said: list[str] = []
+    split(model, to=folder, compression="8bit", progress=lambda stage, *_: said.append(stage))
+    assert said[0] == "check" and contents(folder) == contents(whole)
+
+
 def test_ctrl_c_leaves_a_split_that_goes_on(model: Path, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "store"
     stopped = split_apart(model, folder, compression="8bit", interrupt_at=70)
