@@ -396,10 +396,12 @@ def test_a_model_in_which_nothing_can_be_coded_is_refused(tmp_path: Path) -> Non
     families.write_tiny("llama", tmp_path / "model", dtype=torch.float32)
     with pytest.raises(UnsupportedError, match=r"nothing in .* can be stored as lossless"):
         split(tmp_path / "model", compression="lossless")
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(UnsupportedError, match="needs no split"):
-        split(tmp_path / "model.gguf")
-    assert sorted(os.listdir(tmp_path)) == ["model", "model.gguf"]
+    (tmp_path / "blocks").mkdir()
+    (tmp_path / "blocks" / "model.gguf").write_bytes(b"GGUF")
+    for model in (tmp_path / "blocks", tmp_path / "blocks" / "model.gguf"):
+        with pytest.raises(UnsupportedError, match="needs no split"):
+            split(model)
+    assert sorted(os.listdir(tmp_path)) == ["blocks", "model"]
 
 
 def test_the_headers_of_a_store_on_the_hub_say_what_is_in_it(

@@ -56,7 +56,8 @@ def open_source(
         ModelNotFoundError, CheckpointError and others: as `lamina.checkpoint.locate` and `open_checkpoint`.
     """
     path = os.path.expanduser(model)
-    if path.lower().endswith(".gguf"):
+    names = os.listdir(path) if os.path.isdir(path) else [path]
+    if {os.path.splitext(name)[1].lower() for name in names} & {".gguf", ".safetensors", ".bin"} == {".gguf"}:
         raise UnsupportedError(f"{model} is small already and streams as it is: a GGUF file needs no split")
     if is_local := os.path.exists(path):
         found = path
