@@ -7,9 +7,10 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from gguf_files import field, header, tensor, text, write_model
+from gguf_files import SHARED, field, header, tensor, text, write_model, write_tensors
 from lamina import AutoModel
 from lamina.checkpoint.gguf import open_gguf
 from lamina.errors import (
@@ -152,6 +153,10 @@ def test_an_architecture_that_transformers_does_not_know_is_named(tmp_path: Path
     path.write_bytes(header([field("general.architecture", "rwkv9")], ONE) + DATA)
     with pytest.raises(UnsupportedError, match="does not know GGUF files of the architecture 'rwkv9'"):
         AutoModel.from_pretrained(str(path))
+    for architecture in ("gpt-oss", "deci", "t5"):
+        write_tensors(path, architecture, SHARED, {"a": np.zeros((96, 256), np.float32)})
+        with pytest.raises(UnsupportedError):
+            AutoModel.from_pretrained(str(path))
     path.write_bytes(header([field("k", 1)], ONE) + DATA)
     with pytest.raises(CheckpointError, match="does not say which architecture it has"):
         AutoModel.from_pretrained(str(path))

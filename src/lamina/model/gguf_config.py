@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from lamina.checkpoint import Checkpoint
 from lamina.checkpoint.gguf import MAGIC, GgufFile
@@ -27,6 +28,7 @@ LEFT_OUT = (
     ("attention.key_length", "head_dim"),
 )
 PARTIAL = ("phi3", "stablelm", "nemotron")  # architectures that may rotate a part of each head only
+UNREADABLE = ("gpt-oss", "gpt_oss")  # experts' columns are rows in the file, and transformers does not say so
 # The models of 27 billion scale their attention by the whole width, which a file does not say; llama.cpp knows them
 # by their layers as well.
 SCALED_BY_WIDTH = {("gemma2", 46), ("gemma3", 62)}
@@ -41,6 +43,8 @@ def load_gguf_config(file: GgufFile, options: Mapping[str, Any]) -> tuple[PreTra
         CheckpointError: the metadata lacks what a config needs.
         ImportError: the gguf package is missing.
     """
+    if file.get("general.architecture") in UNREADABLE:
+        raise UnsupportedError(f"{file.path} keeps its experts in a way that is not read here: use the safetensors")
     given = dict(options)
     if given.get("dtype", given.get("torch_dtype", "auto")) in ("auto", None):
         given.pop("torch_dtype", None)
@@ -75,7 +79,7 @@ def refused(file: GgufFile, error: Exception) -> LaminaError:
     architecture, text = file.get("general.architecture"), " ".join(str(error).split())
     if architecture is None:
         return CheckpointError(f"{file.path} does not say which architecture it has: it is no language model")
-    if "not supported" in text or "Unknown gguf model_type" in text:
+    if any(words in text for words in ("not supported", "Unknown gguf model_type", "not recognize")):
         return UnsupportedError(f"transformers does not know GGUF files of the architecture {architecture!r}")
     return CheckpointError(
         f"cannot read the config in {file.path} ({architecture}): {type(error).__name__} {text[:200]}"
@@ -114,9 +118,10 @@ def _completed(config: PreTrainedConfig, file: GgufFile, options: Mapping[str, A
         own = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
         own |= {"num_local_experts": count, "num_experts_per_tok": file.get("llama.expert_used_count")}
         config = AutoConfig.for_model("mixtral", **own | {"dtype": config.dtype})
+    read = GGUF_CONFIG_MAPPING.get(architecture) or GGUF_CONFIG_MAPPING.get(config.model_type, {})
     for ending, key in LEFT_OUT:
         value = file.get(f"{architecture}.{ending}")
-        if value is not None and key not in options and hasattr(config, key):
+        if value is not None and ending not in read and key not in options and hasattr(config, key):
             setattr(config, key, value)
     if "output.weight" in file.checkpoint.tensors:
         config.tie_word_embeddings = False  # stored twice, and quantised in two ways
@@ -135,9 +140,11 @@ def _rope(file: GgufFile, config: PreTrainedConfig, rope: Mapping[str, Any]) -> 
     llama.cpp writes Llama 3's and Phi 3's divisors of the frequencies as tensors, other ways under `rope.scaling`.
     """
     architecture, own = file.get("general.architecture"), dict(rope)
-    heads = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if own.get("rope_type", "default") != "default":
+        return own
     rotated = file.get(f"{architecture}.rope.dimension_count")
     if architecture in PARTIAL and isinstance(rotated, int):
+        heads = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         own["partial_rotary_factor"] = rotated / heads
     scaling = {
         key.rpartition(".")[2]: file.get(key) for key in file.fields if key.startswith(f"{architecture}.rope.scaling.")
