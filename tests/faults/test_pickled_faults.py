@@ -115,6 +115,21 @@ def test_a_compressed_archive(path: Path) -> None:
     refusal(path, CheckpointError if not path.exists() else LaminaError)
 
 
+@pytest.mark.parametrize(("said", "fits"), [(24, True), (48, False), (96, False)])
+def test_a_storage_that_is_said_to_be_of_another_size(path: Path, said: int, fits: bool) -> None:
+    torch.save({"a": torch.arange(24.0)}, path)
+    with zipfile.ZipFile(path) as stored:
+        members = {member: stored.read(member) for member in stored.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for member, content in members.items():
+            if "/." not in member:  # by these torch would compute where storages are, and not look
+                archive.writestr(member, content.replace(b"cpuq\x06K\x18t", b"cpuq\x06K" + bytes([said]) + b"t"))
+    if fits:
+        assert read_pickled(path)[0]["a"].extent.length == 96
+    else:
+        refusal(path, HeaderError)
+
+
 def test_the_other_order_of_bytes(path: Path) -> None:
     torch.save(TENSORS, path)
     whole = path.read_bytes()
