@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lamina import RequestError
-from lamina.model.tokenizer import LazyTokenizer, load_tokenizer
+from lamina.model.budget import make_budget
+from lamina.model.tokenizer import LazyTokenizer, load_tokenizer, tokenizer_bytes
+from lamina.model.trace import Trace
+from lamina.plan.schedule import Call
 
 WORDS = {"<pad>": 0, "<unk>": 1, "hello": 2, "world": 3}
 
@@ -96,3 +100,19 @@ def test_a_damaged_one_says_so_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="no usable tokenizer") as caught:
         load_tokenizer(str(tmp_path), False)
     assert "\n" not in str(caught.value)
+
+
+def test_a_large_vocabulary_has_room_of_its_own(tmp_path: Path) -> None:
+    assert tokenizer_bytes(str(tmp_path)) == 0
+    (tmp_path / "vocab.json").write_bytes(bytes(3_000))
+    (tmp_path / "merges.txt").write_bytes(bytes(1_000))
+    assert tokenizer_bytes(str(tmp_path)) == 16 * 4_000
+    (tmp_path / "tokenizer.json").write_bytes(bytes(10_000))
+    assert tokenizer_bytes(str(tmp_path)) == 16 * 10_000
+
+    def overhead(nbytes: int) -> int:
+        trace = Trace(Call(""), {}, activation_bytes={8: 8, 16: 16, 32: 32}, cache_bytes={8: 8, 16: 16, 32: 32})
+        return make_budget("4GB", None, torch.device("cpu"), trace, 256, 0, nbytes).overhead_bytes
+
+    assert overhead(0) == overhead(90_000_000)
+    assert overhead(190_000_000) == overhead(0) + 90_000_000

@@ -25,7 +25,7 @@ from lamina.model.engine import Engine
 from lamina.model.gguf import load_gguf
 from lamina.model.handle import Lamina
 from lamina.model.pickled import read_pickled
-from lamina.model.tokenizer import LazyTokenizer, load_tokenizer
+from lamina.model.tokenizer import LazyTokenizer, load_tokenizer, tokenizer_bytes
 from lamina.model.trace import Trace, trace
 from lamina.model.weights import Weights, describe
 from lamina.plan.planner import Budget, Hardware, Plan, make_plan, minimum_memory
@@ -35,6 +35,7 @@ from lamina.stream.readers import Readers
 Progress = Callable[[str, int, int], None]
 HUB = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
 IGNORED = ("max_seq_len", "device_map", "max_memory", "offload_folder", "low_cpu_mem_usage", "use_safetensors")
+HEADER_TIMES = 32  # bytes of memory for the tokenizer, for each of a GGUF header, which is mostly vocabulary
 PROBED_BYTES = 128 << 20  # read for the forecast
 PROBE_SETTING = ((4, 8 << 20),)  # threads, bytes of a read
 
@@ -135,7 +136,10 @@ def _prepare(
     traced = trace(built)
     weights = describe(built, checkpoint, traced)
     gc.collect()  # what transformers' loader left behind must not count as overhead
-    plan = _planned(weights, traced, memory, device_memory, chosen, context, default_context(built.config))
+    tokenizer = tokenizer_bytes(os.path.join(request.folder, hub.get("subfolder", "")))
+    if request.gguf is not None:
+        tokenizer = HEADER_TIMES * request.gguf.header_bytes
+    plan = _planned(weights, traced, memory, device_memory, chosen, context, default_context(built.config), tokenizer)
     if not weights_wanted and plan.streams:
         plan = dataclasses.replace(plan, hardware=_probed(checkpoint))
     return Prepared(built, weights, plan, traced, request, checkpoint, chosen)
@@ -149,13 +153,14 @@ def _planned(
     device: torch.device,
     context: int | None,
     most: int,
+    tokenizer: int,
 ) -> Plan:
     """The plan; where nobody said how long the context is, the longest usual one that the memory has room for."""
     if context is not None and context < 1:
         raise RequestError(f"context must be at least 1 token, got {context}")
 
     def budget(tokens: int) -> Budget:
-        return make_budget(memory, device_memory, device, traced, tokens, weights.schedule.scratch_bytes)
+        return make_budget(memory, device_memory, device, traced, tokens, weights.schedule.scratch_bytes, tokenizer)
 
     if context is not None:
         return make_plan(weights.schedule, budget(context))

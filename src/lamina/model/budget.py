@@ -14,6 +14,7 @@ from lamina.stream.readers import BOUNCE, THREADS
 
 MB = 1_000_000
 BASE = 512 * MB  # Python, torch, transformers and a tokenizer, with room for a forward's own workspace
+TOKENIZER = 100 * MB  # of BASE
 STEP = 128 * MB
 WORKSPACE = 80 * MB  # on top of what is resident when the plan is made
 DEFAULT_CONTEXT = 2048  # tokens, where nobody says how many
@@ -39,6 +40,7 @@ def make_budget(
     trace: Trace,
     context: int,
     scratch_bytes: int = 0,
+    tokenizer_bytes: int = 0,
 ) -> Budget:
     """The budget of a request.
 
@@ -49,6 +51,7 @@ def make_budget(
         trace: gives activations and cache for the context.
         context: tokens of prompt and answer together.
         scratch_bytes: what decoding weights takes.
+        tokenizer_bytes: what the tokenizer takes; a usual one is within `BASE`.
     """
     given = parse_size(memory, what="memory") if memory is not None else int(free_memory() * SHARE_OF_FREE)
     on_device = None
@@ -56,7 +59,7 @@ def make_budget(
         on_device = _device_bytes(device_memory, device)
     return Budget(
         memory_bytes=given,
-        overhead_bytes=overhead_bytes(),
+        overhead_bytes=overhead_bytes() + max(tokenizer_bytes - TOKENIZER, 0),
         activation_bytes=trace.activations(max(context, SHORTEST_CONTEXT)),  # kernels' workspace does not shrink on
         kv_cache_bytes=trace.cache(context),
         context_tokens=context,

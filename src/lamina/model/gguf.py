@@ -67,6 +67,12 @@ class GgufModel:
     tensors: Mapping[str, DiskTensor]
     stops: tuple[int, ...]
 
+    @property
+    def header_bytes(self) -> int:
+        """What comes before the tensors of the first file."""
+        extents = [entry.extent for entry in self.checkpoint.tensors.values() if entry.extent.file == self.path]
+        return min((extent.offset for extent in extents), default=0)
+
     def generation_config(self) -> GenerationConfig:
         """As transformers makes it of the config, which however knows one end of an answer only."""
         generation = GenerationConfig.from_model_config(self.config)
