@@ -25,6 +25,7 @@ STARTS: dict[str, tuple[list[tuple[float, float]], int, int]] = {
     # (width of the range, shift in steps) of each start; refits of each; refits of the best
     "ls1": ([(1, 0)], 1, 4),
     "lsc": ([(0.97, -0.5), (0.97, 0), (0.97, 0.5)], 1, 2),
+    "lsd": ([(0.97, shift) for shift in (-0.5, -0.25, 0, 0.25, 0.5)], 1, 2),
     "ls8": ([(width, shift) for width in (1, 0.93, 0.86) for shift in (-0.5, 0, 0.5)], 1, 2),
     "lsr": ([(1.04 - 0.4 * i / 15, 0) for i in range(16)], 1, 0),
     "lsrp": ([(1.04 - 0.4 * i / 15, 0) for i in range(16)], 1, 2),
