@@ -458,7 +458,7 @@ def test_no_thread_to_be_had_is_an_error_and_fewer_do_the_work(
     area = Area(SIZE)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start)
-        with pytest.raises(ReadError, match="new thread.*limit"):
+        with pytest.raises(ReadError, match=r"new thread.*limit"):
             readers.read([whole(path)], area)
         allowed[0] = 1
         readers.read([whole(path)], area)
