@@ -5,6 +5,7 @@ What has to be made first is made here, by the packages below: a store where sma
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 import lamina.model
 from lamina.errors import RequestError, UnsupportedError
 from lamina.plan.planner import Plan
-from lamina.store import default_folder, is_store_of, split
+from lamina.store import as_if_split, default_folder, is_store_of, split
 
 Progress = Callable[[str, int, int], None]
 SOURCE = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "variant", "trust_remote_code")
@@ -124,20 +125,18 @@ def plan_model(
     For a model on the hub only its small files and the headers of its weight files are fetched.
     Arguments and errors are those of `AutoModel.from_pretrained`.
 
-    Raises:
-        RequestError: a compression of which there is no store yet.
+    With a compression, and no store of it yet, it is the plan of the store that would be written.
     """
     _check_draft(draft)
+    encode = None
     if compression is not None and not is_store_of(model, compression):
         source = {key: value for key, value in transformers_kwargs.items() if key in SOURCE and key != "variant"}
         folder = default_folder(model, compression, **source)
-        if not is_store_of(folder, compression):
-            raise RequestError(
-                f"there is no {compression} store of {model} yet: "
-                f"make it with lamina split {model} --compression {compression}, or plan without --compression"
-            )
-        model = folder
-        _without(transformers_kwargs, "subfolder", "variant")
+        if is_store_of(folder, compression):
+            model = folder
+            _without(transformers_kwargs, "subfolder", "variant")
+        else:
+            encode = functools.partial(as_if_split, compression=compression)
     return lamina.model.plan_model(
         model,
         memory=memory,
@@ -145,6 +144,7 @@ def plan_model(
         device=device,
         context=context,
         progress=progress,
+        encode=encode,
         **transformers_kwargs,
     )
 

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import families
+from families import write_tiny
+from lamina import plan_model
 from lamina.checkpoint import Checkpoint, TensorEntry, open_checkpoint, remote_headers
 from lamina.checkpoint.store import MANIFEST, PADDING, read_manifest
 from lamina.codec import codec_for
@@ -414,3 +416,16 @@ def test_the_headers_of_a_store_on_the_hub_say_what_is_in_it(
     assert {name: (e.dtype, e.shape, e.encoding) for name, e in remote.tensors.items()} == {
         name: (e.dtype, e.shape, e.encoding) for name, e in store.tensors.items()
     }
+
+
+@pytest.mark.parametrize("compression", ["8bit", "4bit", "lossless"])
+def test_the_plan_of_a_store_that_is_not_there_yet_is_that_of_the_store(compression: str, tmp_path: Path) -> None:
+    write_tiny("mixtral", tmp_path / "model", dtype=torch.bfloat16)
+    model = str(tmp_path / "model")
+    before = plan_model(model, compression=compression, device="cpu", context=64)
+    store = split(model, compression=compression).folder
+    there, after = (plan_model(each, device="cpu", context=64) for each in (model, store))
+    assert before.model_bytes < 0.8 * there.model_bytes
+    assert before.model_bytes == pytest.approx(after.model_bytes, rel=0.1 if compression == "lossless" else 0)
+    assert len(before.resident) == len(after.resident)
+    assert plan_model(model, compression=compression, device="cpu", context=64).model_bytes == after.model_bytes

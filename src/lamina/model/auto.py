@@ -33,6 +33,7 @@ from lamina.stream.probe import measure_disk
 from lamina.stream.readers import Readers
 
 Progress = Callable[[str, int, int], None]
+Encode = Callable[[PreTrainedModel, Checkpoint, Trace, Weights], Checkpoint]
 HUB = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
 IGNORED = ("max_seq_len", "device_map", "max_memory", "offload_folder", "low_cpu_mem_usage", "use_safetensors")
 HEADER_TIMES = 32  # bytes of memory for the tokenizer, for each of a GGUF header, which is mostly vocabulary
@@ -101,11 +102,24 @@ def plan_model(
     device: str | torch.device = "auto",
     context: int | None = None,
     progress: Progress | None = None,
+    encode: Encode | None = None,
     **transformers_kwargs: Any,
 ) -> Plan:
-    """What `load_model` would do, from the config and the headers alone; see `lamina.plan_model`."""
+    """What `load_model` would do, from the config and the headers alone; see `lamina.plan_model`.
+
+    Args:
+        encode: gives the checkpoint that is meant in place of the one that is there.
+    """
     return _prepare(
-        model, memory, device_memory, device, context, dict(transformers_kwargs), progress, weights_wanted=False
+        model,
+        memory,
+        device_memory,
+        device,
+        context,
+        dict(transformers_kwargs),
+        progress,
+        weights_wanted=False,
+        encode=encode,
     ).plan
 
 
@@ -118,6 +132,7 @@ def _prepare(
     options: dict[str, Any],
     progress: Progress | None,
     weights_wanted: bool = True,
+    encode: Encode | None = None,
 ) -> Prepared:
     chosen = choose_device(device)
     trust = bool(options.pop("trust_remote_code", False))
@@ -135,13 +150,19 @@ def _prepare(
     built = build(request, checkpoint)
     traced = trace(built)
     weights = describe(built, checkpoint, traced)
+    there = checkpoint
+    if encode is not None:
+        checkpoint = encode(built, checkpoint, traced, weights)
+        built = build(request, checkpoint)
+        traced = trace(built)
+        weights = describe(built, checkpoint, traced)
     gc.collect()  # what transformers' loader left behind must not count as overhead
     tokenizer = tokenizer_bytes(os.path.join(request.folder, hub.get("subfolder", "")))
     if request.gguf is not None:
         tokenizer = HEADER_TIMES * request.gguf.header_bytes
     plan = _planned(weights, traced, memory, device_memory, chosen, context, default_context(built.config), tokenizer)
     if not weights_wanted and plan.streams:
-        plan = dataclasses.replace(plan, hardware=_probed(checkpoint))
+        plan = dataclasses.replace(plan, hardware=_probed(there))
     return Prepared(built, weights, plan, traced, request, checkpoint, chosen)
 
 

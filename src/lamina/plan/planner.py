@@ -47,7 +47,7 @@ class Hardware:
     disk_bytes_per_second: float = 1e9
     memory_bytes_per_second: float = 1e10
     link_bytes_per_second: float = 1e10
-    decoding_bytes_per_second: float = 5e9
+    decoding_bytes_per_second: float = 1e10
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from lamina.store.verify import Fault, Verification, verify
 
 if TYPE_CHECKING:
+    from lamina.store.forecast import as_if_split
     from lamina.store.place import default_folder, is_store_of
     from lamina.store.splitting import SplitResult, split
 
-__all__ = ["Fault", "SplitResult", "Verification", "default_folder", "is_store_of", "split", "verify"]
+__all__ = ["Fault", "SplitResult", "Verification", "as_if_split", "default_folder", "is_store_of", "split", "verify"]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,6 +23,10 @@ def __getattr__(name: str) -> Any:
         from lamina.store import place
 
         return getattr(place, name)
+    if name == "as_if_split":
+        from lamina.store import forecast
+
+        return forecast.as_if_split
     if name in ("SplitResult", "split"):
         from lamina.store import splitting
 
