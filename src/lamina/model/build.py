@@ -135,7 +135,7 @@ def build(request: Request, checkpoint: Checkpoint) -> PreTrainedModel:
     options["dtype"] = request.options.get("dtype") or request.options.get("torch_dtype") or "auto"
     options["ignore_mismatched_sizes"] = True  # transformers then names them; `_check` refuses
     generation = _generation_config(request)
-    with recording(functools.partial(_same_bytes, checkpoint)), _silent():
+    with recording(functools.partial(_same_bytes, checkpoint)), silent():
         try:
             model, info = model_class.from_pretrained(
                 None, config=config, state_dict=state, output_loading_info=True, generation_config=generation, **options
@@ -193,7 +193,7 @@ def _same_bytes(checkpoint: Checkpoint, one: str, other: str) -> bool:
 
 def _class_of(config: PreTrainedConfig, trust_remote_code: bool) -> type[PreTrainedModel]:
     try:
-        with torch.device("meta"), _silent():
+        with torch.device("meta"), silent():
             return type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
     except ImportError as error:
         text = " ".join(str(error).split())
@@ -232,7 +232,7 @@ def _check(info: Mapping[str, Any], checkpoint: Checkpoint) -> None:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """transformers without progress bars and load reports: the library prints nothing."""
     bars = transformers_logging.is_progress_bar_enabled()
     level = transformers_logging.get_verbosity()

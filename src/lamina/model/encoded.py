@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from lamina.codec.codec import ByRows, codec_for
+from lamina.codec import ByRows, codec_for
 from lamina.model.blocks import METADATA, is_number, linear_arguments
 from lamina.plan.cut import ROW_MULTIPLE
 from lamina.plan.schedule import Span

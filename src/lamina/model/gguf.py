@@ -35,8 +35,7 @@ from lamina.checkpoint.extent import Encoding
 from lamina.checkpoint.gguf import CODEC_PREFIX, GgufFile, open_gguf
 from lamina.codec.gguf import register_all
 from lamina.errors import MissingTensorError, RequestError, UnsupportedError
-from lamina.model.build import _silent as silent
-from lamina.model.build import torch_dtype
+from lamina.model.build import silent, torch_dtype
 from lamina.model.disk_tensor import DiskTensor, Op, Source, recording
 from lamina.model.gguf_config import CAUSES, load_gguf_config, refused
 

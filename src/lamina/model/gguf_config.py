@@ -16,8 +16,7 @@ from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from lamina.checkpoint import Checkpoint
 from lamina.checkpoint.gguf import MAGIC, GgufFile
 from lamina.errors import CheckpointError, LaminaError, UnsupportedError
-from lamina.model.build import TORCH_DTYPES
-from lamina.model.build import _silent as silent
+from lamina.model.build import TORCH_DTYPES, silent
 
 LONGEST_ARRAY = 1 << 16  # bytes; what a config needs is shorter, vocabularies and merges are longer
 CAUSES = (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, NotImplementedError)
