@@ -99,6 +99,7 @@ class _Meter(StoppingCriteria):  # type: ignore[misc]
     It reads what the step read: the units of a pass into the ring, which lends its memory and is filled again before
     the next step, and the experts that the step was missing. A step is given no credit for a ring that was full when
     it began: its rate counts the bytes that were read within it, and its seconds are scaled to all that it needed.
+    It ends with the reads that are under way, as the bare disk's turn does: bytes and seconds belong together.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -155,7 +156,8 @@ class _Meter(StoppingCriteria):  # type: ignore[misc]
         return max((statistics.harmonic_mean(rates) for rates in self.alone.values() if rates), default=0.0)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        now, read = time.perf_counter(), self.engine.readers.bytes_read
+        computed = time.perf_counter()
+        now, read = self._settled()
         missed = sum(layout.read_bytes for layout in self._missed)
         if self._resumed is None:
             self._at_first = self._counts
@@ -165,11 +167,20 @@ class _Meter(StoppingCriteria):  # type: ignore[misc]
             self.read_bytes += nbytes
             # without a ring nothing was read before the step began, and what was foreseen may have been taken back
             streams = self.engine.stream is not None and nbytes
-            self.steps.append(seconds * (self.per_pass + missed) / nbytes if streams else seconds)
+            self.steps.append(seconds * (self.per_pass + missed) / nbytes if streams else computed - self._resumed[0])
         self._disk_alone()
         self._missed.clear()
         self._resumed = time.perf_counter(), self.engine.readers.bytes_read
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    def _settled(self) -> tuple[float, int]:
+        """The time and the bytes read once what is under way has ended; until then nothing else begins."""
+        readers = self.engine.readers
+        try:
+            readers.pause()
+            return time.perf_counter(), readers.bytes_read
+        finally:
+            readers.resume()
 
     def _disk_alone(self) -> None:
         """Read what the last step read, and leave the ring as full as it was."""
