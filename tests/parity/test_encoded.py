@@ -24,6 +24,7 @@ from lamina.plan.schedule import Convert
 from parity.judge import Judge, answers, assert_equal, judge, minimum_of, steady, streamed_model
 
 MORE_BUDGETS = "llama gemma3_text mixtral qwen3_moe gpt_oss deepseek_v3 mamba2 falcon dbrx llama4_text".split()
+SAMPLE = {*MORE_BUDGETS, *FAMILIES[::3]}
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 WIDEST_PANEL = 4
 
@@ -78,8 +79,12 @@ def said(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return judge(folder, family)
 
 
+def unless_sampled(family: str) -> tuple[pytest.MarkDecorator, ...]:
+    return () if family in SAMPLE else (pytest.mark.slow,)
+
+
 def cases(families: list[str] | tuple[str, ...], dtype: torch.dtype) -> list[object]:
-    return [pytest.param((family, dtype), id=family) for family in families]
+    return [pytest.param((family, dtype), id=family, marks=unless_sampled(family)) for family in families]
 
 
 @pytest.mark.parametrize("said", cases(FAMILIES, torch.bfloat16), indirect=True)

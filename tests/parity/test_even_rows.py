@@ -55,7 +55,9 @@ def test_only_many_rows_of_half_precision_are_added_to() -> None:
     assert seen == [FROM - 1, MULTIPLE, MULTIPLE, 2 * MULTIPLE, FROM - 1, FROM, MULTIPLE, MULTIPLE + 1]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [*FAMILIES[::3], *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f not in FAMILIES[::3])]
+)
 def test_long_prompts(family: str, tmp_path: Path) -> None:
     write_tiny(family, tmp_path, dtype=torch.bfloat16)
     plain = plain_model(tmp_path, family)
