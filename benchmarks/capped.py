@@ -44,7 +44,8 @@ class Run:
     peak_rss_bytes: int  # of the largest process, mapped files included
     limit_hits: int | None  # times the cap made the kernel take pages back: ordinary for page cache
     oom_kills: int | None
-    read_bytes: int | None  # fetched from block devices
+    stopped_after: float | None  # the timeout that it outlasted
+    read_bytes: int | None  # fetched from block devices, by children that it waited for as well
     cpu_seconds: float
     stdout: str
     stderr: str
@@ -54,6 +55,8 @@ class Run:
         """Why the command did not do its work, or None."""
         if self.oom_kills:
             return "killed for memory"
+        if self.stopped_after is not None:
+            return f"stopped after {self.stopped_after:.0f} s"
         if self.returncode:
             lines = [line for line in self.stderr.splitlines() if line.strip()]
             return f"exit {self.returncode}: {lines[-1][:200] if lines else 'it printed nothing'}"
@@ -210,7 +213,7 @@ def run_capped(
             start_new_session=True,
         )
         try:
-            anonymous = wait_until_ended(process.pid, cgroup, timeout, every)
+            anonymous, stopped = wait_until_ended(process.pid, cgroup, timeout, every)
             wall = time.perf_counter() - started
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -231,6 +234,7 @@ def run_capped(
             peak_rss_bytes=usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
             limit_hits=cgroup.limit_hits if cgroup else None,
             oom_kills=cgroup.oom_kills if cgroup else None,
+            stopped_after=timeout if stopped else None,
             read_bytes=usage.ru_inblock * 512 if sys.platform == "linux" else None,
             cpu_seconds=usage.ru_utime + usage.ru_stime,
             stdout=out.read().decode(errors="replace"),
@@ -238,19 +242,25 @@ def run_capped(
         )
 
 
-def wait_until_ended(pid: int, cgroup: MemoryCgroup | None, timeout: float | None, every: float) -> int | None:
-    """Wait, and leave the reaping to `wait4`, which tells the costs; the most anonymous memory seen on the way."""
+def wait_until_ended(
+    pid: int, cgroup: MemoryCgroup | None, timeout: float | None, every: float
+) -> tuple[int | None, bool]:
+    """Wait, and leave the reaping to `wait4`, which tells the costs.
+
+    Returns:
+        The most anonymous memory seen on the way, and whether it had to be stopped.
+    """
     deadline = None if timeout is None else time.monotonic() + timeout
-    anonymous = None
+    anonymous, stopped = None, False
     while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         if cgroup is not None and (now := cgroup.anonymous_bytes) is not None:
             anonymous = max(anonymous or 0, now)
         if deadline is not None and time.monotonic() > deadline:
             print(f"capped.py: stopped after {timeout:.0f} s", file=sys.stderr)
             os.killpg(pid, signal.SIGKILL)
-            deadline = None
+            deadline, stopped = None, True
         time.sleep(every)
-    return anonymous
+    return anonymous, stopped
 
 
 def main() -> None:

@@ -6,20 +6,20 @@
     python benchmarks/checkpoints.py .cache/bench/odd --layers 4 --hidden 512 --ffn 1536 --heads 8 --kv-heads 2
 
 --sparse writes holes in place of weights: they read as zeros at memory speed, yet every byte moves through the engine.
-That proves a memory promise and says nothing about speed. --gguf writes DIR.gguf (BF16) with the permuted query and key
-rows of llama.cpp and a vocabulary of made-up tokens, so that both files compute the same function of token ids.
+That proves a memory promise and says nothing about speed. --gguf writes DIR.gguf (BF16), see gguf_copies.py.
 """
 
 import argparse
 import json
-import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from gguf_copies import write_copy
+from report import need_disk, run_main
 
 SHARD_BYTES = 2 * 10**9
 INDEX = "model.safetensors.index.json"
@@ -44,6 +44,7 @@ class Shape:
 SHAPES = {
     "tiny": Shape(4, 256, 768, 8, 4, 1000),
     "3b": Shape(28, 3072, 8192, 24, 8, 32000),
+    "7b": Shape(32, 4096, 11008, 32, 32, 32000),
     "8b": Shape(32, 4096, 14336, 32, 8, 128256),
     "70b": Shape(80, 8192, 28672, 64, 8, 32000),
     "405b": Shape(126, 16384, 53248, 128, 8, 128256),
@@ -183,112 +184,6 @@ def write_tokenizer(folder: Path, vocab: int) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings) + "\n")
 
 
-def read_tensors(folder: Path, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """The named bfloat16 tensors as uint16 arrays, one at a time, without keeping them."""
-    weight_map: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
-    headers: dict[str, tuple[int, dict[str, dict[str, list[int]]]]] = {}
-    for name in names:
-        file = weight_map[name]
-        with open(folder / file, "rb") as source:
-            if file not in headers:
-                (size,) = struct.unpack("<Q", source.read(8))
-                headers[file] = (8 + size, json.loads(source.read(size)))
-            base, header = headers[file]
-            begin, end = header[name]["data_offsets"]
-            source.seek(base + begin)
-            data = np.frombuffer(source.read(end - begin), dtype=np.uint16)
-        yield name, data.reshape(header[name]["shape"])
-
-
-def gguf_names(layers: int) -> dict[str, str]:
-    """From a tensor's name in transformers to its name in llama.cpp."""
-    parts = {
-        "input_layernorm": "attn_norm",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "post_attention_layernorm": "ffn_norm",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-    }
-    names = {"model.embed_tokens.weight": "token_embd.weight"}
-    for i in range(layers):
-        names |= {f"model.layers.{i}.{ours}.weight": f"blk.{i}.{theirs}.weight" for ours, theirs in parts.items()}
-    return names | {"model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
-
-
-def permute_heads(weight: np.ndarray, heads: int) -> np.ndarray:
-    """The rows of a query or key matrix reordered from transformers' halves to llama.cpp's interleaved rotary pairs."""
-    rows, columns = weight.shape
-    return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
-
-
-def write_gguf(folder: Path, out: Path) -> None:
-    """Write the weights of `folder` as a BF16 GGUF file, one tensor in memory at a time."""
-    import gguf
-
-    config = json.loads((folder / "config.json").read_text())
-    layers, heads, kv_heads = (
-        config[key] for key in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    )
-    shape = Shape(layers, config["hidden_size"], config["intermediate_size"], heads, kv_heads, config["vocab_size"])
-    tensors, names = tensor_shapes(shape), gguf_names(layers)
-
-    writer = gguf.GGUFWriter(str(out) + ".part", "llama")
-    writer.add_name(folder.name)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
-    writer.add_block_count(layers)
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(shape.hidden)
-    writer.add_feed_forward_length(shape.ffn)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_rope_dimension_count(shape.head)
-    writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_vocab_size(shape.vocab)
-    add_vocabulary(writer, shape.vocab)
-    for name, dims in tensors.items():
-        norm = len(dims) == 1  # llama.cpp multiplies norms in float32
-        size = nbytes(dims) * (2 if norm else 1)
-        dtype = np.dtype(np.float32 if norm else np.uint16)
-        kind = gguf.GGMLQuantizationType.F32 if norm else gguf.GGMLQuantizationType.BF16
-        writer.add_tensor_info(names[name], dims, dtype, size, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for name, data in read_tensors(folder, list(tensors)):
-        if data.ndim == 1:
-            data = (data.astype(np.uint32) << 16).view(np.float32)
-        elif "q_proj" in name or "k_proj" in name:
-            data = permute_heads(data, heads if "q_proj" in name else kv_heads)
-        writer.write_tensor_data(np.ascontiguousarray(data))
-    writer.close()
-    os.replace(str(out) + ".part", out)
-
-
-def add_vocabulary(writer: object, size: int) -> None:
-    """A sentencepiece-like vocabulary: the three specials, the 256 bytes that llama.cpp asks for, made-up words."""
-    import gguf
-
-    assert isinstance(writer, gguf.GGUFWriter)
-    specials = ["<unk>", "<s>", "</s>"]
-    tokens = specials + [f"<0x{byte:02X}>" for byte in range(256)]
-    kinds = [gguf.TokenType.UNKNOWN] + [gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.BYTE] * 256
-    tokens += [f"t{i}" for i in range(len(tokens), size)]
-    kinds += [gguf.TokenType.NORMAL] * (size - len(kinds))
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(tokens[:size])
-    writer.add_token_scores([0.0 if i < 259 else -float(i) for i in range(size)])
-    writer.add_token_types(kinds[:size])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -312,16 +207,15 @@ def main() -> None:
     if (arguments.folder / "config.json").exists():
         print(f"{arguments.folder} is there already: kept")
     else:
+        if not arguments.sparse:
+            need_disk(arguments.folder, sum(map(nbytes, tensor_shapes(shape).values())), arguments.folder.name)
         total = write_checkpoint(arguments.folder, shape, sparse=arguments.sparse, seed=arguments.seed)
         print(f"{arguments.folder}: {total / 1e9:.2f} GB of weights{' (sparse)' if arguments.sparse else ''}")
     if not (arguments.folder / "tokenizer.json").exists():
         write_tokenizer(arguments.folder, shape.vocab)
     if arguments.gguf:
-        out = arguments.folder.with_name(arguments.folder.name + ".gguf")
-        if not out.exists():
-            write_gguf(arguments.folder, out)
-        print(f"{out}: {out.stat().st_size / 1e9:.2f} GB")
+        write_copy(arguments.folder)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

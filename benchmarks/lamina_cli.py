@@ -1,6 +1,6 @@
 """Lamina from outside, as its user has it: commands in processes of their own, their JSON, and what they cost.
 
-Not a script: `streaming.py`, `memory.py` and `first_reading.py` measure through it.
+Not a script: `streaming.py`, `memory.py` and `compare.py` measure through it.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Mixture-of-experts checkpoints to measure with: random Mixtrals and Qwen3-MoEs under the names that the hub has.
 
     python benchmarks/moe_checkpoints.py .cache/bench/mixtral-12gb
-    python benchmarks/moe_checkpoints.py .cache/bench/qwen3moe-11gb
+    python benchmarks/moe_checkpoints.py .cache/bench/qwen3moe-11gb --gguf    # and the same for llama.cpp
     python benchmarks/moe_checkpoints.py .cache/bench/qwen3-235b --sparse     # 470 GB that take no room on disk
     python benchmarks/moe_checkpoints.py .cache/bench/odd --shape qwen3moe-tiny --layers 3 --experts 24 --chosen 4
 
@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 from checkpoints import nbytes, split_into_shards, write_folder, write_tokenizer
+from gguf_copies import write_copy
+from report import need_disk, run_main
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", choices=SHAPES, help="default: the folder's name")
     parser.add_argument("--sparse", action="store_true", help="holes in place of weights: no room on disk, zeros")
+    parser.add_argument("--gguf", action="store_true", help="also write FOLDER.gguf for llama.cpp (not for --sparse)")
     parser.add_argument("--seed", type=int, default=0)
     for field in fields(MoeShape):
         if field.type is int:
@@ -156,6 +159,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments.shape = arguments.shape or arguments.folder.name
     if arguments.shape not in SHAPES:
         parser.error(f"no shape named {arguments.shape}: give --shape, one of {', '.join(SHAPES)}")
+    if arguments.sparse and arguments.gguf:
+        parser.error("--gguf copies every byte: not with --sparse")
     return arguments
 
 
@@ -166,8 +171,10 @@ def main() -> None:
     if (arguments.folder / "config.json").exists():
         print(f"{arguments.folder} is there already: kept")
     else:
-        total = write_checkpoint(arguments.folder, shape, sparse=arguments.sparse, seed=arguments.seed)
         sizes = tensor_shapes(shape)
+        if not arguments.sparse:
+            need_disk(arguments.folder, sum(map(nbytes, sizes.values())), arguments.folder.name)
+        total = write_checkpoint(arguments.folder, shape, sparse=arguments.sparse, seed=arguments.seed)
         experts = sum(nbytes(dims) for name, dims in sizes.items() if ".experts." in name)
         print(
             f"{arguments.folder}: {total / 1e9:.2f} GB of weights{' (sparse)' if arguments.sparse else ''}, "
@@ -175,7 +182,9 @@ def main() -> None:
         )
     if not (arguments.folder / "tokenizer.json").exists():
         write_tokenizer(arguments.folder, shape.vocab)
+    if arguments.gguf:
+        write_copy(arguments.folder)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -20,7 +21,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 BENCH = Path(".cache/bench")
-PACKAGES = ("lamina", "torch", "transformers", "accelerate", "safetensors", "airllm", "llama_cpp_python")
+PACKAGES = ("lamina", "torch", "transformers", "accelerate", "safetensors", "airllm", "ollm", "llama_cpp_python")
 _UNITS = {"": 1, "B": 1} | {
     name: base**power
     for power, letter in enumerate("KMGT", 1)
@@ -91,10 +92,10 @@ def stamp() -> dict[str, object]:
     }
 
 
-def record(name: str, line: dict[str, object]) -> None:
-    """Append one JSON line to benchmarks/results/NAME.jsonl."""
-    RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / f"{name}.jsonl", "a") as out:
+def record(name: str, line: dict[str, object], folder: Path = RESULTS) -> None:
+    """Append one JSON line to NAME.jsonl in the folder of results."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{name}.jsonl", "a") as out:
         out.write(json.dumps(line) + "\n")
 
 
@@ -115,13 +116,34 @@ def table(rows: Sequence[Sequence[object]], head: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def make_checkpoint(folder: Path, shape: str, *, sparse: bool = False, gguf: bool = False) -> Path:
-    """`folder` with a random Llama of a named shape, written first where it is not there (in a process of its own)."""
+def need_disk(folder: Path, nbytes: int, what: str) -> None:
+    """See that `what` finds room beside `folder`.
+
+    Raises:
+        MeasuringError: it does not; the message says how much it takes and how much there is.
+    """
+    place = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    if (free := shutil.disk_usage(place).free) < nbytes:
+        raise MeasuringError(
+            f"{what} takes {gigabytes(nbytes)}, but {place} has {gigabytes(free)} free: "
+            "free some, or choose another disk"
+        )
+
+
+def make_checkpoint(
+    folder: Path, shape: str, *, sparse: bool = False, gguf: bool = False, script: str = "checkpoints.py"
+) -> Path:
+    """`folder` with random weights of a named shape, written first where it is not there (in a process of its own)."""
     done = (folder / "config.json").exists() and (not gguf or folder.with_name(folder.name + ".gguf").exists())
     if not done:
         print(f"writing {folder} ({shape}{', sparse' if sparse else ''})", file=sys.stderr)
         flags = ["--sparse"] * sparse + ["--gguf"] * gguf
-        subprocess.run([sys.executable, HERE / "checkpoints.py", folder, "--shape", shape, *flags], check=True)
+        written = subprocess.run(
+            [sys.executable, HERE / script, folder, "--shape", shape, *flags], stderr=subprocess.PIPE, text=True
+        )
+        if written.returncode:
+            said = [line for line in written.stderr.splitlines() if line.strip()]
+            raise MeasuringError(said[-1] if said else f"{script} could not write {folder}")
     return folder
 
 

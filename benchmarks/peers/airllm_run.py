@@ -11,12 +11,13 @@ import contextlib
 import sys
 from pathlib import Path
 
-from clock import TokenClock, ids_of, parser, tell
+from clock import TokenClock, parser, prompts, tell
 
 
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--split", type=Path, required=True, help="where AirLLM's copy of the weights is or goes")
+    arguments.add_argument("--device", default="cpu")
     arguments.add_argument("--prepare", action="store_true", help="write that copy and stop")
     given = arguments.parse_args()
     clock = TokenClock()
@@ -26,13 +27,13 @@ def main() -> None:
 
         given.split.mkdir(parents=True, exist_ok=True)
         model = AutoModel.from_pretrained(
-            str(given.checkpoint), device="cpu", layer_shards_saving_path=str(given.split.resolve())
+            str(given.checkpoint), device=given.device, layer_shards_saving_path=str(given.split.resolve())
         )
         if given.prepare:
             return
         clock.ready()
         model.generate(
-            torch.tensor([ids_of(given.prompt_ids)]),
+            torch.tensor(prompts(given), device=given.device),
             min_new_tokens=given.new_tokens,
             max_new_tokens=given.new_tokens,
             do_sample=False,

@@ -5,13 +5,20 @@ Standard library only: the engines live in environments of their own.
 
 import argparse
 import json
+import random
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-DEFAULT_IDS = "1,17,404,2025,8,99,1234,31,777,5,2048,63,9,511,300,42"
+END_OF_SEQUENCE = 2
+LEAST_VOCABULARY = 1000  # of the checkpoints that are measured: ids stay below it
+
+
+def prompt(length: int, number: int = 0) -> list[int]:
+    """The ids of prompt `number`: the same for every engine, none of them special."""
+    return random.Random(number).choices(range(3, LEAST_VOCABULARY), k=length)
 
 
 class TokenClock:
@@ -56,6 +63,21 @@ class TokenClock:
             **more,
         }
 
+    def batch_result(self, engine: str, answers: Sequence[Sequence[int]], passes: int) -> dict[str, object]:
+        """For many sequences at once, right after the last token: seconds per token are over all tokens together."""
+        took = time.perf_counter() - self.asked
+        new = sum(map(len, answers))
+        return {
+            "engine": engine,
+            "load_seconds": self.loaded - self.began,
+            "batch_seconds": took,
+            "seconds_per_token": took / new,
+            "tokens_per_second": new / took,
+            "passes": passes,
+            "tokens": [token for answer in answers for token in answer],
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+
 
 def peak_rss_bytes() -> int | None:
     """The peak of this program's own address space (ru_maxrss would count the parent's before exec)."""
@@ -69,14 +91,16 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     """The arguments that every engine takes."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("checkpoint", type=Path)
-    made.add_argument("--prompt-ids", default=DEFAULT_IDS, help="comma-separated token ids")
+    made.add_argument("--prompt-tokens", type=int, default=16)
     made.add_argument("--new-tokens", type=int, default=4)
+    made.add_argument("--sequences", type=int, default=1, help="prompts answered at once")
     return made
 
 
-def ids_of(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+def prompts(given: argparse.Namespace) -> list[list[int]]:
+    """The prompts that the arguments ask for."""
+    return [prompt(given.prompt_tokens, number) for number in range(given.sequences)]
 
 
-def tell(result: dict[str, object] | Sequence[object]) -> None:
+def tell(result: dict[str, object]) -> None:
     print(json.dumps(result), flush=True)
