@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lamina.errors import BudgetError
 from lamina.plan.experts import IN_FLIGHT, KNOWN, Experts, divide, experts_of, slot_bytes
 from lamina.plan.layout import ALIGNMENT, Part
-from lamina.plan.planner import Budget, Hardware, make_plan, minimum_memory, resident_size
+from lamina.plan.planner import Budget, make_plan, minimum_memory, resident_size
 from lamina.plan.schedule import Call, Convert, Cut, Schedule
 from schedules import Checkpoint, mixture, random_schedule
 from unit.test_layout import check as check_bytes
@@ -320,14 +320,6 @@ def test_a_token_s_bytes(schedule: Schedule) -> None:
     assert said["expert_bytes"] == sum(w.stored_nbytes for w in experts)
     assert said["experts"] == total == len(plan.experts) * experts[0].experts
     assert said["expert_cache_bytes"] == plan.expert_slots * plan.expert_slot_bytes
-
-
-def test_experts_overlap_with_nothing_in_the_forecast(schedule: Schedule) -> None:
-    plan = make_plan(schedule, Budget(3 * GB), Hardware(disk_bytes_per_second=1e9))
-    assert plan.steps and plan.expert_bytes_per_token
-    assert plan.predicted_seconds_per_token == pytest.approx(
-        plan.expert_bytes_per_token / 1e9 + max(plan.bytes_streamed_per_pass / 1e9, plan.active_bytes_per_token / 1e10)
-    )
 
 
 def test_where_the_trace_cannot_tell_every_expert_is_expected() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import random
 from collections import Counter
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from lamina.errors import BudgetError
 from lamina.plan.cut import widest_window
 from lamina.plan.experts import KNOWN
-from lamina.plan.planner import MOST_UNITS, Budget, Hardware, Plan, make_plan, resident_size
+from lamina.plan.planner import MOST_UNITS, Budget, Plan, make_plan, resident_size
 from lamina.plan.schedule import Call, Convert, Cut, Schedule
 from schedules import Checkpoint, llama, mixture, random_schedule
 
@@ -263,15 +262,6 @@ def test_too_small_a_device_says_how_much_it_needs() -> None:
     plan = make_plan(schedule, Budget(64 * GB, activation_bytes=1000, device_memory_bytes=caught.value.minimum_bytes))
     assert plan.minimum_device_memory_bytes == caught.value.minimum_bytes
     check(schedule, plan)
-
-
-def test_the_forecast_is_the_slowest_of_disk_link_and_memory() -> None:
-    schedule, _ = llama(8, 1024, 4096, 256, 32000)
-    plan = make_plan(schedule, Budget(smallest(schedule)), Hardware(disk_bytes_per_second=1e6))
-    assert plan.predicted_seconds_per_token == plan.bytes_read_per_pass / 1e6
-    fast = dataclasses.replace(plan, hardware=Hardware(disk_bytes_per_second=1e30))
-    looked_up = sum(schedule.weights[name].nbytes for name in plan.gathered)
-    assert looked_up and fast.predicted_seconds_per_token == (schedule.nbytes - looked_up) / 1e10
 
 
 def test_a_plan_is_plain_numbers_for_json() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -20,25 +21,24 @@ from lamina.checkpoint.gguf import find_gguf
 from lamina.errors import BudgetError, RequestError, UnsupportedError
 from lamina.model.budget import SHORTEST_CONTEXT, default_context, make_budget
 from lamina.model.build import Request, build
-from lamina.model.decoding import decoding_rate, prepare
 from lamina.model.engine import Engine
 from lamina.model.gguf import load_gguf
 from lamina.model.handle import Lamina
 from lamina.model.pickled import read_pickled
+from lamina.model.rates import assume, measure, prepare
 from lamina.model.tokenizer import LazyTokenizer, load_tokenizer, tokenizer_bytes
 from lamina.model.trace import Trace, trace
 from lamina.model.weights import Weights, describe
-from lamina.plan.planner import Budget, Hardware, Plan, make_plan, minimum_memory
-from lamina.stream.probe import measure_disk
+from lamina.plan.forecast import Hardware
+from lamina.plan.planner import Budget, Plan, make_plan, minimum_memory
 from lamina.stream.readers import Readers
 
 Progress = Callable[[str, int, int], None]
 Encode = Callable[[PreTrainedModel, Checkpoint, Trace, Weights], Checkpoint]
 HUB = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
 IGNORED = ("max_seq_len", "device_map", "max_memory", "offload_folder", "low_cpu_mem_usage", "use_safetensors")
+LONG = 0.3  # seconds to read the drive for a plan alone
 HEADER_TIMES = 32  # bytes of memory for the tokenizer, for each of a GGUF header, which is mostly vocabulary
-PROBED_BYTES = 128 << 20  # read for the forecast
-PROBE_SETTING = ((4, 8 << 20),)  # threads, bytes of a read
 
 
 def load_model(
@@ -60,12 +60,12 @@ def load_model(
     readers = Readers(fingerprints=prepared.checkpoint.fingerprints)
     engine = Engine(prepared.model, prepared.weights, prepared.plan, prepared.device, readers, prefetching)
     try:
+        engine.plan = dataclasses.replace(engine.plan, hardware=measure(engine, prepared.checkpoint))
         engine.start(prepared.model, progress)
         prepared.checkpoint.verify_unchanged()  # while it was loaded, or since its headers were read
     except BaseException:
         engine.close()
         raise
-    engine.plan = _with_rates(engine, prepared.checkpoint)
     streamed = prepared.model
     streamed.lamina = Lamina(streamed, engine, prepared.trace, time.perf_counter() - began)
     streamed.lamina.attach()
@@ -83,7 +83,11 @@ def load_model(
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model that is built, traced and planned; nothing of it is read yet."""
+    """A model that is built, traced and planned; nothing of it is read yet.
+
+    Attributes:
+        there: what can be read; `checkpoint` but where that one is only meant.
+    """
 
     model: PreTrainedModel
     weights: Weights
@@ -92,6 +96,7 @@ class Prepared:
     request: Request
     checkpoint: Checkpoint
     device: torch.device
+    there: Checkpoint
 
 
 def plan_model(
@@ -110,17 +115,19 @@ def plan_model(
     Args:
         encode: gives the checkpoint that is meant in place of the one that is there.
     """
-    return _prepare(
-        model,
-        memory,
-        device_memory,
-        device,
-        context,
-        dict(transformers_kwargs),
-        progress,
-        weights_wanted=False,
-        encode=encode,
-    ).plan
+    options = dict(transformers_kwargs)
+    prepared = _prepare(model, memory, device_memory, device, context, options, progress, False, encode)
+    return dataclasses.replace(prepared.plan, hardware=_hardware(prepared, encode is not None))
+
+
+def _hardware(prepared: Prepared, not_written: bool) -> Hardware:
+    """Rates for a plan that nobody executes: of the weights, or of made-up ones where these are not here."""
+    weights, plan, there = prepared.weights, prepared.plan, prepared.there
+    prepare(weights.schedule.weights.values())
+    if not_written or any(entry.extent.file.startswith("hf://") for entry in there.tensors.values()):
+        return assume(weights.schedule, there, plan.streams, prepared.device)
+    with contextlib.closing(Readers(fingerprints=there.fingerprints)) as readers:
+        return measure(Engine(prepared.model, weights, plan, prepared.device, readers), there, LONG)
 
 
 def _prepare(
@@ -161,9 +168,7 @@ def _prepare(
     if request.gguf is not None:
         tokenizer = HEADER_TIMES * request.gguf.header_bytes
     plan = _planned(weights, traced, memory, device_memory, chosen, context, default_context(built.config), tokenizer)
-    if not weights_wanted and plan.streams:
-        plan = dataclasses.replace(plan, hardware=_probed(there))
-    return Prepared(built, weights, plan, traced, request, checkpoint, chosen)
+    return Prepared(built, weights, plan, traced, request, checkpoint, chosen, there)
 
 
 def _planned(
@@ -236,30 +241,6 @@ def _gguf_file(
 
 def _is_local(model: str) -> bool:
     return os.path.exists(os.path.expanduser(model))
-
-
-def _with_rates(engine: Engine, checkpoint: Checkpoint) -> Plan:
-    """The plan with the rates of this machine.
-
-    The drive's as loading saw it, or as a short read sees it where little was loaded; the codecs' as a few rows show.
-    """
-    hardware = Hardware()
-    if engine.plan.streams and engine.load_rate is not None:
-        hardware = Hardware(disk_bytes_per_second=engine.load_rate)
-    elif engine.plan.streams:
-        hardware = _probed(checkpoint)
-    if (decoding := decoding_rate(engine)) is not None:
-        hardware = dataclasses.replace(hardware, decoding_bytes_per_second=decoding)
-    return dataclasses.replace(engine.plan, hardware=hardware)
-
-
-def _probed(checkpoint: Checkpoint) -> Hardware:
-    """The drive's rate, from a short read of the checkpoint itself; a guess for one that is still on the hub."""
-    extents = [entry.extent for entry in checkpoint.tensors.values() if entry.extent.length]
-    if not extents or extents[0].file.startswith("hf://"):
-        return Hardware()
-    extents.sort(key=lambda extent: (extent.file, extent.offset))
-    return Hardware(disk_bytes_per_second=measure_disk(extents, PROBED_BYTES, PROBE_SETTING))
 
 
 def choose_device(device: str | torch.device) -> torch.device:

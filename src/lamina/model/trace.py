@@ -58,6 +58,7 @@ class Trace:
         routers: by experts module, the module that says where tokens go, where one does it alone.
         traced: False for the order of definition.
         why_not: the error that kept the model from being traced.
+        operations: of torch in a pass, the experts' own left out.
     """
 
     root: Call
@@ -70,6 +71,7 @@ class Trace:
     routers: Mapping[str, str] = field(default_factory=dict)
     traced: bool = True
     why_not: str = ""
+    operations: int = 0
 
     def activations(self, tokens: int) -> int:
         """Bytes of activations and kernels' workspaces for a prefill of `tokens`, from the traced lengths."""
@@ -103,7 +105,7 @@ def trace(model: PreTrainedModel) -> Trace:
         assert recorder is not None
         return Trace(
             recorder.root.freeze(), *_uses(recorder.kinds), activations, caches,
-            recorder.experts, recorder.routed, recorder.routers
+            recorder.experts, recorder.routed, recorder.routers, operations=recorder.operations
         )  # fmt: skip
     return _by_definition(model, failure)
 
@@ -209,12 +211,13 @@ class _Recorder(TorchFunctionMode):
         self.root = _Node("")
         self.stack = [self.root]
         self.kinds: dict[tuple[str, str], set[str]] = {}  # by module and weight
-        self.alive = self.peak = 0
+        self.alive = self.peak = self.operations = 0
         self.seen: set[int] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") != "__get__" or getattr(func, "__self__", None) in _VIEW_PROPERTIES:
+            self.operations += 1
             for position, leaf in enumerate(tree_leaves((args, kwargs))):
                 if (name := self.names.get(id(leaf))) is not None:
                     self._touch(name, _kind(func, position, args, self.counts), leaf)

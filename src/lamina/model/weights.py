@@ -97,7 +97,7 @@ def describe(model: torch.nn.Module, checkpoint: Checkpoint, traced: Trace) -> W
         weights[name] = _with(weights[name], always=True)
     root = _without_lookups(traced.root, traced.lookups, weights)
     schedule = Schedule(root, weights, layer_names(model), traced.traced, dict(traced.routed),
-                        scratch_bytes(weights.values()))  # fmt: skip
+                        scratch_bytes(weights.values()), traced.operations)  # fmt: skip
     return Weights(schedule, replays, stored, traced.routers, orders)
 
 

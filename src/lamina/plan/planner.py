@@ -22,6 +22,15 @@ from typing import Any
 from lamina.errors import BudgetError
 from lamina.plan.cut import Item, cut_up, widest_window
 from lamina.plan.experts import KNOWN, Experts, divide, experts_of, names_of, slot_bytes
+from lamina.plan.forecast import (
+    CALL_OPERATIONS,
+    EXPERT_OPERATIONS,
+    READ_OPERATIONS,
+    UNTRACED_OPERATIONS,
+    Hardware,
+    Work,
+    seconds_per_token,
+)
 from lamina.plan.layout import Part, align, lay_out
 from lamina.plan.schedule import Schedule, Weight
 from lamina.sizes import format_size
@@ -34,20 +43,6 @@ MOST_UNITS = 4_000  # of a pass: finer than that costs more in bookkeeping than 
 RING_WANTED = 320 * MB
 RING_LEAST = 24 * MB  # units are made smaller until a ring of this size or of `RING_SHARE` holds them
 RING_SHARE = 0.35  # of what is left for weights, where the wanted ring is more
-
-
-@dataclass(frozen=True, slots=True)
-class Hardware:
-    """Rates the forecast uses, in bytes per second.
-
-    Attributes:
-        decoding_bytes_per_second: of the weights that a codec makes and multiplies, as they are once decoded.
-    """
-
-    disk_bytes_per_second: float = 1e9
-    memory_bytes_per_second: float = 1e10
-    link_bytes_per_second: float = 1e10
-    decoding_bytes_per_second: float = 1e10
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +93,7 @@ class Plan:
         minimum_memory_bytes: the smallest budget that holds this model with this context.
         active_bytes_per_token: of the weights that one token needs; less than `model_bytes` where it is routed.
         encoded_bytes_per_token: of these, what is decoded where it is used; `decoded_bytes_per_token` once decoded.
+        operations_per_token: what the calls of a pass cost, in small operations of torch.
         expert_count: experts of the model, wherever they are; `expert_bytes` is what they have on disk.
         experts: those that are read when they are routed to; empty where all of them are resident.
         expert_slots: how many of them the cache in memory holds, each in `expert_slot_bytes`.
@@ -121,6 +117,7 @@ class Plan:
     active_bytes_per_token: int = 0
     encoded_bytes_per_token: int = 0
     decoded_bytes_per_token: int = 0
+    operations_per_token: int = 0
     expert_count: int = 0
     expert_bytes: int = 0
     experts: tuple[Experts, ...] = ()
@@ -166,20 +163,21 @@ class Plan:
         return len(self.steps)
 
     @property
-    def predicted_seconds_per_token(self) -> float:
-        """The slowest of disk, link and memory: they overlap, so a decode step costs the longest of them.
-
-        Experts overlap with nothing: which ones to read is known only when everything before them is computed.
-        """
-        disk = self.hardware.disk_bytes_per_second
-        moved = sum(self.items[i].nbytes for i in self.steps) if self.budget.on_device else 0
-        plain = self.active_bytes_per_token - self.encoded_bytes_per_token
-        return self.expert_bytes_per_token / disk + max(
-            self.bytes_streamed_per_pass / disk,
-            moved / self.hardware.link_bytes_per_second,
-            plain / self.hardware.memory_bytes_per_second
-            + self.decoded_bytes_per_token / self.hardware.decoding_bytes_per_second,
+    def work(self) -> Work:
+        """What a decode step has to move and to compute, as far as the plan can tell."""
+        return Work(
+            streamed_bytes=self.bytes_streamed_per_pass,
+            expert_bytes=self.expert_bytes_per_token,
+            linked_bytes=sum(self.items[i].nbytes for i in self.steps) if self.budget.on_device else 0,
+            plain_bytes=self.active_bytes_per_token - self.encoded_bytes_per_token,
+            decoded_bytes=self.decoded_bytes_per_token,
+            operations=self.operations_per_token + READ_OPERATIONS * len(self.steps),
         )
+
+    @property
+    def predicted_seconds_per_token(self) -> float:
+        """See `lamina.plan.forecast`."""
+        return seconds_per_token(self.work, self.hardware)
 
     @property
     def predicted_seconds_per_token_plain(self) -> float | None:
@@ -188,7 +186,8 @@ class Plan:
             return None
         needed = self.active_bytes_per_token - self.encoded_bytes_per_token + self.decoded_bytes_per_token
         streamed = max(needed - self.resident_bytes, 0)
-        return max(streamed / self.hardware.disk_bytes_per_second, needed / self.hardware.memory_bytes_per_second)
+        work = replace(self.work, streamed_bytes=streamed, plain_bytes=needed, decoded_bytes=0)
+        return seconds_per_token(work, self.hardware)
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain numbers, for `lamina plan --json`."""
@@ -456,6 +455,11 @@ class _Planner:
         """What is held at once, and as much again as the largest run that the end of the ring may waste."""
         return widest_window(self.schedule.root, items, steps) + max((item.nbytes for item in items), default=0)
 
+    def _operations(self) -> int:
+        calls = sum(1 for _ in self.schedule.root.walk())
+        traced = self.schedule.operations or UNTRACED_OPERATIONS * calls
+        return traced + CALL_OPERATIONS * calls + EXPERT_OPERATIONS * sum(module.routed for module in self.experts)
+
     def _finished(self, resident: frozenset[str], gathered: frozenset[str], ring: int, minimum: int,
                   minimum_device: int, items: tuple[Item, ...] = (), steps: tuple[int, ...] = ()) -> Plan:  # fmt: skip
         weights = self.schedule.weights
@@ -477,6 +481,7 @@ class _Planner:
             active_bytes_per_token=self.active_bytes,
             encoded_bytes_per_token=self.encoded_bytes,
             decoded_bytes_per_token=self.decoded_bytes,
+            operations_per_token=self._operations(),
             expert_count=sum(module.count for module in self.experts),
             expert_bytes=sum(module.stored_bytes for module in self.experts),
         )

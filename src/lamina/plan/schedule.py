@@ -242,6 +242,7 @@ class Schedule:
         routed: by module, how many of its experts a token is sent to, where the trace could tell.
         scratch_bytes: memory that decoding takes beside the weights.
         traced: False where the order is the order of definition, because the model could not be traced.
+        operations: of torch in a pass; 0 where nobody counted.
     """
 
     root: Call
@@ -250,6 +251,7 @@ class Schedule:
     traced: bool = True
     routed: Mapping[str, int] = field(default_factory=dict)
     scratch_bytes: int = 0
+    operations: int = 0
 
     @property
     def nbytes(self) -> int:

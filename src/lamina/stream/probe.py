@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -123,6 +124,7 @@ def measure_disk(
     most_bytes: int | None = None,
     settings: Iterable[tuple[int, int]] = SETTINGS[:1],
     area: Area | None = None,
+    most_seconds: float = math.inf,
 ) -> float:
     """Bytes per second at which the drive delivers these extents, nothing else going on: the best of `settings`.
 
@@ -131,6 +133,7 @@ def measure_disk(
         most_bytes: stop after about so many, spread over all extents.
         settings: pairs of threads and bytes of a read to try.
         area: memory to read into; of its own where None. A small one makes the reads smaller.
+        most_seconds: begin no further read after that, for each setting.
     """
     best = 0.0
     for threads, chunk in settings:
@@ -139,7 +142,7 @@ def measure_disk(
         threads = min(threads, target.nbytes // chunk)
         readers = Readers(threads, chunk)
         try:
-            best = max(best, _rate(readers, list(_spans(extents, chunk, most_bytes)), chunk, target))
+            best = max(best, _rate(readers, list(_spans(extents, chunk, most_bytes)), chunk, target, most_seconds))
         finally:
             readers.close()
     return best
@@ -161,14 +164,17 @@ def _spans(extents: Sequence[Extent], chunk: int, most_bytes: int | None) -> Ite
             yield Read(extent.file, offset, align(needed), 0, needed, True)
 
 
-def _rate(readers: Readers, reads: Sequence[Read], chunk: int, area: Area) -> float:
+def _rate(readers: Readers, reads: Sequence[Read], chunk: int, area: Area, most_seconds: float) -> float:
     places = area.nbytes // chunk
     tickets: list[Ticket] = []
-    began = time.perf_counter()
+    nbytes, began = 0, time.perf_counter()
     for i, read in enumerate(reads):
         if i >= places:
             readers.wait(tickets[i - places])
+        if time.perf_counter() - began > most_seconds:
+            break
         tickets.append(readers.submit([read], area, i % places * chunk))
+        nbytes += read.needed
     for ticket in tickets:
         readers.wait(ticket)
-    return sum(read.needed for read in reads) / max(time.perf_counter() - began, 1e-9)
+    return nbytes / max(time.perf_counter() - began, 1e-9)
