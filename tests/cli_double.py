@@ -104,6 +104,42 @@ class Model:
         streamer.end()
 
 
+PROFILE = {
+    "steps": 3,
+    "seconds_per_step": 0.5,
+    "profiled_seconds_per_step": 0.6,
+    "seconds": {
+        "waiting_for_disk": 0.4,
+        "decoding": 0.0,
+        "copying": 0.0,
+        "computing": 0.09,
+        "lamina_python": 0.002,
+        "model_python": 0.005,
+        "between_passes": 0.003,
+    },
+    "shares": {
+        "waiting_for_disk": 0.8,
+        "decoding": 0.0,
+        "copying": 0.0,
+        "computing": 0.18,
+        "lamina_python": 0.004,
+        "model_python": 0.01,
+        "between_passes": 0.006,
+    },
+    "python_seconds_per_pass": 0.007,
+    "python_share_of_pass": 0.0141,
+    "disk": {
+        "busy_share": 0.98,
+        "reads_in_flight": 7.5,
+        "bytes_per_second_busy": 1.5e9,
+        "bytes_per_step": 735_000_000,
+        "idle_seconds": 0.01,
+        "idle_ring_full_seconds": 0.008,
+    },
+    "trace": {"file": "/t/trace.json", "bytes": 2_000_000, "operations_dropped": 5, "dropped_below_seconds": 2e-6},
+}
+
+
 @dataclass
 class Library:
     """Stands for the module `lamina.auto`: `opened` holds what each call was given."""
@@ -127,7 +163,8 @@ class Library:
 
     def bench_model(self, model: str, *, progress: Any = None, **kwargs: Any) -> dict[str, Any]:
         self._called(model=model, **kwargs)
-        return {"seconds_per_token": 0.5, "disk_fraction": 0.97, "read_bytes_per_second": 1.2e9, "tokens": [1, 2]}
+        result = {"seconds_per_token": 0.5, "disk_fraction": 0.97, "read_bytes_per_second": 1.2e9, "tokens": [1, 2]}
+        return {**result, "profile": PROFILE} if kwargs.get("profile") else result
 
     def _called(self, **kwargs: Any) -> None:
         self.opened.append(kwargs)

@@ -175,6 +175,19 @@ def test_bench_reports_every_figure(folder: Path) -> None:
     }
 
 
+def test_bench_writes_a_trace_and_nothing_else_to_stderr(folder: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    arguments = ("bench", str(folder), "--prompt-tokens", "4", "--new-tokens", "3", "--profile", "--trace", str(trace))
+    result = cli(*arguments)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert "computing" in result.stdout and str(trace) in result.stdout
+    assert json.loads(trace.read_text())["traceEvents"]
+    trace.write_text("my notes")
+    assert "trace.json" in refused(2, *arguments)
+    assert trace.read_text() == "my notes"
+
+
 def test_a_model_that_is_not_there_is_a_wrong_request(tmp_path: Path) -> None:
     assert "no-such-model" in refused(2, "run", str(tmp_path / "no-such-model"), PROMPT, "--offline")
 

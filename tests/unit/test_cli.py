@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -93,6 +94,23 @@ def test_bench_hands_on_what_to_generate(run: Run, library: Library) -> None:
     assert library.opened == [{"model": "m", "prompt_tokens": 16, "new_tokens": 3, "prompt_ids": [5, 6]}]
 
 
+def test_bench_profile_says_where_the_time_goes_and_where_the_trace_is(run: Run, library: Library) -> None:
+    table = run("bench", "m", "--profile", "--trace", "t.json").out
+    asked = {"profile": True, "trace": "t.json"}
+    assert library.opened == [{"model": "m", "prompt_tokens": 16, "new_tokens": 8, "prompt_ids": None, **asked}]
+    rows = dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in table.splitlines() if "  " in line.strip())
+    assert rows["waiting for the disk"] == "0.4 s  80.0%"
+    assert rows["Python of a pass"] == "0.007 s  1.4%"
+    assert rows["disk at work"] == "98%"
+    assert rows["read at, while at work"] == "1.50 GB/s"
+    assert "trace: /t/trace.json (2.00 MB, 5 operations below 2 microseconds left out)" in table
+    assert "https://ui.perfetto.dev" in table
+    as_json = run("bench", "m", "--profile", "--json")
+    assert json.loads(as_json.out)["profile"]["seconds"]["waiting_for_disk"] == 0.4
+    assert "trace: /t/trace.json" in as_json.err
+    assert "trace" not in run("bench", "m", "--profile", "--json", "--quiet").err
+
+
 def test_every_option_reaches_from_pretrained_under_its_own_name(run: Run, library: Library) -> None:
     options = {
         "device_memory": "2GiB",
@@ -152,6 +170,7 @@ def test_without_a_prompt_a_terminal_is_not_read(
         ("run", "m", "--prompt-ids", "-1"),
         ("run", "m", "--prompt-ids", "1", "--chat"),
         ("bench", "m", "--prompt-ids", "1;2"),
+        ("bench", "m", "--trace", "t.json"),
         ("run", "m", "Hi", "--memory", "4XB"),
         ("plan", "m", "--device-memory", "0"),
         ("run", "m", "Hi", "--max-new-tokens", "0"),

@@ -103,6 +103,13 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Length of the prompt.")] = 16,
     new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens to generate.")] = 8,
     prompt_ids: PromptIds = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Say where the time of a token goes, and write a trace of some.")
+    ] = False,
+    trace: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Where --profile writes the trace. Default: lamina-trace.json."),
+    ] = None,
     json: Json = False,
     *,
     options: ModelOptions,
@@ -116,14 +123,22 @@ def bench(
     Examples:
       lamina bench ./model --memory 4GB
       lamina bench ./model --memory 4GB --prompt-tokens 128 --new-tokens 16 --json
+      lamina bench ./model --memory 4GB --profile --trace trace.json   (open it at https://ui.perfetto.dev)
     """
     ids = None if prompt_ids is None else parse_prompt_ids(prompt_ids)
+    if trace is not None and not profile:
+        raise RequestError(f"--trace {trace} without --profile: only a profile writes a trace, give both")
+    asked: dict[str, Any] = {"profile": True} if profile else {}
+    if trace is not None:
+        asked["trace"] = trace
     progress = Progress(new_tokens)
     with _stdout_for_the_result(True), stdio(json=True, quiet=verbosity.quiet).showing(progress.describe):
         result = engine.bench(
-            model, options, progress.report, prompt_tokens=prompt_tokens, new_tokens=new_tokens, prompt_ids=ids
+            model, options, progress.report, prompt_tokens=prompt_tokens, new_tokens=new_tokens, prompt_ids=ids, **asked
         )
     typer.echo(report.as_json(result) if json else report.bench_table(result))
+    if json and profile and not verbosity.quiet:
+        typer.echo(report.trace_line(result["profile"]["trace"]), err=True)
 
 
 @contextlib.contextmanager

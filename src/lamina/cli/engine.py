@@ -35,6 +35,7 @@ def _imported(name: str, options: ModelOptions | SourceOptions) -> Any:
     if "OMP_WAIT_POLICY" not in os.environ:
         # OpenMP's threads spin for milliseconds after each matrix product, which the drive's own work then lacks
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler writes to stderr when it starts and stops
     if options.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
     module = importlib.import_module(name)

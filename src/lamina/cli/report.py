@@ -142,8 +142,51 @@ def plan_table(plan: Mapping[str, Any]) -> str:
 
 
 def bench_table(result: Mapping[str, Any]) -> str:
-    """What was measured, as two columns."""
-    return _table(_rows(result, _BENCH_ROWS))
+    """What was measured, as two columns; where the time goes below, if that was asked for."""
+    table = _table(_rows(result, _BENCH_ROWS))
+    return f"{table}\n\n{profile_table(result['profile'])}" if "profile" in result else table
+
+
+_SPLIT_ROWS = {
+    "waiting_for_disk": "waiting for the disk",
+    "decoding": "decoding",
+    "copying": "copying",
+    "computing": "computing",
+    "lamina_python": "lamina's Python",
+    "model_python": "the model's Python",
+    "between_passes": "between passes",
+}
+
+_DISK_ROWS = {
+    "busy_share": "disk at work",
+    "reads_in_flight": "reads under way (mean)",
+    "bytes_per_second_busy": "read at, while at work",
+    "idle_seconds": "disk idle",
+    "idle_ring_full_seconds": "of it, no room to read into",
+}
+
+
+def profile_table(profile: Mapping[str, Any]) -> str:
+    """Where the seconds of a decode step go, what the disk did meanwhile, and where the trace is."""
+    step = profile["seconds_per_step"]
+    under = f"{_number(profile['profiled_seconds_per_step'])} s under torch's profiler"
+    rows = {"a step": f"{_number(step)} s (mean of {profile['steps']}; {under})"}
+    for key, label in _SPLIT_ROWS.items():
+        rows[f"  {label}"] = f"{_number(profile['seconds'][key])} s  {profile['shares'][key]:.1%}"
+    rows["Python of a pass"] = f"{_number(profile['python_seconds_per_pass'])} s  {profile['python_share_of_pass']:.1%}"
+    disk = profile["disk"]
+    if disk.get("bytes_per_step"):
+        rows |= {label: _show(key, disk[key]) for key, label in _DISK_ROWS.items() if disk.get(key) is not None}
+    return f"{_table(rows)}\n{trace_line(profile['trace'])}"
+
+
+def trace_line(trace: Mapping[str, Any]) -> str:
+    """Where a trace is and what opens it."""
+    left_out = ""
+    if dropped := trace.get("operations_dropped"):
+        below = trace["dropped_below_seconds"] * 1e6
+        left_out = f", {dropped:,} operations below {below:.0f} microseconds left out"
+    return f"trace: {trace['file']} ({format_size(trace['bytes'])}{left_out}), open it at https://ui.perfetto.dev"
 
 
 def _rows(record: Mapping[str, Any], labels: Mapping[str, str]) -> dict[str, str]:
@@ -156,9 +199,9 @@ def _rows(record: Mapping[str, Any], labels: Mapping[str, str]) -> dict[str, str
 def _show(key: str, value: Any) -> str:
     if isinstance(value, list | tuple):
         return str(len(value))
-    if key.endswith("bytes_per_second"):
+    if key.endswith(("bytes_per_second", "bytes_per_second_busy")):
         return format_rate(value)
-    if key.endswith(("fraction", "hit_rate", "foreseen_rate")):
+    if key.endswith(("fraction", "hit_rate", "foreseen_rate", "share")):
         return f"{value:.0%}"
     if "seconds" in key:
         return f"{_number(value)} s"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,11 @@ from lamina.checkpoint import Extent
 from lamina.errors import RequestError
 from lamina.model.auto import load_model
 from lamina.model.engine import Engine
+from lamina.model.profile import TOKENS, profile_model
+from lamina.model.trace_file import DEFAULT, check_trace_file, write_trace
+from lamina.plan.forecast import seconds_per_token
 from lamina.plan.layout import Layout
+from lamina.plan.planner import Plan
 from lamina.stream.experts import Counts
 from lamina.stream.memory import Area
 from lamina.stream.probe import SETTINGS, measure_disk
@@ -35,6 +41,8 @@ def bench_model(
     new_tokens: int = 8,
     prompt_ids: Sequence[int] | None = None,
     context: int | None = None,
+    profile: bool = False,
+    trace: str | os.PathLike[str] = DEFAULT,
     progress: Callable[[str, int, int], None] | None = None,
     load: Callable[..., PreTrainedModel] = load_model,
     **options: Any,
@@ -46,24 +54,34 @@ def bench_model(
         prompt_tokens: length of the prompt where `prompt_ids` does not give one.
         new_tokens: tokens to generate; the end-of-text token is not taken.
         prompt_ids: token ids of the prompt.
+        profile: afterwards generate again, to see where the time goes; the figures are under `profile`.
+        trace: the file that the profiled steps are written to, for https://ui.perfetto.dev.
 
     Returns:
         Seconds, bytes and rates by name. `disk_fraction` is the rate at which the stream read during the
         decode steps over the best rate at which the drive gave the same bytes alone; None if nothing streams.
+        `planned_seconds_per_token` is what the plan said when the model was loaded; `predicted_seconds_per_token` what
+        it would have said of the drive as this run found it, and of the experts that its tokens needed.
         `bytes_read_per_pass`, `expert_hit_rate` and `expert_bytes_per_token` are those of the decode steps.
+
+    Raises:
+        RequestError: a wrong argument, or a file in the place of the trace.
+        WriteError: the trace cannot be written; known before the model is loaded, but for a disk that fills meanwhile.
     """
     if new_tokens < 2:  # the first token comes from the prefill
         raise RequestError(f"a decode step needs at least 2 new tokens, got {new_tokens}")
     ids = list(prompt_ids) if prompt_ids else [1 + i % 97 for i in range(prompt_tokens)]
     if context is None:
-        context = len(ids) + new_tokens
+        context = len(ids) + (max(new_tokens, TOKENS) if profile else new_tokens)
+    file = check_trace_file(trace) if profile else None
     loaded = load(model, memory=memory, context=context, progress=progress, **options)
     with loaded.lamina:
         meter = _Meter(loaded)
         tokens = _generate(loaded, ids, new_tokens, meter)
         stats, plan = loaded.lamina.stats, loaded.lamina.plan
+        profiled = None if file is None else _profile(loaded, ids, model, file, meter)
     disk = meter.disk_bytes_per_second
-    return {
+    result = {
         "seconds_per_token": statistics.median(meter.steps),
         "time_to_first_token_seconds": stats.time_to_first_token_seconds,
         "load_seconds": stats.load_seconds,
@@ -89,8 +107,32 @@ def bench_model(
         "expert_cache_bytes": plan.expert_cache_bytes,
         "expert_slots": plan.expert_slots,
         "experts": plan.expert_count,
-        "predicted_seconds_per_token": plan.predicted_seconds_per_token,
+        "predicted_seconds_per_token": _predicted(plan, disk, meter.expert_bytes_per_step),
+        "planned_seconds_per_token": plan.predicted_seconds_per_token,
+        "planned_rates": asdict(plan.hardware),
+        "planned_work": asdict(plan.work),
     }
+    return result if profiled is None else {**result, "profile": profiled}
+
+
+def _profile(loaded: PreTrainedModel, ids: Sequence[int], model: str, file: Path, meter: _Meter) -> dict[str, Any]:
+    """Where the time goes, with nobody else watching; the trace is written."""
+    meter.close()
+    figures, trace = profile_model(loaded, ids, f"lamina bench {model}")
+    told = {
+        "file": str(file),
+        "bytes": write_trace(file, trace.record),
+        "events": len(trace.record["traceEvents"]),
+        "operations_dropped": trace.dropped,
+        "dropped_below_seconds": trace.dropped_below / 1e9,
+    }
+    return {**figures, "trace": told}
+
+
+def _predicted(plan: Plan, disk: float, expert_bytes: float) -> float:
+    """The plan's model of time with the drive's rate measured between the steps, and the experts really read."""
+    hardware = replace(plan.hardware, disk_bytes_per_second=disk) if disk else plan.hardware
+    return seconds_per_token(replace(plan.work, expert_bytes=expert_bytes), hardware)
 
 
 class _Meter(StoppingCriteria):  # type: ignore[misc]
@@ -121,6 +163,12 @@ class _Meter(StoppingCriteria):  # type: ignore[misc]
         if self.engine.experts is not None:
             self.engine.experts.on_read = self._missed.append
         self._window = self.engine.stream.window if self.engine.stream is not None else None
+
+    def close(self) -> None:
+        """Watch no more; the ring's memory is the stream's again."""
+        if self.engine.experts is not None:
+            self.engine.experts.on_read = None
+        self._window = None
 
     @property
     def _counts(self) -> Counts:

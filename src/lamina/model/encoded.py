@@ -112,7 +112,7 @@ class Encoded(torch.Tensor):
         at = 0
         for span in self.spans:
             rows = slice(at, at + span.rows)
-            if span.skip == 0 and codec_for(span.codec).linear(flat, self._panels(span), span.rows, flat_out[:, rows]):
+            if span.skip == 0 and self._product(flat, span, flat_out[:, rows]):
                 if bias is not None:
                     flat_out[:, rows] += bias[rows]
             else:
@@ -163,6 +163,10 @@ class Encoded(torch.Tensor):
         held = torch.empty(part.held, columns, dtype=out.dtype, device=out.device)
         codec.decode(self._panels(part), part.held, columns, held)
         out.copy_(held[part.skip : part.skip + rows])
+
+    def _product(self, flat: torch.Tensor, span: Span, out: torch.Tensor) -> bool:
+        """Whether the codec multiplied by itself."""
+        return codec_for(span.codec).linear(flat, self._panels(span), span.rows, out)
 
     def _multiply(self, x: torch.Tensor, span: Span, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         columns = self.shape[-1]

@@ -378,13 +378,15 @@ class Engine:
             return self._encoded(weight, placed, shape, memory)
         final = memory[placed.at : placed.at + placed.nbytes].view(_dtype(weight)).view(shape)
         if weight.convert is not Convert.NONE:
-            stored = memory[placed.stored_at : placed.stored_at + placed.stored_nbytes]
-            if weight.convert is Convert.CAST:
-                final.copy_(stored.view(self._stored_dtype(weight)).view(shape))
-            else:
-                final.copy_(self.weights.replays[weight.name](stored))
+            self._convert(weight, memory[placed.stored_at : placed.stored_at + placed.stored_nbytes], final)
         # torch picks kernels by this flag even under no_grad (matmul folds): plain transformers has it set
         return final.requires_grad_(_differentiable(final))
+
+    def _convert(self, weight: Weight, stored: torch.Tensor, final: torch.Tensor) -> None:
+        if weight.convert is Convert.CAST:
+            final.copy_(stored.view(self._stored_dtype(weight)).view(final.shape))
+        else:
+            final.copy_(self.weights.replays[weight.name](stored))
 
     def _encoded(self, weight: Weight, placed: Placed, shape: tuple[int, ...], memory: torch.Tensor) -> Encoded:
         part = placed.part

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import os
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,9 @@ THREADS = 8
 CHUNK = 8 << 20  # bytes of one read
 MIDDLE = 64 * 1024  # bytes from which on a read is worth dividing, so that only its edges are copied
 BOUNCE = 1 << 20  # bytes of one read that has to be copied to its place
+
+
+OnRead = Callable[[str, int, int, int], None]  # told the file, offset, bytes and begin of a read that has just ended
 
 
 @dataclass(eq=False)
@@ -76,6 +80,7 @@ class _Shared:
     reading: int = 0
     paused: int = 0
     closed: bool = False
+    on_read: OnRead | None = None
 
     def __post_init__(self) -> None:
         self.changed = threading.Condition(self.lock)  # a ticket is done, or nothing is under way
@@ -183,6 +188,11 @@ class Readers:
     @property
     def closed(self) -> bool:
         return self._shared.closed
+
+    def tell(self, on_read: OnRead | None) -> None:
+        """Have `on_read` called, in the thread that read, after every read from now on; None for nobody."""
+        with self._shared.lock:
+            self._shared.on_read = on_read
 
     def submit(self, reads: Sequence[Read], area: Area, at: int = 0, *, urgent: bool = False) -> Ticket:
         """Start reading into `area`, each read at its own place after byte `at`; urgent ones overtake the others.
@@ -357,6 +367,7 @@ def _work(shared: _Shared) -> None:
     bounce: list[Area] = []
     while (job := shared.next_job()) is not None:
         error: BaseException | None = None
+        began = time.perf_counter_ns()
         try:
             _read(shared.file(job.file), job, bounce)
         except BaseException as raised:  # handed to whoever waits, as itself
@@ -365,6 +376,8 @@ def _work(shared: _Shared) -> None:
             shared.reading -= 1
             if error is None:
                 shared.bytes_read += job.needed
+                if shared.on_read is not None:
+                    shared.on_read(job.file, job.offset, job.needed, began)
             else:
                 shared.forget_file(job.file)
                 job.ticket.error = job.ticket.error or error
