@@ -128,6 +128,7 @@ PROFILE = {
     },
     "python_seconds_per_pass": 0.007,
     "python_share_of_pass": 0.0141,
+    "lamina_python_by_call": {"pump": 0.001, "finish": 0.0005, "acquire": 0.0003, "hook": 0.0002},
     "disk": {
         "busy_share": 0.98,
         "reads_in_flight": 7.5,

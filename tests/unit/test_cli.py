@@ -100,6 +100,7 @@ def test_bench_profile_says_where_the_time_goes_and_where_the_trace_is(run: Run,
     assert library.opened == [{"model": "m", "prompt_tokens": 16, "new_tokens": 8, "prompt_ids": None, **asked}]
     rows = dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in table.splitlines() if "  " in line.strip())
     assert rows["waiting for the disk"] == "0.4 s  80.0%"
+    assert rows["lamina's Python"] == "0.002 s  0.4%  (pump 0.001 s, finish 0.0005 s, acquire 0.0003 s, ...)"
     assert rows["Python of a pass"] == "0.007 s  1.4%"
     assert rows["disk at work"] == "98%"
     assert rows["read at, while at work"] == "1.50 GB/s"

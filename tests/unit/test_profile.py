@@ -33,6 +33,7 @@ from lamina.model.timeline import (
     WAIT,
     ReadSpan,
     Span,
+    by_call,
     chrome_trace,
     drive_of,
     nested,
@@ -69,6 +70,12 @@ def test_torch_inside_of_what_lamina_calls_through_is_computing() -> None:
         nested(spans((PASS, 0, 100), (THROUGH, 10, 60), (DECODE, 20, 30), (OP, 30, 50), (COPY, 70, 80))), 0, 100
     )
     assert found == Counter({MODEL: 40, THROUGH: 20, DECODE: 10, COMPUTE: 20, COPY: 10, BETWEEN: 0})
+
+
+def test_lamina_s_python_is_told_by_call() -> None:
+    told = [Span(LAMINA, "acquire a", 0, 100), Span(LAMINA, "pump", 10, 30), Span(WAIT, "wait", 40, 90),
+            Span(LAMINA, "acquire b", 110, 120), Span(LAMINA, "pump", 115, 117)]  # fmt: skip
+    assert by_call(nested(told)) == Counter({"acquire": 30 + 8, "pump": 20 + 2})
 
 
 def test_what_torch_computes_between_passes_is_between_passes() -> None:
@@ -194,6 +201,8 @@ def test_the_split_adds_up_to_the_wall_time(named: tuple[str, PreTrainedModel]) 
     assert figures["steps"] == profile.STEPS
     assert sum(seconds.values()) == pytest.approx(step, rel=1e-6)
     assert sum(figures["shares"].values()) == pytest.approx(1)
+    if name != "4bit":  # there what Lamina calls through has its share as well
+        assert sum(figures["lamina_python_by_call"].values()) == pytest.approx(seconds["lamina_python"])
     assert figures["pass_seconds"] == pytest.approx(step - seconds["between_passes"])
     assert figures["python_seconds_per_pass"] == pytest.approx(seconds["lamina_python"] + seconds["model_python"])
     assert all(value >= 0 for value in seconds.values())

@@ -173,6 +173,9 @@ def profile_table(profile: Mapping[str, Any]) -> str:
     rows = {"a step": f"{_number(step)} s (mean of {profile['steps']}; {under})"}
     for key, label in _SPLIT_ROWS.items():
         rows[f"  {label}"] = f"{_number(profile['seconds'][key])} s  {profile['shares'][key]:.1%}"
+    if calls := profile.get("lamina_python_by_call"):
+        most = sorted(calls, key=calls.__getitem__, reverse=True)[:3]
+        rows["  lamina's Python"] += f"  ({', '.join(f'{call} {_number(calls[call])} s' for call in most)}, ...)"
     rows["Python of a pass"] = f"{_number(profile['python_seconds_per_pass'])} s  {profile['python_share_of_pass']:.1%}"
     disk = profile["disk"]
     if disk.get("bytes_per_step"):

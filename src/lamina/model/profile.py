@@ -43,6 +43,7 @@ from lamina.model.timeline import (
     ReadSpan,
     Span,
     Trace,
+    by_call,
     chrome_trace,
     drive_of,
     nested,
@@ -365,6 +366,7 @@ def _split(recording: Recording, stages: _Stages, timed: list[Step], profiled: l
     """The figures: per step, the mean of the timed ones."""
     spans, with_operations = nested(recording.spans), nested(recording.spans + stages.operations)
     sums, under = _sums(spans, timed), _sums(with_operations, profiled)
+    calls = by_call([span for span in spans if timed[0].begin <= span.begin < timed[-1].end])
     count = len(timed) * 1e9
     # in a timed step torch's own time and Python's are one; in a profiled one they are told apart
     unknown = sums[MODEL] + sums[THROUGH]
@@ -393,6 +395,7 @@ def _split(recording: Recording, stages: _Stages, timed: list[Step], profiled: l
         "python_seconds_per_pass": python,
         "python_share_of_pass": python / in_pass,
         "lamina_python_seconds_per_pass": seconds["lamina_python"],
+        "lamina_python_by_call": {call: spent / count for call, spent in calls.most_common()},
         "disk": _disk(recording, timed),
         "peak_rss_bytes": peak_resident_bytes(),
     }

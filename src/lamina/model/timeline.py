@@ -107,6 +107,25 @@ def owners(spans: Sequence[Span], begin: int, end: int) -> Counter[str]:
     return sums
 
 
+def by_call(spans: Sequence[Span]) -> Counter[str]:
+    """Nanoseconds of Lamina's Python by the call they were spent in, without what was called from there.
+
+    Args:
+        spans: nested, in order; a name begins with the call and goes on with what it was for.
+    """
+    sums: Counter[str] = Counter()
+    stack: list[Span] = []
+    for span in spans:
+        while stack and stack[-1].end <= span.begin:
+            stack.pop()
+        if stack and stack[-1].kind == LAMINA:
+            sums[stack[-1].name.split(" ", 1)[0]] -= span.end - span.begin
+        if span.kind == LAMINA:
+            sums[span.name.split(" ", 1)[0]] += span.end - span.begin
+        stack.append(span)
+    return sums
+
+
 def _owner(outer: str, kind: str) -> str:
     """Whose time a span of `kind` is within what `outer` owns."""
     if kind in OWN:
