@@ -126,19 +126,24 @@ def disk_rate(line: Line) -> float | None:
 
 def read_a_pass(line: Line) -> float | None:
     """Lamina counts a decode step itself, for its run reads the bare disk too; else the run's bytes over its passes."""
-    if line.get("bytes_read_per_pass") is not None:
+    if line.get("bytes_read_per_pass") is not None and line["figure"] != "wall_seconds":
         return float(line["bytes_read_per_pass"])
     passes, read = line.get("passes") or line.get("new_tokens"), line.get("read_bytes")
     return read / passes if read is not None and passes else None
 
 
-def agreement(tokens: Sequence[int] | None, others: Sequence[int] | None) -> str:
-    """How many leading tokens are Lamina's, of those that can be compared."""
+def agreement(tokens: Sequence[Any] | None, others: Sequence[Any] | None) -> str:
+    """How many leading tokens are Lamina's, of those that can be compared; of a batch, over all its sequences."""
     if not tokens or not others:
         return "-"
-    length = min(len(tokens), len(others))
-    same = next((i for i in range(length) if tokens[i] != others[i]), length)
-    return f"{same}/{length}"
+    many = isinstance(tokens[0], list)
+    pairs = list(zip(tokens, others, strict=False)) if many else [(tokens, others)]
+    lengths = [min(len(one), len(other)) for one, other in pairs]
+    same = [
+        next((i for i in range(length) if one[i] != other[i]), length)
+        for (one, other), length in zip(pairs, lengths, strict=True)
+    ]
+    return f"{sum(same)}/{sum(lengths)}"
 
 
 def figure_text(value: float | None) -> str:
@@ -266,7 +271,9 @@ def markdown(lines: Iterable[Line], name: str) -> str:
     for key, group in found.items():
         heads, rows = rows_of(group)
         rule = ["---", *["---:" for _ in heads[1:]]]
-        body = "\n".join("| " + " | ".join(row) + " |" for row in (heads, rule, *rows))
+        body = "\n".join(
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (heads, rule, *rows)
+        )
         parts.append(f"**{title(key, group)}**\n\n{body}\n\n{origin(group)}\n")
     return "\n".join(parts)
 

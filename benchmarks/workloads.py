@@ -37,7 +37,7 @@ WORKLOADS = {
         "decoding a dense model under a cap",
         ("3b",),
         ("1/3", "1/2", "5/6", "none"),
-        (*STREAMING, "llama_cpp_nommap", "transformers", "ollm"),
+        (*STREAMING, "ollm", "llama_cpp_nommap", "transformers"),
     ),
     "moe": Workload(
         "decoding a mixture of experts under a cap",
@@ -55,7 +55,7 @@ WORKLOADS = {
         "the first token after a prompt of 2,048",
         ("3b",),
         ("1/2",),
-        STREAMING,
+        (*STREAMING, "ollm"),
         figure="time_to_first_token_seconds",
         prompt_tokens=2048,
         new_tokens=2,
@@ -72,7 +72,7 @@ WORKLOADS = {
         "from the start of the process to the end of an answer of one token",
         ("3b",),
         ("1/2",),
-        STREAMING,
+        (*STREAMING, "ollm"),
         figure="wall_seconds",
         new_tokens=1,
     ),
@@ -257,8 +257,8 @@ ENGINES = {
         "accelerate", "accelerate_disk_run.py", lambda case: [["--plain"]], whole=True, fallback=True
     ),
     "airllm": Engine("airllm", "airllm_run.py", _airllm, needs="split", slow=True),
-    "airllm_457": Engine("airllm_457", "airllm_run.py", _airllm, needs="split", slow=True),
-    "ollm": Engine("ollm", "ollm_run.py", lambda case: [[]], slow=True),
+    "airllm_457": Engine("transformers_457", "airllm_run.py", _airllm, needs="split", slow=True),
+    "ollm": Engine("transformers_457", "ollm_run.py", lambda case: [[]]),
 }
 
 

@@ -74,7 +74,7 @@ class TokenClock:
             "seconds_per_token": took / new,
             "tokens_per_second": new / took,
             "passes": passes,
-            "tokens": [token for answer in answers for token in answer],
+            "tokens": [list(answer) for answer in answers],
             "peak_rss_bytes": peak_rss_bytes(),
         }
 
