@@ -110,6 +110,8 @@ _PLAN_ROWS = {
 
 _BENCH_ROWS = {
     "seconds_per_token": "time a token (median)",
+    "predicted_seconds_per_token": "the forecast for this drive",
+    "planned_seconds_per_token": "the forecast when it was loaded",
     "time_to_first_token_seconds": "time to the first token",
     "load_seconds": "time to load",
     "tokens_per_pass": "tokens a pass",

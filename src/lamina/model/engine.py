@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -36,7 +35,6 @@ from lamina.stream.memory import Area
 from lamina.stream.readers import Readers
 from lamina.stream.stream import Held, Stream
 
-RATE_FROM = 256 << 20  # bytes loaded that tell the drive's rate
 Progress = Callable[[str, int, int], None]
 Sites = dict[str, list[tuple[nn.Module, str, bool]]]
 
@@ -73,7 +71,6 @@ class Engine:
         self._waited = 0.0  # in streams that are no more
         self._before_pass = Counts()
         self._expert_hooks: ExpertHooks | None = None
-        self.load_rate: float | None = None  # bytes per second, where enough was loaded to tell
         self._scratch = Scratch()
         self._sites = _sites(model)
         self._disk = {name: self._disk_tensor(name) for name in self._sites}
@@ -83,7 +80,6 @@ class Engine:
         resident = [self.schedule[name] for name in self.schedule if name in self.plan.resident]
         if self.device.type != "cpu":
             _move_buffers(model, self.device)
-        began = time.perf_counter()
         for name, tensor in load_residents(resident, self.readers, self.finish, self.device, progress).items():
             parameter = tensor
             if not isinstance(tensor, Encoded):
@@ -93,8 +89,6 @@ class Engine:
                     module._buffers[attribute] = tensor
                 else:
                     module._parameters[attribute] = parameter  # type: ignore[assignment]
-        if self.readers.bytes_read >= RATE_FROM:
-            self.load_rate = self.readers.bytes_read / (time.perf_counter() - began)
         if self.plan.streams:
             self._attach(model)
 

@@ -9,6 +9,7 @@ budget has not left.
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,8 +34,7 @@ WITH_KERNELS = (*AFFINE, LOSSLESS.name, CODEC_PREFIX)
 SAMPLE = 64 << 20  # bytes of weights that are multiplied, as they are stored: twice a large cache
 LARGEST_PART = 16 << 20  # of one weight
 SAMPLE_SHARE = 0.5  # of what the budget has for weights, where that is less
-ROUNDS = 5
-FEWEST_ROUNDS = 2  # the first finds threads that have not begun
+FEWEST_ROUNDS, MOST_ROUNDS = 3, 15
 PRODUCT_SECONDS = 0.06  # for each way in which weights are stored: no further round begins after that
 DRIVE_BYTES = 1 << 30
 DRIVE_SECONDS = 0.12
@@ -43,7 +43,7 @@ MADE_UP = 1 << 20  # numbers that are encoded where no weights can be read
 FLOATS = ("float", "bfloat")
 PLAIN = ""  # the codec of weights that have none
 PROBED_OPERATIONS = 17  # of `_probe`: ten of torch, and the call of a module
-PROBE_CALLS = 40
+PROBE_CALLS, PROBE_ROUNDS = 40, 7
 PLUMBING = 1.5  # what an operation costs within transformers' modules, over the bare one: median of eleven families
 READING_CORES = 0.5  # of a core that is gone while the drive is read: stores.jsonl, two cores
 
@@ -173,19 +173,24 @@ def _made_up(weight: Weight, device: torch.device) -> list[torch.Tensor] | None:
 
 
 def _rate(matrices: Sequence[torch.Tensor], device: torch.device) -> float:
-    """Bytes of these matrices over the seconds of a row's product with each of them, at the quickest."""
+    """Bytes of these matrices over the seconds of a row's product with each of them: usual ones, not the quickest."""
     rows = [torch.ones(1, matrix.shape[1], dtype=matrix.dtype, device=device) for matrix in matrices]
-    best, began = float("inf"), time.perf_counter()
+    rounds: list[list[float]] = []
+    began = time.perf_counter()
     with torch.inference_mode():
-        for number in range(1, ROUNDS + 1):
-            start = time.perf_counter()
-            for row, matrix in zip(rows, matrices, strict=True):
-                last = torch.nn.functional.linear(row, matrix)
-            last[0, 0].item()  # an accelerator has finished then
-            best = min(best, time.perf_counter() - start)
-            if number >= FEWEST_ROUNDS and time.perf_counter() - began > PRODUCT_SECONDS:
-                break
-    return sum(matrix.numel() * matrix.dtype.itemsize for matrix in matrices) / max(best, 1e-9)
+        while len(rounds) <= FEWEST_ROUNDS or (
+            len(rounds) <= MOST_ROUNDS and time.perf_counter() - began < PRODUCT_SECONDS
+        ):
+            rounds.append([_product(row, matrix) for row, matrix in zip(rows, matrices, strict=True)])
+    usual: float = sum(statistics.median(seconds) for seconds in zip(*rounds[1:], strict=True))  # the first starts threads
+    nbytes = sum(matrix.numel() * matrix.dtype.itemsize for matrix in matrices)
+    return nbytes / max(usual, 1e-9)
+
+
+def _product(row: torch.Tensor, matrix: torch.Tensor) -> float:
+    began = time.perf_counter()
+    torch.nn.functional.linear(row, matrix)[0, 0].item()  # an accelerator has finished then
+    return time.perf_counter() - began
 
 
 def _decoding(schedule: Schedule, rates: Mapping[str, float]) -> float | None:
@@ -213,14 +218,14 @@ class _Norm(torch.nn.Module):
 def _probe() -> float:
     """Seconds of one small operation, on the processor: an accelerator's are started there."""
     module, x = _Norm(), torch.ones(1, 1, 64, dtype=torch.bfloat16)
-    best = float("inf")
+    took = []
     with torch.inference_mode():
-        for _ in range(ROUNDS):
+        for _ in range(PROBE_ROUNDS):
             began = time.perf_counter()
             for _ in range(PROBE_CALLS):
                 module(x)
-            best = min(best, time.perf_counter() - began)
-    return best / (PROBE_CALLS * PROBED_OPERATIONS)
+            took.append(time.perf_counter() - began)
+    return statistics.median(took) / (PROBE_CALLS * PROBED_OPERATIONS)
 
 
 def prepare(weights: Iterable[Weight]) -> None:
