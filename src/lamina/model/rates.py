@@ -182,7 +182,8 @@ def _rate(matrices: Sequence[torch.Tensor], device: torch.device) -> float:
             len(rounds) <= MOST_ROUNDS and time.perf_counter() - began < PRODUCT_SECONDS
         ):
             rounds.append([_product(row, matrix) for row, matrix in zip(rows, matrices, strict=True)])
-    usual: float = sum(statistics.median(seconds) for seconds in zip(*rounds[1:], strict=True))  # the first starts threads
+    later = zip(*rounds[1:], strict=True)  # the first one starts threads
+    usual: float = sum(statistics.median(seconds) for seconds in later)
     nbytes = sum(matrix.numel() * matrix.dtype.itemsize for matrix in matrices)
     return nbytes / max(usual, 1e-9)
 
