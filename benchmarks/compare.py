@@ -38,8 +38,8 @@ SHAPE_KEYS = (
 
 
 def turned(names: Sequence[str], number: int) -> list[str]:
-    """The order of a round: begun one later each time, and every second one backwards."""
-    start = number % len(names)
+    """The order of a round: each order is followed by itself backwards, then begun one later."""
+    start = number // 2 % len(names)
     order = [*names[start:], *names[:start]]
     return order[::-1] if number % 2 else order
 

@@ -2,8 +2,8 @@
 
 DIR/transformers_457/bin/python benchmarks/peers/ollm_run.py .cache/bench/llama-3b
 
-It is made for GPUs, and its package asks for flash-attn, which builds only with CUDA; without that its Llama runs on any
-device of torch. It reads the checkpoint's own files, layer by layer.
+It is made for GPUs, and its package asks for flash-attn, which builds only with CUDA; without that its Llama runs on
+any device of torch. It reads the checkpoint's own files, layer by layer.
 """
 
 import contextlib
