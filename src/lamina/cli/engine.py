@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -38,7 +39,11 @@ def _imported(name: str, options: ModelOptions | SourceOptions) -> Any:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler writes to stderr when it starts and stops
     if options.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
-    module = importlib.import_module(name)
+    gc.disable()  # importing makes a million objects and no garbage: looking for some takes a third of the time
+    try:
+        module = importlib.import_module(name)
+    finally:
+        gc.enable()
     if options.threads is not None:
         importlib.import_module("torch").set_num_threads(options.threads)
     return module
