@@ -49,6 +49,9 @@ def test_a_model_is_loaded_with_rates_and_its_own_count_of_bytes_alone(folder: P
     with lamina.AutoModel.from_pretrained(str(folder), memory="2GB").lamina as handle:
         hardware, resident = handle.plan.hardware, handle.plan.resident_bytes
         assert handle.stats.bytes_read < 1.2 * resident, "what was read to measure is not the model's"
+        counted = handle._engine.weights.schedule.operations
+        assert counted > 2 * CONFIG.num_hidden_layers * len("qkvo"), "the trace counts what a pass calls"
+        assert handle.plan.work.operations > counted
     default = Hardware()
     assert hardware.memory_bytes_per_second != default.memory_bytes_per_second
     assert hardware.operation_seconds != default.operation_seconds

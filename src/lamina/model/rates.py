@@ -1,6 +1,6 @@
 """The rates of this machine that the forecast needs, measured with the weights at hand in a fifth of a second.
 
-The drive is read as the stream reads it. Products of one row go through some 64 MB of the model's own weights, read
+The drive is read as the stream reads it. Products of one row go through some 50 MB of the model's own weights, read
 for the purpose and given back: more than a processor's cache holds, in the shapes that the model has. What a call
 costs is timed on a small module. All of it happens before the residents are loaded, so it takes no memory that the
 budget has not left.
@@ -31,13 +31,13 @@ from lamina.stream.probe import measure_disk
 from lamina.stream.readers import Readers
 
 WITH_KERNELS = (*AFFINE, LOSSLESS.name, CODEC_PREFIX)
-SAMPLE = 64 << 20  # bytes of weights that are multiplied, as they are stored: twice a large cache
+SAMPLE = 48 << 20  # bytes of weights that are multiplied, as they are stored: more than a large cache
 LARGEST_PART = 16 << 20  # of one weight
 SAMPLE_SHARE = 0.5  # of what the budget has for weights, where that is less
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 15
-PRODUCT_SECONDS = 0.06  # for each way in which weights are stored: no further round begins after that
+PRODUCT_SECONDS = 0.05  # no further round begins after that
 DRIVE_BYTES = 1 << 30
-DRIVE_SECONDS = 0.12
+DRIVE_SECONDS = 0.1
 DRIVE_SETTING = ((8, 8 << 20),)  # threads, bytes of a read: what the stream uses
 MADE_UP = 1 << 20  # numbers that are encoded where no weights can be read
 FLOATS = ("float", "bfloat")
@@ -113,7 +113,9 @@ def products(engine: Engine, readers: Readers, sample: int) -> dict[str, float]:
     """By codec, bytes of finished weights that a product of one row goes through in a second."""
     kinds = _by_codec(engine.weights.schedule)
     return {
-        codec: _rate(list(_read(engine, readers, weights, sample // len(kinds))), engine.device)
+        codec: _rate(
+            list(_read(engine, readers, weights, sample // len(kinds))), engine.device, PRODUCT_SECONDS / len(kinds)
+        )
         for codec, weights in kinds.items()
     }
 
@@ -135,10 +137,13 @@ def _read(engine: Engine, readers: Readers, weights: Sequence[Weight], sample: i
     """Matrices with `sample` bytes of these weights, from all over them."""
     mean = sum(min(weight.stored_nbytes, LARGEST_PART) for weight in weights) / len(weights)
     count = min(max(int(sample / mean), 1), len(weights))
+    begun = []
     for weight in (weights[i * len(weights) // count] for i in range(count)):
         layout = lay_out([(weight, Part(weight.name, 0, _rows(weight, min(sample // count, LARGEST_PART))))])
         area = Area(layout.nbytes)
-        readers.read(layout.reads, area)
+        begun.append((weight, layout, area, readers.submit(layout.reads, area)))
+    for weight, layout, area, ticket in begun:
+        readers.wait(ticket)
         yield engine.finish(layout.placed[0], area.tensor.to(engine.device)).view(-1, weight.shape[-1])
 
 
@@ -172,15 +177,13 @@ def _made_up(weight: Weight, device: torch.device) -> list[torch.Tensor] | None:
             for _ in range(copies)]  # fmt: skip
 
 
-def _rate(matrices: Sequence[torch.Tensor], device: torch.device) -> float:
+def _rate(matrices: Sequence[torch.Tensor], device: torch.device, most: float = PRODUCT_SECONDS) -> float:
     """Bytes of these matrices over the seconds of a row's product with each of them: usual ones, not the quickest."""
     rows = [torch.ones(1, matrix.shape[1], dtype=matrix.dtype, device=device) for matrix in matrices]
     rounds: list[list[float]] = []
     began = time.perf_counter()
     with torch.inference_mode():
-        while len(rounds) <= FEWEST_ROUNDS or (
-            len(rounds) <= MOST_ROUNDS and time.perf_counter() - began < PRODUCT_SECONDS
-        ):
+        while len(rounds) <= FEWEST_ROUNDS or (len(rounds) <= MOST_ROUNDS and time.perf_counter() - began < most):
             rounds.append([_product(row, matrix) for row, matrix in zip(rows, matrices, strict=True)])
     later = zip(*rounds[1:], strict=True)  # the first one starts threads
     usual: float = sum(statistics.median(seconds) for seconds in later)
