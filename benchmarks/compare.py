@@ -53,10 +53,11 @@ def measure(name: str, python: str, case: Case, timeout: float) -> dict[str, Any
     """One run of one engine: what it says of itself and what the cgroup says of it."""
     before = rate_now(case.model.for_lamina)
     failures: list[str] = []
-    for command in ENGINES[name].commands(python, case):
+    commands = ENGINES[name].commands(python, case)
+    for left, command in zip(reversed(range(len(commands))), commands, strict=True):
         run = run_capped(command, case.host_cap, drop=not case.workload.warm, timeout=timeout)
         line: dict[str, Any] = cost(run)
-        if not run.oom_kills:  # with less for its weights it may live
+        if not run.oom_kills or not left:  # with less for its weights it may live
             break
         failures.append(f"{run.failure}: {' '.join(command[3:])}")
     line |= {"disk_before_bytes_per_second": before, "earlier_failures": list(map(without_paths, failures))}
@@ -139,7 +140,7 @@ def measured(name: str, case: Case, pythons: dict[str, str], given: argparse.Nam
             own = replace(case, new_tokens=min(case.new_tokens, given.slow_tokens)) if slow else case
             line = measure(engine, pythons[engine], own, given.timeout)
             asked = {"round": number, "new_tokens": own.new_tokens, "packages": packages[pythons[engine]]}
-            record("compare", said | {"date": stamp()["date"]} | asked | line, given.results)
+            record("compare", line | said | asked | {"date": stamp()["date"]}, given.results)  # what was asked counts
             figure = line.get(case.workload.figure)
             cap = "no cap" if case.cap is None else f"{case.cap / 1e9:.2f} GB"
             told = line["failure"] or f"{seconds(figure)} {tables.HEADS[case.workload.figure]}"

@@ -236,6 +236,11 @@ def _lamina(case: Case) -> list[list[str]]:
     return [[*startup, *(["--memory", str(case.cap)] if case.cap else [])]]
 
 
+def _llama_cpp(case: Case) -> list[list[str]]:
+    start = ["--gguf", str(case.model.gguf)]
+    return [start, [*start, "--no-repack"]]  # some types are repacked for the processor, in memory, whatever the cap
+
+
 def _accelerate(case: Case) -> list[list[str]]:
     if case.workload.on_device:
         return [["--device-memory", str((case.cap or 0) // share), "--cpu-memory", str(2 * 10**9)] for share in (2, 4)]
@@ -248,7 +253,7 @@ def _airllm(case: Case) -> list[list[str]]:
 
 ENGINES = {
     "lamina": Engine("", "lamina_run.py", _lamina, needs="store"),
-    "llama_cpp": Engine("llama_cpp", "llama_cpp_run.py", lambda case: [["--gguf", str(case.model.gguf)]], needs="gguf"),
+    "llama_cpp": Engine("llama_cpp", "llama_cpp_run.py", _llama_cpp, needs="gguf"),
     "llama_cpp_nommap": Engine(
         "llama_cpp", "llama_cpp_run.py", lambda case: [["--gguf", str(case.model.gguf), "--no-mmap"]], needs="gguf"
     ),

@@ -7,6 +7,7 @@ import math
 
 from clock import TokenClock, parser, prompts, tell
 
+PAGE = 32  # tokens: transformers' own 256 would take room for 256 tokens of each short sequence
 SHARE = 0.6  # of the room for the context that batching takes for its cache, see lamina.model.batching
 
 
@@ -16,18 +17,26 @@ def main() -> None:
     given = arguments.parse_args()
     clock = TokenClock()
 
-    from transformers import GenerationConfig
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
     from lamina import AutoModel
 
-    context = math.ceil(given.sequences * (given.prompt_tokens + given.new_tokens) / SHARE)  # so that all fit at once
+    pages = given.sequences * -(-(given.prompt_tokens + given.new_tokens) // PAGE)
+    room = ContinuousBatchingConfig(
+        page_size=PAGE,
+        num_blocks=pages,
+        max_batch_tokens=given.sequences * given.prompt_tokens,
+        max_requests_per_batch=given.sequences,
+    )
+    context = math.ceil(pages * PAGE / SHARE)  # so that all sequences fit at once
     model = AutoModel.from_pretrained(str(given.checkpoint), memory=given.memory, context=context)
     asked = prompts(given)
     with model.lamina:
         clock.ready()
         before = model.lamina.stats.passes
         config = GenerationConfig(max_new_tokens=given.new_tokens, do_sample=False, pad_token_id=0, eos_token_id=-1)
-        found = {tuple(each.prompt_ids): each.generated_tokens for each in model.generate_batch(asked, config).values()}
+        answers = model.generate_batch(asked, config, continuous_batching_config=room)
+        found = {tuple(each.prompt_ids): each.generated_tokens for each in answers.values()}
         passes = model.lamina.stats.passes - before
         result = clock.batch_result("lamina", [found[tuple(ids)] for ids in asked], passes)
         stats = model.lamina.stats

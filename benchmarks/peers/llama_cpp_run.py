@@ -26,7 +26,9 @@ class Context:
         self._log = llama_cpp.llama_log_callback(lambda _level, _text, _data: None)  # kept, or C calls what is gone
         llama_cpp.llama_log_set(self._log, None)
         model_settings = llama_cpp.llama_model_default_params()
-        model_settings.use_mmap, model_settings.n_gpu_layers = not given.no_mmap, 0
+        mapped, read = llama_cpp.LLAMA_LOAD_MODE_MMAP, llama_cpp.LLAMA_LOAD_MODE_NONE
+        model_settings.load_mode, model_settings.n_gpu_layers = read if given.no_mmap else mapped, 0
+        model_settings.use_extra_bufts = not given.no_repack
         self.model = llama_cpp.llama_model_load_from_file(str(gguf).encode(), model_settings)
         if not self.model:
             raise SystemExit(f"llama.cpp could not load {gguf.name}")
@@ -70,6 +72,9 @@ def main() -> None:
     arguments.add_argument("--gguf", type=Path, help="default: CHECKPOINT.gguf")
     arguments.add_argument("--threads", type=int, default=os.cpu_count())
     arguments.add_argument("--no-mmap", action="store_true", help="read the file into memory")
+    arguments.add_argument(
+        "--no-repack", action="store_true", help="compute on the file's own layout: repacked weights stay in memory"
+    )
     given = arguments.parse_args()
     clock = TokenClock()
     engine = Context(given.gguf or given.checkpoint.with_name(given.checkpoint.name + ".gguf"), given)
