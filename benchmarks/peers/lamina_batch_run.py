@@ -3,12 +3,7 @@
 python benchmarks/peers/lamina_batch_run.py .cache/bench/llama-3b --memory 3GB --sequences 32 --new-tokens 16
 """
 
-import math
-
 from clock import TokenClock, parser, prompts, tell
-
-PAGE = 32  # tokens: transformers' own 256 would take room for 256 tokens of each short sequence
-SHARE = 0.6  # of the room for the context that batching takes for its cache, see lamina.model.batching
 
 
 def main() -> None:
@@ -17,25 +12,17 @@ def main() -> None:
     given = arguments.parse_args()
     clock = TokenClock()
 
-    from transformers import ContinuousBatchingConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     from lamina import AutoModel
 
-    pages = given.sequences * -(-(given.prompt_tokens + given.new_tokens) // PAGE)
-    room = ContinuousBatchingConfig(
-        page_size=PAGE,
-        num_blocks=pages,
-        max_batch_tokens=given.sequences * given.prompt_tokens,
-        max_requests_per_batch=given.sequences,
-    )
-    context = math.ceil(pages * PAGE / SHARE)  # so that all sequences fit at once
-    model = AutoModel.from_pretrained(str(given.checkpoint), memory=given.memory, context=context)
+    model = AutoModel.from_pretrained(str(given.checkpoint), memory=given.memory)
     asked = prompts(given)
     with model.lamina:
         clock.ready()
         before = model.lamina.stats.passes
         config = GenerationConfig(max_new_tokens=given.new_tokens, do_sample=False, pad_token_id=0, eos_token_id=-1)
-        answers = model.generate_batch(asked, config, continuous_batching_config=room)
+        answers = model.generate_batch(asked, config)
         found = {tuple(each.prompt_ids): each.generated_tokens for each in answers.values()}
         passes = model.lamina.stats.passes - before
         result = clock.batch_result("lamina", [found[tuple(ids)] for ids in asked], passes)

@@ -15,6 +15,7 @@ SHARE = 0.6  # of the room: the rest is for masks, indices, repeated heads and l
 MOST_CONTEXTS = 16  # the cache never needs to hold more whole contexts than this at once
 MOST_BATCH_TOKENS = 512  # of one pass; a longer prompt is taken in several
 MOST_REQUESTS = 128  # in one pass
+PAGE = 32  # tokens: every sequence has at least a page, and transformers' 256 would be room for a few short ones only
 
 
 def batching_config(plan: Plan, traced: Trace) -> ContinuousBatchingConfig:
@@ -26,6 +27,8 @@ def batching_config(plan: Plan, traced: Trace) -> ContinuousBatchingConfig:
     """
     config = ContinuousBatchingConfig()
     budget = plan.budget
+    if not budget.on_device:  # an accelerator's paged attention may insist on its own size
+        config.page_size = PAGE
     given = budget.memory_bytes if budget.device_memory_bytes is None else budget.device_memory_bytes
     taken = budget.spoken_for if budget.device_memory_bytes is None else budget.spoken_for_on_device
     spare = max(given - taken - plan.resident_bytes - max(plan.ring_bytes, plan.device_ring_bytes), 0)
