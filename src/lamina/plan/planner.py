@@ -40,7 +40,7 @@ UNIT_SIZES = (32 * MB, 16 * MB, 8 * MB, 4 * MB, 2 * MB, MB, 256 * 1024, 64 * 102
 OWN_AREA = MB  # a resident weight this large has an area of its own
 SETTLING = 4  # attempts to fit ring and residents to each other
 MOST_UNITS = 4_000  # of a pass: finer than that costs more in bookkeeping than it saves in memory
-RING_WANTED = 320 * MB
+RING_WANTED = 192 * MB
 RING_LEAST = 24 * MB  # units are made smaller until a ring of this size or of `RING_SHARE` holds them
 RING_SHARE = 0.35  # of what is left for weights, where the wanted ring is more
 
