@@ -10,7 +10,7 @@ Engines take turns in an order that is turned and reversed round by round, each 
 own, page cache dropped before and counted. Greedy, no early end; s/token is the median over decode steps, which leaves
 the prompt's pass out. Every run, failed ones too, is one JSON line in results/compare.jsonl; --show uses the newest
 series for each workload, model and cap. "the disk itself" is what the bytes of one pass of Lamina take at the rate that
-the bare drive gave right before and after its runs. "same" counts the leading tokens that are Lamina's.
+the bare drive gave in turns with its steps. "same" counts the leading tokens that are Lamina's.
 """
 
 import argparse
@@ -60,9 +60,9 @@ def measure(name: str, python: str, case: Case, timeout: float) -> dict[str, Any
         if not run.oom_kills or not left:  # with less for its weights it may live
             break
         failures.append(f"{run.failure}: {' '.join(command[3:])}")
-    line |= {"disk_before_bytes_per_second": before, "earlier_failures": list(map(without_paths, failures))}
+    line |= {"bare_before_bytes_per_second": before, "earlier_failures": list(map(without_paths, failures))}
     if name == "lamina":
-        line["disk_after_bytes_per_second"] = rate_now(case.model.for_lamina)
+        line["bare_after_bytes_per_second"] = rate_now(case.model.for_lamina)
     if run.failure is None:
         line |= flat(run.last_json())
     else:

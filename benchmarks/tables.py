@@ -90,11 +90,14 @@ def add_comparisons(summary: dict[str, Line], figure: str) -> None:
 
 
 def disk_row(lines: Sequence[Line], summary: dict[str, Line], figure: str) -> Line | None:
-    """What the bare disk takes for the bytes of a pass of Lamina, at the rate right before and after each run."""
+    """What the bare disk takes for the bytes of a pass of Lamina, at the rate that its run saw in turns with its steps.
+
+    Where a run does not read the bare disk itself, it is the rate right before and after it.
+    """
     took = []
     for line in lines:
         if line["engine"] == "lamina" and line["failure"] is None:
-            read, rate = line.get("bytes_read_per_pass"), disk_rate(line)
+            read, rate = line.get("bytes_read_per_pass"), line.get("disk_bytes_per_second") or disk_rate(line)
             if read and rate:
                 took.append(read / rate)
     if not took or figure == "wall_seconds" or "batch_seconds" in lines[0] or figure not in summary["lamina"]:
@@ -120,7 +123,7 @@ def median(values: Sequence[float]) -> float | None:
 
 def disk_rate(line: Line) -> float | None:
     """Bytes per second of the bare drive around a run."""
-    rates = [line.get(f"disk_{when}_bytes_per_second") for when in ("before", "after")]
+    rates = [line.get(f"bare_{when}_bytes_per_second") for when in ("before", "after")]
     return statistics.mean(found) if (found := [rate for rate in rates if rate]) else None
 
 

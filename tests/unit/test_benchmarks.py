@@ -88,7 +88,7 @@ def test_what_only_failed_stands_last_with_its_reason(tables: Any) -> None:
 
 
 def test_the_disk_itself_is_the_bytes_of_a_pass_at_the_rate_around_the_run(tables: Any) -> None:
-    rates = {"disk_before_bytes_per_second": 10**9, "disk_after_bytes_per_second": 3 * 10**9}
+    rates = {"bare_before_bytes_per_second": 10**9, "bare_after_bytes_per_second": 3 * 10**9}
     summary = tables.summarize(
         [line(bytes_read_per_pass=4 * 10**9, seconds_per_token=2.5, **rates)], "seconds_per_token"
     )
