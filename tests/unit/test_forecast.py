@@ -17,7 +17,8 @@ from lamina.plan.forecast import (
     compute_seconds,
     seconds_per_token,
 )
-from lamina.plan.planner import Budget, make_plan
+from lamina.plan.plan import Budget
+from lamina.plan.planner import make_plan
 from schedules import llama, mixture
 
 GB = 10**9
