@@ -11,6 +11,9 @@ from lamina.plan.experts import Experts
 from lamina.plan.forecast import READ_OPERATIONS, Hardware, Work, seconds_per_token
 
 
+PLAIN_WINDOW = 192e6  # of the plan that is not made, where nothing would be encoded
+
+
 @dataclass(frozen=True, slots=True)
 class Budget:
     """Bytes that may be used and bytes that are spoken for.
@@ -138,6 +141,7 @@ class Plan:
             plain_bytes=self.active_bytes_per_token - self.encoded_bytes_per_token,
             decoded_bytes=self.decoded_bytes_per_token,
             operations=self.operations_per_token + READ_OPERATIONS * len(self.steps),
+            window_bytes=self.device_ring_bytes or self.ring_bytes,
         )
 
     @property
@@ -152,7 +156,7 @@ class Plan:
             return None
         needed = self.active_bytes_per_token - self.encoded_bytes_per_token + self.decoded_bytes_per_token
         streamed = max(needed - self.resident_bytes, 0)
-        work = replace(self.work, streamed_bytes=streamed, plain_bytes=needed, decoded_bytes=0)
+        work = replace(self.work, streamed_bytes=streamed, plain_bytes=needed, decoded_bytes=0, window_bytes=PLAIN_WINDOW)
         return seconds_per_token(work, self.hardware)
 
     def as_dict(self) -> dict[str, Any]:
