@@ -10,7 +10,6 @@ from lamina.plan.cut import Item
 from lamina.plan.experts import Experts
 from lamina.plan.forecast import READ_OPERATIONS, Hardware, Work, seconds_per_token
 
-
 PLAIN_WINDOW = 192e6  # of the plan that is not made, where nothing would be encoded
 
 
@@ -156,7 +155,9 @@ class Plan:
             return None
         needed = self.active_bytes_per_token - self.encoded_bytes_per_token + self.decoded_bytes_per_token
         streamed = max(needed - self.resident_bytes, 0)
-        work = replace(self.work, streamed_bytes=streamed, plain_bytes=needed, decoded_bytes=0, window_bytes=PLAIN_WINDOW)
+        work = replace(
+            self.work, streamed_bytes=streamed, plain_bytes=needed, decoded_bytes=0, window_bytes=PLAIN_WINDOW
+        )
         return seconds_per_token(work, self.hardware)
 
     def as_dict(self) -> dict[str, Any]:
