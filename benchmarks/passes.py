@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from lamina.checkpoint.extent import Extent
 from lamina.codec import AFFINE, LOSSLESS
 from lamina.model.panels import scratch_bytes
-from lamina.plan.planner import Budget
+from lamina.plan.plan import Budget
 from lamina.plan.schedule import Call, Convert, Cut, Piece, Schedule, Segment, Weight
 from lamina.store.forecast import LOSSLESS_SHARE
 

@@ -30,7 +30,8 @@ from report import HERE, RESULTS, MeasuringError, gigabytes, parse_size, record,
 from lamina.errors import BudgetError
 from lamina.model.rates import PLUMBING, READING_CORES
 from lamina.plan.forecast import Hardware
-from lamina.plan.planner import Plan, make_plan
+from lamina.plan.plan import Plan
+from lamina.plan.planner import make_plan
 from lamina.plan.schedule import Schedule
 
 PAGE = HERE.parent / "docs" / "scale.md"

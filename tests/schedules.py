@@ -17,7 +17,7 @@ from lamina.errors import TruncatedError
 from lamina.plan.cut import cut_up, widest_window
 from lamina.plan.forecast import Hardware
 from lamina.plan.layout import Part
-from lamina.plan.planner import Budget, Plan
+from lamina.plan.plan import Budget, Plan
 from lamina.plan.schedule import Call, Convert, Cut, Piece, Schedule, Weight
 
 POISON = 0xA5

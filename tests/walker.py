@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from lamina.plan.layout import Layout
-from lamina.plan.planner import Plan
+from lamina.plan.plan import Plan
 from lamina.plan.schedule import Call
 from lamina.stream.stream import Held, Stream
 from schedules import Checkpoint

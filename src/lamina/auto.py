@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 import lamina.model
 from lamina.errors import RequestError, UnsupportedError
-from lamina.plan.planner import Plan
+from lamina.plan.plan import Plan
 from lamina.store import as_if_split, default_folder, is_store_of, split
 
 Progress = Callable[[str, int, int], None]

@@ -8,31 +8,36 @@ import pytest
 
 from lamina.plan.forecast import (
     CALL_OPERATIONS,
+    DECODED_SHARE,
     EXPERT_OPERATIONS,
+    EXPERT_SHARE,
     READ_OPERATIONS,
-    STREAM_SHARE,
     UNTRACED_OPERATIONS,
+    WINDOW_LOST,
     Hardware,
     Work,
     compute_seconds,
     seconds_per_token,
+    stream_share,
 )
-from lamina.plan.planner import Budget, make_plan
+from lamina.plan.plan import Budget
+from lamina.plan.planner import make_plan
 from schedules import llama, mixture
 
 GB = 10**9
+WINDOW = 9 * WINDOW_LOST  # nine tenths of the drive
 ROUND = Hardware(1e9, 1e10, 1e10, 5e9, 1e-6)
 
 
 @pytest.mark.parametrize(
     ("work", "seconds"),
     [
-        (Work(streamed_bytes=STREAM_SHARE * 3e9), 3.0),
+        (Work(streamed_bytes=0.9 * 3e9, window_bytes=WINDOW), 3.0),
         (Work(linked_bytes=2e10), 2.0),
         (Work(plain_bytes=1e10), 1.0),
-        (Work(decoded_bytes=1e10), 2.0),
+        (Work(decoded_bytes=DECODED_SHARE * 1e10), 2.0),
         (Work(operations=1e6), 1.0),
-        (Work(expert_bytes=STREAM_SHARE * 1e9), 1.0),
+        (Work(expert_bytes=EXPERT_SHARE * 1e9), 1.0),
         (Work(), 0.0),
     ],
 )
@@ -41,23 +46,30 @@ def test_each_term_alone(work: Work, seconds: float) -> None:
 
 
 def test_computing_is_a_sum_and_what_overlaps_is_not() -> None:
-    busy = Work(plain_bytes=1e10, decoded_bytes=5e9, operations=1e6)
+    busy = Work(plain_bytes=1e10, decoded_bytes=DECODED_SHARE * 5e9, operations=1e6)
     assert compute_seconds(busy, ROUND) == pytest.approx(3.0)
-    both = dataclasses.replace(busy, streamed_bytes=STREAM_SHARE * 3e9)
+    both = dataclasses.replace(busy, streamed_bytes=0.9 * 3e9, window_bytes=WINDOW)
     assert 3.0 < seconds_per_token(both, ROUND) == pytest.approx(3.0 * 2 ** (1 / 6))
-    slow = dataclasses.replace(busy, streamed_bytes=STREAM_SHARE * 9e9)
+    slow = dataclasses.replace(busy, streamed_bytes=0.9 * 9e9, window_bytes=WINDOW)
     assert seconds_per_token(slow, ROUND) == pytest.approx(9.0, rel=0.002)
 
 
 def test_reading_takes_its_share_of_the_processor() -> None:
-    work = Work(streamed_bytes=STREAM_SHARE * 1e9, plain_bytes=4e10)
+    work = Work(streamed_bytes=0.9 * 1e9, window_bytes=WINDOW, plain_bytes=4e10)
     assert seconds_per_token(work, dataclasses.replace(ROUND, reading_cost=0.25)) == pytest.approx(4.25, rel=0.001)
     assert seconds_per_token(work, ROUND) == pytest.approx(4.0, rel=0.001)
 
 
+def test_a_small_window_costs_the_drive_time() -> None:
+    assert stream_share(WINDOW) == pytest.approx(0.9)
+    assert stream_share(WINDOW_LOST) == pytest.approx(0.5)
+    little, much = (seconds_per_token(Work(streamed_bytes=1e9, window_bytes=size), ROUND) for size in (5e6, 5e8))
+    assert little > 4 * much
+
+
 def test_experts_overlap_with_nothing() -> None:
-    streams = Work(streamed_bytes=STREAM_SHARE * 2e9)
-    both = dataclasses.replace(streams, expert_bytes=STREAM_SHARE * 1e9)
+    streams = Work(streamed_bytes=0.9 * 2e9, window_bytes=WINDOW)
+    both = dataclasses.replace(streams, expert_bytes=EXPERT_SHARE * 1e9)
     assert seconds_per_token(both, ROUND) == pytest.approx(3.0)
 
 

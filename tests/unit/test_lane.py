@@ -11,7 +11,7 @@ import torch
 from fake_device import FakeDevice
 from lamina.errors import ReadError
 from lamina.plan.layout import Layout
-from lamina.plan.planner import Plan
+from lamina.plan.plan import Plan
 from lamina.plan.schedule import Schedule
 from lamina.stream.device import Lane
 from lamina.stream.readers import Readers

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from lamina.errors import BudgetError
 from lamina.plan.experts import IN_FLIGHT, KNOWN, Experts, divide, experts_of, slot_bytes
 from lamina.plan.layout import ALIGNMENT, Part
-from lamina.plan.planner import Budget, make_plan, minimum_memory, resident_size
+from lamina.plan.plan import Budget
+from lamina.plan.planner import make_plan, minimum_memory, resident_size
 from lamina.plan.schedule import Call, Convert, Cut, Schedule
 from schedules import Checkpoint, mixture, random_schedule
 from unit.test_layout import check as check_bytes

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from lamina.errors import BudgetError
 from lamina.plan.cut import widest_window
 from lamina.plan.experts import KNOWN
-from lamina.plan.planner import MOST_UNITS, Budget, Plan, make_plan, resident_size
+from lamina.plan.plan import Budget, Plan
+from lamina.plan.planner import MOST_UNITS, make_plan, resident_size
 from lamina.plan.schedule import Call, Convert, Cut, Schedule
 from schedules import Checkpoint, llama, mixture, random_schedule
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 from lamina.errors import BudgetError, ClosedError, ReadError, TruncatedError
-from lamina.plan.planner import Budget, Plan, make_plan
+from lamina.plan.plan import Budget, Plan
+from lamina.plan.planner import make_plan
 from lamina.plan.schedule import Schedule
 from lamina.stream.readers import Readers
 from lamina.stream.stream import Stream

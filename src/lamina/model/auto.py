@@ -30,7 +30,8 @@ from lamina.model.tokenizer import LazyTokenizer, load_tokenizer, tokenizer_byte
 from lamina.model.trace import Trace, trace
 from lamina.model.weights import Weights, describe
 from lamina.plan.forecast import Hardware
-from lamina.plan.planner import Budget, Plan, make_plan, minimum_memory
+from lamina.plan.plan import Budget, Plan
+from lamina.plan.planner import make_plan, minimum_memory
 from lamina.stream.readers import Readers
 
 Progress = Callable[[str, int, int], None]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from transformers import ContinuousBatchingConfig
 
 from lamina.model.trace import Trace
-from lamina.plan.planner import Plan
+from lamina.plan.plan import Plan
 
 SHARE = 0.6  # of the room: the rest is for masks, indices, repeated heads and logits
 MOST_CONTEXTS = 16  # the cache never needs to hold more whole contexts than this at once

@@ -22,7 +22,7 @@ from lamina.model.profile import TOKENS, profile_model
 from lamina.model.trace_file import DEFAULT, check_trace_file, write_trace
 from lamina.plan.forecast import seconds_per_token
 from lamina.plan.layout import Layout
-from lamina.plan.planner import Plan
+from lamina.plan.plan import Plan
 from lamina.stream.experts import Counts
 from lamina.stream.memory import Area
 from lamina.stream.probe import SETTINGS, measure_disk

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lamina.model.trace import Trace
-from lamina.plan.planner import Budget
+from lamina.plan.plan import Budget
 from lamina.sizes import parse_size
 from lamina.stream.probe import free_memory, resident_bytes
 from lamina.stream.readers import BOUNCE, THREADS

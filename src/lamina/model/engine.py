@@ -27,7 +27,7 @@ from lamina.model.residents import load_residents
 from lamina.model.weights import Weights
 from lamina.plan.cut import Item
 from lamina.plan.layout import Part, Placed, Read, lay_out
-from lamina.plan.planner import Plan
+from lamina.plan.plan import Plan
 from lamina.plan.schedule import Convert, Weight
 from lamina.stream.device import Device, device_for
 from lamina.stream.experts import Counts, ExpertStream

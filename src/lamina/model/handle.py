@@ -23,7 +23,8 @@ from lamina.model.engine import Engine
 from lamina.model.even_rows import even_rows
 from lamina.model.stats import Stats
 from lamina.model.trace import Trace
-from lamina.plan.planner import Plan, make_plan
+from lamina.plan.plan import Plan
+from lamina.plan.planner import make_plan
 from lamina.stream.experts import Counts
 from lamina.stream.probe import peak_resident_bytes
 

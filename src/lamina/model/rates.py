@@ -1,6 +1,6 @@
 """The rates of this machine that the forecast needs, measured with the weights at hand in a fifth of a second.
 
-The drive is read as the stream reads it. Products of one row go through some 50 MB of the model's own weights, read
+The drive is read as the stream reads it. Products of one row go through some 100 MB of the model's own weights, read
 for the purpose and given back: more than a processor's cache holds, in the shapes that the model has. What a call
 costs is timed on a small module. All of it happens before the residents are loaded, so it takes no memory that the
 budget has not left.
@@ -31,7 +31,7 @@ from lamina.stream.probe import measure_disk
 from lamina.stream.readers import Readers
 
 WITH_KERNELS = (*AFFINE, LOSSLESS.name, CODEC_PREFIX)
-SAMPLE = 48 << 20  # bytes of weights that are multiplied, as they are stored: more than a large cache
+SAMPLE = 96 << 20  # bytes of weights that are multiplied, as they are stored: several times a large cache
 LARGEST_PART = 16 << 20  # of one weight
 SAMPLE_SHARE = 0.5  # of what the budget has for weights, where that is less
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 15

@@ -3,9 +3,9 @@
 A step of one token keeps three things busy at once, the drive, the link to an accelerator, and the processor (or the
 accelerator), and takes about as long as the one that is busy longest:
 
-    drive      streamed bytes / (`STREAM_SHARE` of what the drive gives alone)
+    drive      streamed bytes / (`stream_share` of what the drive gives alone)
     link       bytes that cross to the accelerator / link
-    compute    plain bytes / memory + decoded bytes / decoding + operations x seconds of one
+    compute    plain bytes / memory + decoded bytes / (`DECODED_SHARE` of decoding) + operations x seconds of one
                + `reading_cost` x the drive's seconds
 
 *Compute* is bound by memory in the products of one row, by the codec where weights are decoded, and by Python and
@@ -17,7 +17,7 @@ long, each waits for the other now and then. The sum is therefore a norm of a hi
 plain maximum: 12% more than either where two are alike, nothing where one is twice the other.
 
 Experts overlap with nothing: which ones to read is known only when everything before them is computed. Their bytes
-over the drive's rate come on top.
+come on top, in bursts of a layer each, in which the drive gives `EXPERT_SHARE` of its rate.
 
 The constants are fitted to the runs of benchmarks/results (docs/scale.md has the errors that are left).
 """
@@ -26,7 +26,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-STREAM_SHARE = 0.95  # of the bare drive that a stream reaches with nothing to wait for: 0.93 to 0.99 in streaming.jsonl
+WINDOW_LOST = 18e6  # bytes of the window that the drive has nothing of: the model is at them, or they wait to be read
+EXPERT_SHARE = 0.67  # of the bare drive, where a layer's experts are read and everybody waits for them
+DECODED_SHARE = (
+    0.88  # of the rate at which products with encoded weights follow one another: between, threads fall asleep
+)
 OVERLAP = 6.0  # order of the norm
 CALL_OPERATIONS = 7  # a call of a module costs as much as so many operations of torch
 EXPERT_OPERATIONS = 24  # of one expert that a token is routed to; the trace sees a stand-in
@@ -66,6 +70,7 @@ class Work:
         plain_bytes: of weights that are multiplied as they are.
         decoded_bytes: of weights that a codec decodes, once decoded.
         operations: of torch, with what modules and experts cost beside them counted as such.
+        window_bytes: of the ring that the stream flows through.
     """
 
     streamed_bytes: float = 0.0
@@ -74,28 +79,37 @@ class Work:
     plain_bytes: float = 0.0
     decoded_bytes: float = 0.0
     operations: float = 0.0
+    window_bytes: float = 0.0
 
 
-def drive_seconds(nbytes: float, hardware: Hardware) -> float:
-    """How long the drive is busy with so many bytes of a stream."""
-    return nbytes / (hardware.disk_bytes_per_second * STREAM_SHARE)
+def stream_share(window_bytes: float) -> float:
+    """The share of the bare drive that a stream through so large a window reaches: 0.92 with 200 MB, 0.5 with 18."""
+    return window_bytes / (window_bytes + WINDOW_LOST)
+
+
+def drive_seconds(work: Work, hardware: Hardware) -> float:
+    """How long the drive is busy with what streams."""
+    if not work.streamed_bytes:
+        return 0.0
+    return work.streamed_bytes / (hardware.disk_bytes_per_second * stream_share(work.window_bytes))
 
 
 def compute_seconds(work: Work, hardware: Hardware) -> float:
     """How long the processor is busy with a step, with nothing read meanwhile."""
     return (
         work.plain_bytes / hardware.memory_bytes_per_second
-        + work.decoded_bytes / hardware.decoding_bytes_per_second
+        + work.decoded_bytes / (hardware.decoding_bytes_per_second * DECODED_SHARE)
         + work.operations * hardware.operation_seconds
     )
 
 
 def seconds_per_token(work: Work, hardware: Hardware) -> float:
     """How long a decode step takes."""
-    drive = drive_seconds(work.streamed_bytes, hardware)
+    drive = drive_seconds(work, hardware)
+    experts = work.expert_bytes / (hardware.disk_bytes_per_second * EXPERT_SHARE)
     link = work.linked_bytes / hardware.link_bytes_per_second
     compute = compute_seconds(work, hardware) + hardware.reading_cost * drive
-    return drive_seconds(work.expert_bytes, hardware) + _overlapped(drive, link, compute)
+    return experts + _overlapped(drive, link, compute)
 
 
 def _overlapped(*seconds: float) -> float:

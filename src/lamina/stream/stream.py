@@ -17,7 +17,7 @@ import torch
 
 from lamina.errors import ClosedError
 from lamina.plan.cut import Item
-from lamina.plan.planner import Plan
+from lamina.plan.plan import Plan
 from lamina.stream.device import Device, Lane, Slot
 from lamina.stream.memory import Area
 from lamina.stream.readers import Readers, Ticket
@@ -233,7 +233,8 @@ class Stream:
     def _arrived(self, step: int) -> Held | None:
         """Wait until the item of `step` is in the ring and read; None where it will never be."""
         while True:
-            self._pump()
+            if not self._ahead or self._lane is not None:  # without a device every release has pumped already
+                self._pump()
             if self._ahead:
                 held = self._ahead[0]
                 self.readers.wait(held.ticket)
