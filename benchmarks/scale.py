@@ -18,7 +18,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -157,6 +157,16 @@ def measured() -> Iterator[dict[str, Any]]:
                 yield {**run, "file": file}
 
 
+def newest(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of runs made for this page, the newest of each model and budget: older ones had older constants."""
+    kept: dict[object, dict[str, Any]] = {}
+    for place, run in enumerate(runs):
+        key = (run["model"], run.get("memory_budget_bytes")) if run["file"] == "forecast" else place
+        kept.pop(key, None)
+        kept[key] = run
+    return list(kept.values())
+
+
 def check_table(runs: list[dict[str, Any]]) -> str:
     """Measured, predicted, the error of each; the worst and the median below."""
     if not runs:
@@ -172,7 +182,11 @@ def check_table(runs: list[dict[str, Any]]) -> str:
             seconds(run["planned_seconds_per_token"]), f"{planned[-1]:+.0%}",
         ))  # fmt: skip
     head = ("model", "budget", "read a token", "measured, s", "predicted", "error", "planned at load", "error")
-    return markdown(rows, head) + "\n\n" + summary(errors, "predicted") + " " + summary(planned, "planned at load")
+    said = [summary(errors, "predicted")]
+    for what, reads in (("predicted where the disk is read", True), ("predicted where all is in memory", False)):
+        of_these = [e for e, run in zip(errors, runs, strict=True) if bool(run.get("bytes_read_per_pass")) is reads]
+        said += [summary(of_these, what)] if of_these else []
+    return "\n".join([markdown(rows, head), "", *said, summary(planned, "planned at load")])
 
 
 def summary(errors: list[float], what: str) -> str:
@@ -215,7 +229,7 @@ def main() -> None:
         measure(given.measure, given.steps)
         return
     if given.check:
-        text = check_table(list(measured()))
+        text = check_table(newest(measured()))
         write(PAGE, "check", text)
     else:
         parts = {"machines": machine_table(), "models": models_table(), "scale": scale_tables()}
