@@ -152,7 +152,7 @@ class Turns:
 
 
 def _resident(engine: Engine, weights: Sequence[Weight]) -> list[torch.Tensor]:
-    """Matrices of some `SAMPLE` bytes that are resident, from all over the model; none where less than half is there."""
+    """Resident matrices of some `SAMPLE` bytes, from all over the model; none where less than half is there."""
     there = [weight for weight in weights if weight.name in engine.plan.resident and len(weight.shape) == 2]
     total = sum(weight.nbytes for weight in there)
     if total < SAMPLE // 2:
