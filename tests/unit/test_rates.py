@@ -83,6 +83,30 @@ def test_products_are_made_with_the_weights_own_bytes(folder: Path, store: Path)
                     assert torch.equal(held, wanted[:rows])
 
 
+@pytest.mark.parametrize("kept", ["store", "folder"])
+def test_turns_time_what_is_resident(
+    kept: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    took = iter([9.0] + [0.5] * 1000)  # the first turn starts threads
+    with lamina.AutoModel.from_pretrained(str(request.getfixturevalue(kept)), memory="2GB").lamina as handle:
+        hardware, engine = handle.plan.hardware, handle._engine
+        none = rates.Turns(engine)
+        none.take()
+        assert none.applied(hardware) == hardware, "so few bytes would lie in a cache: the rates of loading stay"
+        monkeypatch.setattr(rates, "SAMPLE", 1 << 12)
+        turns = rates.Turns(engine)
+        codec = "q4" if kept == "store" else rates.PLAIN
+        (matrix, *_) = turns._matrices[codec]
+        assert any(matrix is _bound(handle.model, name) for name in handle.plan.resident), "not a copy"
+        turns._matrices = {codec: [matrix]}
+        monkeypatch.setattr(rates, "_product", lambda row, matrix: next(took))
+        for _ in range(3):
+            turns.take()
+        rate = matrix.numel() * matrix.dtype.itemsize / 0.5
+        field = "decoding_bytes_per_second" if kept == "store" else "memory_bytes_per_second"
+        assert turns.applied(hardware) == dataclasses.replace(hardware, **{field: pytest.approx(rate)})
+
+
 def test_a_store_s_decoding_is_measured(store: Path) -> None:
     with lamina.AutoModel.from_pretrained(str(store), memory="2GB").lamina as handle:
         assert handle.plan.hardware.decoding_bytes_per_second != Hardware().decoding_bytes_per_second

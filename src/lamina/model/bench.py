@@ -19,6 +19,7 @@ from lamina.errors import RequestError
 from lamina.model.auto import load_model
 from lamina.model.engine import Engine
 from lamina.model.profile import TOKENS, profile_model
+from lamina.model.rates import Turns
 from lamina.model.trace_file import DEFAULT, check_trace_file, write_trace
 from lamina.plan.forecast import seconds_per_token
 from lamina.plan.layout import Layout
@@ -61,7 +62,8 @@ def bench_model(
         Seconds, bytes and rates by name. `disk_fraction` is the rate at which the stream read during the
         decode steps over the best rate at which the drive gave the same bytes alone; None if nothing streams.
         `planned_seconds_per_token` is what the plan said when the model was loaded; `predicted_seconds_per_token` what
-        it would have said of the drive as this run found it, and of the experts that its tokens needed.
+        it would have said of drive and processor as this run found them between its steps, and of the experts that its
+        tokens needed.
         `bytes_read_per_pass`, `expert_hit_rate` and `expert_bytes_per_token` are those of the decode steps.
 
     Raises:
@@ -107,7 +109,7 @@ def bench_model(
         "expert_cache_bytes": plan.expert_cache_bytes,
         "expert_slots": plan.expert_slots,
         "experts": plan.expert_count,
-        "predicted_seconds_per_token": _predicted(plan, disk, meter.expert_bytes_per_step),
+        "predicted_seconds_per_token": _predicted(plan, disk, meter),
         "planned_seconds_per_token": plan.predicted_seconds_per_token,
         "planned_rates": asdict(plan.hardware),
         "planned_work": asdict(plan.work),
@@ -129,14 +131,15 @@ def _profile(loaded: PreTrainedModel, ids: Sequence[int], model: str, file: Path
     return {**figures, "trace": told}
 
 
-def _predicted(plan: Plan, disk: float, expert_bytes: float) -> float:
-    """The plan's model of time with the drive's rate measured between the steps, and the experts really read."""
-    hardware = replace(plan.hardware, disk_bytes_per_second=disk) if disk else plan.hardware
-    return seconds_per_token(replace(plan.work, expert_bytes=expert_bytes), hardware)
+def _predicted(plan: Plan, disk: float, meter: _Meter) -> float:
+    """The plan's model of time with the rates measured between the steps, and the experts really read."""
+    hardware = meter.products.applied(plan.hardware)
+    hardware = replace(hardware, disk_bytes_per_second=disk) if disk else hardware
+    return seconds_per_token(replace(plan.work, expert_bytes=meter.expert_bytes_per_step), hardware)
 
 
 class _Meter(StoppingCriteria):  # type: ignore[misc]
-    """Between two decode steps the bare disk has its turn, so that both see the same drive at nearly the same time.
+    """Between two decode steps the bare disk has its turn, and so have products of one row: all see the same machine.
 
     It reads what the step read: the units of a pass into the ring, which lends its memory and is filled again before
     the next step, and the experts that the step was missing. A step is given no credit for a ring that was full when
@@ -154,6 +157,7 @@ class _Meter(StoppingCriteria):  # type: ignore[misc]
             if not plan.items[index].cached
             for read in plan.items[index].layout.reads
         ]
+        self.products = Turns(self.engine)
         self.steps: list[float] = []
         self.alone: dict[tuple[int, int], list[float]] = {}
         self.read_bytes = self.read_seconds = 0.0
@@ -217,6 +221,7 @@ class _Meter(StoppingCriteria):  # type: ignore[misc]
             streams = self.engine.stream is not None and nbytes
             self.steps.append(seconds * (self.per_pass + missed) / nbytes if streams else computed - self._resumed[0])
         self._disk_alone()
+        self.products.take()
         self._missed.clear()
         self._resumed = time.perf_counter(), self.engine.readers.bytes_read
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)

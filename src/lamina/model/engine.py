@@ -130,6 +130,13 @@ class Engine:
         likely = read * modules // calls if 0 < calls <= modules else max(self.plan.expert_bytes_per_token, read)
         return done + read, total + likely
 
+    def bound(self, name: str) -> torch.Tensor:
+        """What the modules of a weight hold now."""
+        module, attribute, is_buffer = self._sites[name][0]
+        tensor = (module._buffers if is_buffer else module._parameters)[attribute]
+        assert tensor is not None
+        return tensor
+
     def close(self) -> None:
         """Stop reading. Resident weights stay; a streamed one raises ClosedError from now on."""
         self.readers.close()

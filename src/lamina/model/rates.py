@@ -120,6 +120,47 @@ def products(engine: Engine, readers: Readers, sample: int) -> dict[str, float]:
     }
 
 
+class Turns:
+    """Products of a row with weights that are resident anyway, timed now and then: what the processor gives meanwhile.
+
+    They take no memory. Where less is resident than a cache might hold, the rates that were measured at load stay.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        kinds = _by_codec(engine.weights.schedule)
+        self._matrices = {codec: _resident(engine, weights) for codec, weights in kinds.items()}
+        self._rounds: dict[str, list[float]] = defaultdict(list)
+
+    def take(self) -> None:
+        """Time each product once."""
+        with torch.inference_mode():
+            for codec, matrices in self._matrices.items():
+                if matrices:
+                    self._rounds[codec].append(sum(_product(_row(matrix), matrix) for matrix in matrices))
+
+    def applied(self, hardware: Hardware) -> Hardware:
+        """`hardware` with the rates of all turns but the first, which starts threads."""
+        rates = {}
+        for codec, rounds in self._rounds.items():
+            if len(rounds) > 1:
+                rates[codec] = _nbytes(self._matrices[codec]) / statistics.median(rounds[1:])
+        if PLAIN in rates:
+            hardware = replace(hardware, memory_bytes_per_second=rates[PLAIN])
+        decoding = _decoding(self._engine.weights.schedule, rates)
+        return hardware if decoding is None else replace(hardware, decoding_bytes_per_second=decoding)
+
+
+def _resident(engine: Engine, weights: Sequence[Weight]) -> list[torch.Tensor]:
+    """Resident matrices of some `SAMPLE` bytes, from all over the model; none where less than half is there."""
+    there = [weight for weight in weights if weight.name in engine.plan.resident and len(weight.shape) == 2]
+    total = sum(weight.nbytes for weight in there)
+    if total < SAMPLE // 2:
+        return []
+    count = max(min(len(there), SAMPLE * len(there) // total), 1)
+    return [engine.bound(there[i * len(there) // count].name) for i in range(count)]
+
+
 def _by_codec(schedule: Schedule) -> dict[str, list[Weight]]:
     """The matrices that products are made with."""
     kinds: dict[str, list[Weight]] = defaultdict(list)
@@ -179,7 +220,7 @@ def _made_up(weight: Weight, device: torch.device) -> list[torch.Tensor] | None:
 
 def _rate(matrices: Sequence[torch.Tensor], device: torch.device, most: float = PRODUCT_SECONDS) -> float:
     """Bytes of these matrices over the seconds of a row's product with each of them: usual ones, not the quickest."""
-    rows = [torch.ones(1, matrix.shape[1], dtype=matrix.dtype, device=device) for matrix in matrices]
+    rows = [_row(matrix) for matrix in matrices]
     rounds: list[list[float]] = []
     began = time.perf_counter()
     with torch.inference_mode():
@@ -187,8 +228,16 @@ def _rate(matrices: Sequence[torch.Tensor], device: torch.device, most: float = 
             rounds.append([_product(row, matrix) for row, matrix in zip(rows, matrices, strict=True)])
     later = zip(*rounds[1:], strict=True)  # the first one starts threads
     usual: float = sum(statistics.median(seconds) for seconds in later)
-    nbytes = sum(matrix.numel() * matrix.dtype.itemsize for matrix in matrices)
-    return nbytes / max(usual, 1e-9)
+    return _nbytes(matrices) / max(usual, 1e-9)
+
+
+def _nbytes(matrices: Iterable[torch.Tensor]) -> int:
+    """Of all their elements, decoded."""
+    return sum(matrix.numel() * matrix.dtype.itemsize for matrix in matrices)
+
+
+def _row(matrix: torch.Tensor) -> torch.Tensor:
+    return torch.ones(1, matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
 
 
 def _product(row: torch.Tensor, matrix: torch.Tensor) -> float:
