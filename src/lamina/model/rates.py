@@ -202,7 +202,8 @@ def _made_up(weight: Weight, device: torch.device) -> list[torch.Tensor] | None:
     columns, dtype = weight.shape[-1], getattr(torch, weight.dtype)
     if weight.convert is not Convert.DECODE:
         rows = max(LARGEST_PART // (columns * dtype.itemsize), 1)
-        return [torch.full((rows, columns), 0.5, dtype=dtype, device=device) for _ in range(SAMPLE // LARGEST_PART)]
+        one = torch.full((1, columns), 0.5, dtype=dtype).view(torch.uint8).expand(rows, -1)
+        return [_apart(one).view(dtype).view(rows, columns).to(device) for _ in range(SAMPLE // LARGEST_PART)]
     segment = weight.segments[0]
     block = torch.randn(max(MADE_UP // columns // segment.panel_rows, 1) * segment.panel_rows, columns)
     if segment.codec in AFFINE:
@@ -214,8 +215,16 @@ def _made_up(weight: Weight, device: torch.device) -> list[torch.Tensor] | None:
         return None
     copies, scratch = max(SAMPLE // panels.numel(), 1), Scratch()
     span = Span(segment.codec, 0, len(panels), segment.panel_rows, panels.shape[1], len(block), 0, len(block))
-    return [Encoded((len(block), columns), dtype, panels.view(-1).clone().to(device), (span,), scratch)
+    return [Encoded((len(block), columns), dtype, _apart(panels).to(device), (span,), scratch)
             for _ in range(copies)]  # fmt: skip
+
+
+def _apart(nbytes: torch.Tensor) -> torch.Tensor:
+    """A copy, flat, in memory that the system has back when it is dropped: an allocator would keep it."""
+    area = Area(nbytes.numel())
+    copied = area.tensor[: nbytes.numel()]
+    copied.view(nbytes.shape).copy_(nbytes)
+    return copied
 
 
 def _rate(matrices: Sequence[torch.Tensor], device: torch.device, most: float = PRODUCT_SECONDS) -> float:
