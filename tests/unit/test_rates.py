@@ -107,6 +107,23 @@ def test_turns_time_what_is_resident(
         assert turns.applied(hardware) == dataclasses.replace(hardware, **{field: pytest.approx(rate)})
 
 
+def test_what_is_timed_is_chosen_by_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One large matrix among many small ones has most of the bytes, and so decides the rate."""
+    with lamina.AutoModel.from_pretrained(str(folder), memory="2GB").lamina as handle:
+        engine = handle._engine
+        weights = sorted(rates._by_codec(engine.weights.schedule)[rates.PLAIN], key=lambda weight: weight.nbytes)
+        large, total = weights[-1], sum(weight.nbytes for weight in weights)
+        for order in (weights, weights[::-1]):
+            for sample in (2 * large.nbytes, total // 2, total):
+                monkeypatch.setattr(rates, "SAMPLE", sample)
+                chosen = rates._some(engine, order)
+                assert abs(rates._nbytes(chosen) - min(sample, total)) <= large.nbytes
+            assert len(chosen) == len(weights)
+        small = [dataclasses.replace(large, name=weight.name, shape=(1, 1)) for weight in weights[:-1]]
+        monkeypatch.setattr(rates, "SAMPLE", large.nbytes * 3 // 4)
+        assert any(matrix is engine.bound(large.name) for matrix in rates._some(engine, [*small, large]))
+
+
 def test_a_store_s_decoding_is_measured(store: Path) -> None:
     with lamina.AutoModel.from_pretrained(str(store), memory="2GB").lamina as handle:
         assert handle.plan.hardware.decoding_bytes_per_second != Hardware().decoding_bytes_per_second
@@ -164,7 +181,7 @@ def test_made_up_weights_are_stored_as_those_they_stand_for(codec: str, store: P
     assert all(matrix.shape[-1] == weight.shape[-1] and matrix.dtype is torch.bfloat16 for matrix in made)
     if codec:
         assert {span.codec for matrix in made for span in matrix.spans} == {codec}
-    assert rates._rate(made, CPU) > 0
+    assert rates._rate(made) > 0
 
 
 def test_a_codec_that_nobody_can_write_is_left_out(store: Path) -> None:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedModel, StoppingCriteria
 
 from lamina.checkpoint import Extent
 from lamina.errors import RequestError
 from lamina.model.auto import load_model
 from lamina.model.engine import Engine
-from lamina.model.profile import TOKENS, profile_model
+from lamina.model.profile import TOKENS, generate_greedily, profile_model
 from lamina.model.rates import Turns
 from lamina.model.trace_file import DEFAULT, check_trace_file, write_trace
 from lamina.plan.forecast import seconds_per_token
@@ -79,7 +79,7 @@ def bench_model(
     loaded = load(model, memory=memory, context=context, progress=progress, **options)
     with loaded.lamina:
         meter = _Meter(loaded)
-        tokens = _generate(loaded, ids, new_tokens, meter)
+        tokens = generate_greedily(loaded, ids, new_tokens, meter)
         stats, plan = loaded.lamina.stats, loaded.lamina.plan
         profiled = None if file is None else _profile(loaded, ids, model, file, meter)
     disk = meter.disk_bytes_per_second
@@ -257,16 +257,3 @@ class _Meter(StoppingCriteria):  # type: ignore[misc]
         if stream is not None:
             stream.pump()
             self.engine.readers.settle()
-
-
-def _generate(model: PreTrainedModel, ids: Sequence[int], new_tokens: int, meter: _Meter) -> list[int]:
-    prompt = torch.tensor([list(ids)], device=model.device)
-    out = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        do_sample=False,
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
-        stopping_criteria=StoppingCriteriaList([meter]),
-    )
-    return [int(token) for token in out[0, len(ids) :]]

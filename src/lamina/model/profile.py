@@ -333,6 +333,22 @@ def _recorded(recording: Recording, stages: _Stages) -> Iterator[None]:
         recording.stop()
 
 
+def generate_greedily(
+    model: PreTrainedModel, ids: Sequence[int], new_tokens: int, between: StoppingCriteria
+) -> list[int]:
+    """The tokens after a prompt, so many of them whatever they are; `between` is called after each."""
+    prompt = torch.tensor([list(ids)], device=model.device)
+    out = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        stopping_criteria=StoppingCriteriaList([between]),
+    )
+    return [int(token) for token in out[0, len(ids) :]]
+
+
 def profile_model(model: PreTrainedModel, ids: Sequence[int], title: str) -> tuple[dict[str, Any], Trace]:
     """Generate `TOKENS` tokens, or fewer of a model with very many units; where the time went.
 
@@ -345,16 +361,8 @@ def profile_model(model: PreTrainedModel, ids: Sequence[int], title: str) -> tup
     """
     recording = Recording(model)
     stages = _Stages(recording)
-    prompt = torch.tensor([list(ids)], device=model.device)
     with _recorded(recording, stages):
-        model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=False,
-            max_new_tokens=TOKENS,
-            min_new_tokens=TOKENS,
-            stopping_criteria=StoppingCriteriaList([stages]),
-        )
+        generate_greedily(model, ids, TOKENS, stages)
     timed = [step for step in stages.steps if step.stage == TIMED]
     profiled = [step for step in stages.steps if step.stage == PROFILED]
     figures = _split(recording, stages, timed, profiled)

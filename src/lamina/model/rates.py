@@ -73,18 +73,22 @@ def assume(schedule: Schedule, checkpoint: Checkpoint, streams: bool, device: to
     for codec, weights in _by_codec(schedule).items():
         made = _made_up(weights[len(weights) // 2], device)
         if made is not None:
-            rates[codec] = _rate(made, device)
+            rates[codec] = _rate(made)
     drive = drive_rate(checkpoint, DRIVE_SECONDS, SAMPLE) if streams else None
     return _hardware(schedule, rates, drive, device)
 
 
 def _hardware(schedule: Schedule, rates: Mapping[str, float], drive: float | None, device: torch.device) -> Hardware:
-    hardware = machine(device)
+    hardware = _computing(machine(device), schedule, rates)
+    return replace(hardware, disk_bytes_per_second=drive) if drive is not None else hardware
+
+
+def _computing(hardware: Hardware, schedule: Schedule, rates: Mapping[str, float]) -> Hardware:
+    """`hardware` with the rates of products, by codec, that were measured."""
     if PLAIN in rates:
         hardware = replace(hardware, memory_bytes_per_second=rates[PLAIN])
-    if (decoding := _decoding(schedule, rates)) is not None:
-        hardware = replace(hardware, decoding_bytes_per_second=decoding)
-    return replace(hardware, disk_bytes_per_second=drive) if drive is not None else hardware
+    decoding = _decoding(schedule, rates)
+    return hardware if decoding is None else replace(hardware, decoding_bytes_per_second=decoding)
 
 
 def machine(device: torch.device) -> Hardware:
@@ -113,9 +117,7 @@ def products(engine: Engine, readers: Readers, sample: int) -> dict[str, float]:
     """By codec, bytes of finished weights that a product of one row goes through in a second."""
     kinds = _by_codec(engine.weights.schedule)
     return {
-        codec: _rate(
-            list(_read(engine, readers, weights, sample // len(kinds))), engine.device, PRODUCT_SECONDS / len(kinds)
-        )
+        codec: _rate(list(_read(engine, readers, weights, sample // len(kinds))), PRODUCT_SECONDS / len(kinds))
         for codec, weights in kinds.items()
     }
 
@@ -128,16 +130,19 @@ class Turns:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        kinds = _by_codec(engine.weights.schedule)
-        self._matrices = {codec: _resident(engine, weights) for codec, weights in kinds.items()}
+        resident = {
+            codec: [weight for weight in weights if weight.name in engine.plan.resident and len(weight.shape) == 2]
+            for codec, weights in _by_codec(engine.weights.schedule).items()
+        }
+        enough = sum(weight.nbytes for weights in resident.values() for weight in weights) >= SAMPLE // 2
+        self._matrices = {codec: _some(engine, weights) for codec, weights in resident.items() if weights and enough}
         self._rounds: dict[str, list[float]] = defaultdict(list)
 
     def take(self) -> None:
         """Time each product once."""
         with torch.inference_mode():
             for codec, matrices in self._matrices.items():
-                if matrices:
-                    self._rounds[codec].append(sum(_product(_row(matrix), matrix) for matrix in matrices))
+                self._rounds[codec].append(sum(_product(_row(matrix), matrix) for matrix in matrices))
 
     def applied(self, hardware: Hardware) -> Hardware:
         """`hardware` with the rates of all turns but the first, which starts threads."""
@@ -145,20 +150,19 @@ class Turns:
         for codec, rounds in self._rounds.items():
             if len(rounds) > 1:
                 rates[codec] = _nbytes(self._matrices[codec]) / statistics.median(rounds[1:])
-        if PLAIN in rates:
-            hardware = replace(hardware, memory_bytes_per_second=rates[PLAIN])
-        decoding = _decoding(self._engine.weights.schedule, rates)
-        return hardware if decoding is None else replace(hardware, decoding_bytes_per_second=decoding)
+        return _computing(hardware, self._engine.weights.schedule, rates)
 
 
-def _resident(engine: Engine, weights: Sequence[Weight]) -> list[torch.Tensor]:
-    """Resident matrices of some `SAMPLE` bytes, from all over the model; none where less than half is there."""
-    there = [weight for weight in weights if weight.name in engine.plan.resident and len(weight.shape) == 2]
-    total = sum(weight.nbytes for weight in there)
-    if total < SAMPLE // 2:
-        return []
-    count = max(min(len(there), SAMPLE * len(there) // total), 1)
-    return [engine.bound(there[i * len(there) // count].name) for i in range(count)]
+def _some(engine: Engine, weights: Sequence[Weight]) -> list[torch.Tensor]:
+    """Of resident matrices some `SAMPLE` bytes, from all over them: large ones as often as their bytes ask for."""
+    share = min(SAMPLE / sum(weight.nbytes for weight in weights), 1.0)
+    chosen, owed = [], 0.0
+    for weight in weights:
+        owed += share * weight.nbytes
+        if owed >= weight.nbytes / 2:
+            owed -= weight.nbytes
+            chosen.append(engine.bound(weight.name))
+    return chosen
 
 
 def _by_codec(schedule: Schedule) -> dict[str, list[Weight]]:
@@ -227,7 +231,7 @@ def _apart(nbytes: torch.Tensor) -> torch.Tensor:
     return copied
 
 
-def _rate(matrices: Sequence[torch.Tensor], device: torch.device, most: float = PRODUCT_SECONDS) -> float:
+def _rate(matrices: Sequence[torch.Tensor], most: float = PRODUCT_SECONDS) -> float:
     """Bytes of these matrices over the seconds of a row's product with each of them: usual ones, not the quickest."""
     rows = [_row(matrix) for matrix in matrices]
     rounds: list[list[float]] = []

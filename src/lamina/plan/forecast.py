@@ -28,9 +28,7 @@ from dataclasses import dataclass
 
 WINDOW_LOST = 18e6  # bytes of the window that the drive has nothing of: the model is at them, or they wait to be read
 EXPERT_SHARE = 0.67  # of the bare drive, where a layer's experts are read and everybody waits for them
-DECODED_SHARE = (
-    0.88  # of the rate at which products with encoded weights follow one another: between, threads fall asleep
-)
+DECODED_SHARE = 0.88  # of the rate of encoded products in a row: between those of a model threads fall asleep
 OVERLAP = 6.0  # order of the norm
 CALL_OPERATIONS = 7  # a call of a module costs as much as so many operations of torch
 EXPERT_OPERATIONS = 24  # of one expert that a token is routed to; the trace sees a stand-in
