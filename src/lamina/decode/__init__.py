@@ -1,0 +1,1 @@
+"""Speculative decoding: a draft proposes tokens, one pass of the target verifies them all."""
