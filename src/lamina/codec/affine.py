@@ -87,6 +87,19 @@ class Affine:
         )
         return not failed
 
+    def linear_quick(self, x: torch.Tensor, panels: torch.Tensor, rows: int, out: torch.Tensor) -> bool:
+        """See `Quick`. x is rounded to 8 bits, a scale for each group of 32 columns; sums of groups are in fp32."""
+        tokens, columns = x.shape
+        kernels, type_code = native.library(), native.type_code(x.dtype)
+        if kernels is None or type_code is None or x.device.type != "cpu" or not 0 < tokens <= LINEAR_TOKENS:
+            return False
+        self._check(panels, rows, columns)
+        weights = (panels.data_ptr(), rows, columns, self.bits)
+        failed: int = kernels.lamina_affine_quick(
+            x.data_ptr(), tokens, *weights, type_code, out.data_ptr(), out.stride(0), torch.get_num_threads()
+        )
+        return not failed
+
     def _check(self, panels: torch.Tensor, rows: int, columns: int) -> None:
         """What keeps the kernels inside the panels."""
         wanted = (rows, self.panel_bytes(columns))

@@ -54,6 +54,18 @@ class ByRows(Protocol):
         ...
 
 
+@runtime_checkable
+class Quick(Protocol):
+    """A codec with a product that is quicker than its own and less exact: for drafts, which are checked anyway."""
+
+    def linear_quick(self, x: torch.Tensor, panels: torch.Tensor, rows: int, out: torch.Tensor) -> bool:
+        """Compute about `x @ decoded.T`; arguments and answer are those of `linear`.
+
+        x may be rounded to 8 bits, in groups of columns; a row of `out` does not depend on the other rows of x.
+        """
+        ...
+
+
 _codecs: dict[str, Codec] = {}
 
 

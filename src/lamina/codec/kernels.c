@@ -74,5 +74,6 @@ static __attribute__((noinline)) void put(const float *values, int64_t count, in
 #include "fitting_kernels.c"
 #include "gguf_kernels.c"
 #include "lossless_kernels.c"
+#include "quick_kernels.c"
 
 int32_t lamina_kernels_version(void) { return 1; }

@@ -191,6 +191,8 @@ def _open(path: Path) -> ctypes.CDLL:
         *(pointer, long, short),
     ]
     kernels.lamina_affine_linear.restype = short
+    kernels.lamina_affine_quick.argtypes = kernels.lamina_affine_linear.argtypes
+    kernels.lamina_affine_quick.restype = short
     kernels.lamina_affine_encode.argtypes = [
         *(pointer, long, long, short, short),
         *(pointer, short, pointer, short),

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
 
-from lamina.codec import ByRows, codec_for
+from lamina.codec import ByRows, Quick, codec_for
 from lamina.model.blocks import METADATA, is_number, linear_arguments
 from lamina.plan.cut import ROW_MULTIPLE
 from lamina.plan.schedule import Span
@@ -47,6 +48,17 @@ def block_rows(columns: int, itemsize: int, codec: str, panel_rows: int) -> int:
     return max(BLOCK // (columns * itemsize) // step, 1) * step
 
 
+@dataclass(frozen=True, slots=True)
+class _One:
+    """A weight of two dimensions that is one call of a codec's quick product; kept, so that a call costs little."""
+
+    product: Callable[[torch.Tensor, torch.Tensor, int, torch.Tensor], bool]
+    panels: torch.Tensor
+    rows: int
+    columns: int
+    dtype: torch.dtype
+
+
 class Encoded(torch.Tensor):
     """A weight in panels.
 
@@ -56,6 +68,7 @@ class Encoded(torch.Tensor):
         scratch: where blocks of rows are decoded to.
         whole: computes all of it, where no codec's panels hold it.
         order: int64; row i of the weight is row `order[i]` of the panels. None where they are the same.
+        quick: a linear may take the codec's quick product, which rounds what it multiplies with: for drafts.
     """
 
     memory: torch.Tensor
@@ -63,6 +76,8 @@ class Encoded(torch.Tensor):
     scratch: Scratch
     whole: Callable[[torch.Tensor], torch.Tensor] | None
     order: torch.Tensor | None
+    quick: bool = False
+    _one: _One | None = None
 
     @staticmethod
     def __new__(
@@ -146,7 +161,13 @@ class Encoded(torch.Tensor):
             if first < last:
                 spans.append(_part(span, first, last - first))
             low -= span.rows
-        return Encoded(self.shape[1:], self.dtype, self.memory, tuple(spans), self.scratch)
+        return self._seen(self.shape[1:], tuple(spans))
+
+    def _seen(self, shape: torch.Size, spans: tuple[Span, ...]) -> Encoded:
+        """These spans of the same memory, in another shape."""
+        seen = Encoded(shape, self.dtype, self.memory, spans, self.scratch)
+        seen.quick = self.quick
+        return seen
 
     def _panels(self, span: Span) -> torch.Tensor:
         return self.memory[span.at : span.at + span.panels * span.panel_bytes].view(span.panels, span.panel_bytes)
@@ -166,7 +187,35 @@ class Encoded(torch.Tensor):
 
     def _product(self, flat: torch.Tensor, span: Span, out: torch.Tensor) -> bool:
         """Whether the codec multiplied by itself."""
-        return codec_for(span.codec).linear(flat, self._panels(span), span.rows, out)
+        codec, panels = codec_for(span.codec), self._panels(span)
+        if self.quick and isinstance(codec, Quick) and codec.linear_quick(flat, panels, span.rows, out):
+            return True
+        return codec.linear(flat, panels, span.rows, out)
+
+    def _as_one(self) -> _One | None:
+        if len(self.spans) != 1 or self.spans[0].skip or self.dim() != 2:
+            return None
+        if self.whole is not None or self.order is not None:
+            return None
+        span, codec = self.spans[0], codec_for(self.spans[0].codec)
+        if not isinstance(codec, Quick):
+            return None
+        return _One(codec.linear_quick, self._panels(span), span.rows, self.shape[1], self.dtype)
+
+    def _linear_quick(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor | None:
+        """What `linear` answers, with as little Python as can be; None where that has to look closer."""
+        one = self._one
+        if one is None:
+            one = self._one = self._as_one()
+        if one is None or type(x) is not torch.Tensor or x.dtype is not one.dtype:
+            return None
+        *some, columns = x.shape
+        if columns != one.columns or not x.is_contiguous():
+            return None
+        out = x.new_empty((*some, one.rows))
+        if not one.product(x.view(-1, columns), one.panels, one.rows, out.view(-1, one.rows)):
+            return None
+        return out if bias is None else out.add_(bias)
 
     def _multiply(self, x: torch.Tensor, span: Span, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         columns = self.shape[-1]
@@ -180,6 +229,10 @@ class Encoded(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear and not kwargs and type(args[1]) is Encoded and args[1].quick:
+            quick = args[1]._linear_quick(args[0], *args[2:])
+            if quick is not None:
+                return quick
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") == "__get__" or func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
@@ -234,7 +287,7 @@ def _answered(func: Any, args: Any, kwargs: Any) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             shape = torch.empty(encoded.shape, dtype=encoded.dtype, device="meta").view(*args[1:]).shape
         if len(shape) > 1 and shape[-1] == encoded.shape[-1] and encoded.order is None:
-            return Encoded(shape, encoded.dtype, encoded.memory, encoded.spans, encoded.scratch)
+            return encoded._seen(shape, encoded.spans)
     return None
 
 
