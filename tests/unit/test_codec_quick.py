@@ -19,7 +19,7 @@ from lamina.plan.schedule import Span
 
 CODECS = list(AFFINE.values())
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-WIDTHS = [1, 31, 33, 64, 100, 257, 512, 544, 801, 1100]
+WIDTHS = [1, 31, 33, 100, 512, 801, 1100]
 ROWS = 7
 SIMPLER = {"avx2": ("-march=x86-64-v3",), "plain": ("-march=x86-64",)}  # what other processors than this one compile
 
@@ -139,7 +139,7 @@ def test_extreme_codes_do_not_overflow(codec: Affine, path: str) -> None:
 
 
 def test_a_row_depends_on_nothing_else_in_the_call(codec: Affine, path: str) -> None:
-    for columns, dtype in ((801, torch.float32), (1024, torch.bfloat16)):
+    for columns, dtype in ((801, torch.float32), (1024, torch.bfloat16), (5000, torch.float16)):
         panels, x = random_panels(codec, ROWS, columns), tokens(LINEAR_TOKENS, columns, dtype)
         whole = quick(codec, x, panels)
         for count in range(1, LINEAR_TOKENS):

@@ -12,6 +12,8 @@
 #define STRETCH 512 /* columns that are computed at a time: sixteen groups, a lane of a vector for each */
 #define STRETCH_GROUPS (STRETCH / GROUP)
 #define QUICK_TOKENS 16
+#define QUICK_TILE 4 /* tokens at a time */
+#define FIRST_CACHE (24 << 10) /* bytes of x that stay in it: beyond, fewer tokens at a time are quicker */
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define QUICK_512 1
@@ -57,11 +59,11 @@ INLINE void quantise_group(const float *x, int offset, stretch_t *to, int group,
     to->sums[group] = total(sums);
 }
 
-/* x as [stretches][tokens]. */
+/* x as [tokens][stretches]. */
 static void quantise(const void *x, int type, int64_t tokens, int64_t columns, int bits, int offset, stretch_t *to) {
     float values[STRETCH] ALIGNED;
-    for (int64_t first = 0; first < columns; first += STRETCH)
-        for (int64_t t = 0; t < tokens; t++, to++) {
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t first = 0; first < columns; first += STRETCH, to++) {
             int64_t count = SMALLER(columns - first, STRETCH);
             const uint16_t *half = (const uint16_t *)x + t * columns + first;
             if (type == BF16)
@@ -310,12 +312,11 @@ INLINE float total_of(int bits, const uint8_t *row, sum_t scaled, sum_t centred)
 
 #endif
 
-#define TILE 4   /* rows that read a stretch of several tokens together, so that it stays in the first cache */
-#define SHARE 64 /* rows that a thread takes at a time, at most */
+#define SHARE 64   /* rows that a thread takes at a time, at most: few enough for the second cache */
 #define AHEAD 2048 /* bytes: rows are short, and what the processor foresees by itself ends at a page */
 
-INLINE void add_row(int bits, const uint8_t *row, int64_t columns, int64_t first, int64_t tokens, const stretch_t *x,
-                    sum_t *scaled, sum_t *centred) {
+INLINE void add_stretch(int bits, int tokens, const uint8_t *row, int64_t columns, int64_t first, const stretch_t *x,
+                        int64_t stretches, sum_t *scaled, sum_t *centred) {
     parts_t parts = parts_of(bits, row, columns);
     weights_t weights;
     const uint8_t *later = parts.codes + (bits == 8 ? first : first / 2) + AHEAD; /* of the next rows, too */
@@ -326,58 +327,56 @@ INLINE void add_row(int bits, const uint8_t *row, int64_t columns, int64_t first
         weights = load_weights(bits, parts, first + STRETCH, first);
     else
         weights = load_weights(bits, parts, columns, first);
-    for (int64_t t = 0; t < tokens; t++) add_products(bits, &weights, x + t, scaled + t, centred + t);
+#pragma GCC unroll 4
+    for (int t = 0; t < tokens; t++) add_products(bits, &weights, x + t * stretches, scaled + t, centred + t);
 }
 
-/* Rows [row, row + number) times one token; number is at most SHARE. */
-INLINE void one_token(int bits, const uint8_t *panels, int64_t row, int64_t number, int64_t columns,
-                      const stretch_t *x, int type, void *out) {
-    int64_t bytes = affine_bytes(bits, columns);
-    float values[SHARE];
+/* Rows [row, row + number) times some tokens: a constant, so that sums stay in registers. number is at most SHARE. */
+INLINE void quick_rows(int bits, int tokens, const uint8_t *panels, int64_t row, int64_t number, int64_t columns,
+                       const stretch_t *x, float *values) {
+    int64_t bytes = affine_bytes(bits, columns), stretches = (columns + STRETCH - 1) / STRETCH;
     for (int64_t r = 0; r < number; r++) {
         const uint8_t *weights = panels + (row + r) * bytes;
-        sum_t scaled = NO_SUM, centred = NO_SUM;
-        for (int64_t first = 0; first < columns; first += STRETCH)
-            add_row(bits, weights, columns, first, 1, x + first / STRETCH, &scaled, &centred);
-        values[r] = total_of(bits, weights, scaled, centred);
+        sum_t scaled[QUICK_TILE], centred[QUICK_TILE];
+#pragma GCC unroll 4
+        for (int t = 0; t < tokens; t++) scaled[t] = centred[t] = NO_SUM;
+        for (int64_t i = 0; i < stretches; i++)
+            add_stretch(bits, tokens, weights, columns, i * STRETCH, x + i, stretches, scaled, centred);
+#pragma GCC unroll 4
+        for (int t = 0; t < tokens; t++) values[t * SHARE + r] = total_of(bits, weights, scaled[t], centred[t]);
     }
-    put(values, number, type, out, row);
 }
 
-/* Rows [row, row + number) times every token; number is at most TILE. */
-INLINE void some_tokens(int bits, const uint8_t *panels, int64_t row, int64_t number, int64_t columns,
+typedef void (*quick_t)(const uint8_t *, int64_t, int64_t, int64_t, const stretch_t *, float *);
+
+#define QUICK(bits, tokens)                                                                                            \
+    static __attribute__((noinline)) void quick_##bits##_##tokens(                                                     \
+        const uint8_t *panels, int64_t row, int64_t number, int64_t columns, const stretch_t *x, float *values) {      \
+        quick_rows(bits, tokens, panels, row, number, columns, x, values);                                             \
+    }
+#define QUICK_OF(bits) QUICK(bits, 1) QUICK(bits, 2) QUICK(bits, 4)
+QUICK_OF(4)
+QUICK_OF(5)
+QUICK_OF(6)
+QUICK_OF(8)
+
+static const quick_t QUICK_BY_TOKENS[4][3] = {{quick_4_1, quick_4_2, quick_4_4},
+                                              {quick_5_1, quick_5_2, quick_5_4},
+                                              {quick_6_1, quick_6_2, quick_6_4},
+                                              {quick_8_1, quick_8_2, quick_8_4}};
+
+static void quick_share(int bits, const uint8_t *panels, int64_t row, int64_t number, int64_t columns,
                         const stretch_t *x, int64_t tokens, int type, void *out, int64_t out_stride) {
-    int64_t bytes = affine_bytes(bits, columns);
-    const uint8_t *rows = panels + row * bytes;
-    sum_t scaled[TILE * QUICK_TOKENS], centred[TILE * QUICK_TOKENS];
-    for (int64_t i = 0; i < number * tokens; i++) scaled[i] = centred[i] = NO_SUM;
-    for (int64_t first = 0; first < columns; first += STRETCH, x += tokens)
-        for (int64_t r = 0; r < number; r++)
-            add_row(bits, rows + r * bytes, columns, first, tokens, x, scaled + r * tokens, centred + r * tokens);
-    for (int64_t t = 0; t < tokens; t++) {
-        float values[TILE];
-        for (int64_t r = 0; r < number; r++)
-            values[r] = total_of(bits, rows + r * bytes, scaled[r * tokens + t], centred[r * tokens + t]);
-        put(values, number, type, out, t * out_stride + row);
+    const quick_t *by = QUICK_BY_TOKENS[bits == 8 ? 3 : bits - 4];
+    float values[QUICK_TILE * SHARE];
+    int64_t stretches = (columns + STRETCH - 1) / STRETCH;
+    int64_t most = QUICK_TILE * stretches * (int64_t)sizeof *x > FIRST_CACHE ? 2 : QUICK_TILE;
+    for (int64_t t = 0; t < tokens;) {
+        int some = SMALLER(tokens - t, most) / 2;
+        by[some](panels, row, number, columns, x + t * stretches, values);
+        for (int i = 0; i < 1 << some; i++, t++) put(values + i * SHARE, number, type, out, t * out_stride + row);
     }
 }
-
-typedef void (*quick_t)(const uint8_t *, int64_t, int64_t, int64_t, const stretch_t *, int64_t, int, void *, int64_t);
-
-#define QUICK(bits)                                                                                                    \
-    static void quick_##bits(const uint8_t *panels, int64_t row, int64_t number, int64_t columns, const stretch_t *x,  \
-                             int64_t tokens, int type, void *out, int64_t out_stride) {                                \
-        if (tokens == 1) {                                                                                             \
-            one_token(bits, panels, row, number, columns, x, type, out);                                               \
-            return;                                                                                                    \
-        }                                                                                                              \
-        for (; number > 0; row += TILE, number -= TILE)                                                                \
-            some_tokens(bits, panels, row, SMALLER(number, TILE), columns, x, tokens, type, out, out_stride);          \
-    }
-QUICK(4)
-QUICK(5)
-QUICK(6)
-QUICK(8)
 
 /* 0, or 1 where there is no memory for x or there are too many tokens. The arguments are those of
    lamina_affine_linear. */
@@ -387,11 +386,10 @@ int32_t lamina_affine_quick(const void *x, int64_t tokens, const uint8_t *panels
     stretch_t *to = aligned_alloc(64, (size_t)((columns + STRETCH - 1) / STRETCH * tokens) * sizeof *to);
     if (!to) return 1;
     quantise(x, type, tokens, columns, bits, bits == 8 ? OFFSET_OF_8 : 1 << (bits - 1), to);
-    quick_t quick = bits == 4 ? quick_4 : bits == 5 ? quick_5 : bits == 6 ? quick_6 : quick_8;
-    int64_t share = SMALLER(rows / (8 * threads) / TILE * TILE + TILE, SHARE);
+    int64_t share = SMALLER(rows / (8 * threads) + 1, SHARE);
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (rows * columns > 65536)
     for (int64_t row = 0; row < rows; row += share)
-        quick(panels, row, SMALLER(rows - row, share), columns, to, tokens, type, out, out_stride);
+        quick_share(bits, panels, row, SMALLER(rows - row, share), columns, to, tokens, type, out, out_stride);
     free(to);
     return 0;
 }
