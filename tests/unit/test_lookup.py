@@ -7,7 +7,8 @@ import random
 import pytest
 
 from lamina.decode.draft import Draft, Proposal
-from lamina.decode.lookup import LEVELS, STEPS, Index, Lookup
+from lamina.decode.lookup import Lookup
+from lamina.decode.ngrams import LEVELS, STEPS, Index
 
 
 def go_on(confidence: float) -> bool:
@@ -65,7 +66,9 @@ def test_a_period_is_copied_past_the_end_of_the_text() -> None:
 def sure(followers: list[int]) -> float:
     """How sure the first token is, where 1 2 3 was followed by each of these before."""
     prompt = [token for i, follower in enumerate(followers) for token in (1000 + i, 1, 2, 3, follower)]
-    return after(prompt, [5, 1, 2, 3], 1).confidence[0]
+    draft = Lookup()
+    draft.begin(prompt, None)
+    return draft.propose([*prompt, 5, 1, 2, 3], 1, go_on, pick).confidence[0]
 
 
 def test_places_that_agree_make_it_surer_and_places_that_do_not_less_sure() -> None:
@@ -107,19 +110,46 @@ def test_after_an_edit_the_inserted_place_is_the_other_continuation() -> None:
     assert len(draft.continuations([*SOURCE, *SOURCE[5:20], 1], 1, 3)) == 1
 
 
-NAMED = [100, 5, 101, 102, 103, 104, 5, 105, 106, 107, 108, 109, 5, 110, 111, 112, 113, 5, 114, 115, 116]
+def test_a_place_that_no_token_supports_yet_is_a_mere_guess() -> None:
+    assert (
+        after(SOURCE, [*SOURCE[5:20], 1]).confidence[0] < 0.2 < 0.4 < after(SOURCE, [*SOURCE[5:20], 120]).confidence[0]
+    )
+
+
+def test_a_place_is_forgotten_in_the_end() -> None:
+    assert after(SOURCE, [*SOURCE[5:20], *range(200, 320)]) == Proposal()
+
+
+def test_another_place_is_followed_where_the_text_goes_there() -> None:
+    other = list(range(300, 340))
+    found = after([*SOURCE, *other], [*SOURCE[5:20], *other[4:20], 1])
+    assert found.tokens[:3] == [321, 322, 323]
+
+
+NAMED = [t for i in range(100, 150, 5) for t in (i, i + 1, i + 2, i + 3, i + 4, 5)]  # the name is 5
+
+
+def renamed(names: list[list[int]]) -> list[int]:
+    """`NAMED`, with these in place of its first names."""
+    return [t for i, name in enumerate(names) for t in [*range(100 + 5 * i, 105 + 5 * i), *name]]
 
 
 @pytest.mark.parametrize("name", [[6], [5, 6], [6, 7, 8]], ids=["another", "longer", "three tokens"])
 def test_a_rename_is_done_again(name: list[int]) -> None:
-    answer = [100, *name, 101, 102, 103, 104, *name, 105, 106, 107]
-    expected = [108, 109, *name, 110, 111, 112]
+    answer = [*renamed([name] * 4), 120, 121, 122]
+    expected = [123, 124, *name, 125, 126]
     assert after(NAMED, answer, len(expected)).tokens == expected
 
 
-def test_an_edit_that_was_not_done_again_is_given_up() -> None:
-    answer = [100, 6, 101, 102, 103, 104, 5, 105, 106, 107, 108, 109, 5, 110, 111]
-    assert after(NAMED, answer, 5).tokens == [112, 113, 5, 114, 115]
+def test_after_an_edit_done_again_the_copy_goes_on_and_is_sure() -> None:
+    found = after(NAMED, [*renamed([[5, 6]] * 4), 120, 121, 122, 123, 124, 5, 6], 4)
+    assert found.tokens == [125, 126, 127, 128]
+    assert found.confidence[0] > 0.5
+
+
+def test_an_edit_that_was_left_undone_is_given_up() -> None:
+    assert after(NAMED, [*renamed([[5], [5], [5], [6]]), 120, 121], 5).tokens == [122, 123, 124, 5, 125]
+    assert after(NAMED, [*renamed([[6], [5], [5], [5]]), 120, 121], 5).tokens == [122, 123, 124, 5, 125]
 
 
 def test_where_its_guesses_fail_it_is_less_sure() -> None:
@@ -207,3 +237,36 @@ def test_the_index_takes_at_most_forty_bytes_a_token() -> None:
     for length in (1025, 2048, 5000):
         draft.begin([length + i % 700 for i in range(length)], None)
         assert draft.nbytes <= 40 * length + 20
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_the_text_a_proposal_is_whole(seed: int) -> None:
+    rng = random.Random(seed)
+    draft, text = Lookup(), [rng.randrange(6) for _ in range(30)]
+    draft.begin(text, None)
+    for _ in range(300):
+        begin = rng.randrange(len(text))
+        copied = text[begin : begin + rng.randrange(1, 14)]
+        edit = rng.randrange(len(copied))
+        copied[edit : edit + rng.randrange(4)] = [rng.randrange(9) for _ in range(rng.randrange(4))]
+        text += copied
+        most = rng.randrange(1, 12)
+        for way in draft.continuations(text, 3, most):
+            assert 1 <= len(way.tokens) == len(way.confidence) <= most
+            assert all(0 < confidence < 1 for confidence in way.confidence)
+        draft.propose(text, most, go_on, pick)
+    assert draft._edits
+
+
+def test_a_deletion_is_done_again() -> None:
+    source = [1, 2, 3, 4, 99, 98, 5, 6, 7, 8, 99, 98, 9, 10, 11]
+    found = after(source, [0, 1, 2, 3, 4, 5, 6], 5)
+    assert found.tokens == [7, 8, 9, 10, 11]
+    assert found.confidence[2] < found.confidence[1]
+
+
+def test_a_shorter_text_begins_anew() -> None:
+    draft = Lookup()
+    draft.begin(SOURCE, None)
+    draft.propose([*SOURCE, *SOURCE[:20]], 4, go_on, pick)
+    assert draft.propose([1, 2, 3, 1, 2], 2, go_on, pick).tokens == [3, 1]

@@ -8,20 +8,14 @@ what is added here is that a copied place is kept through small edits, and that 
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import exp, log2
 from typing import Any
 
 from lamina.decode.draft import GoOn, Pick, Proposal
+from lamina.decode.ngrams import LONGEST, Index
 
-LEVELS = (2, 4, 8)
-"""Lengths of the runs of tokens that are indexed."""
-LONGEST = 32
-"""A match is measured up to this many tokens."""
-STEPS = 16
-"""Earlier occurrences looked at for each level: what bounds the time of a proposal."""
 WINDOW = 32
 """Where a copy broke off, its source is looked for again up to this many tokens further on."""
 PATIENCE = 96
@@ -29,94 +23,23 @@ PATIENCE = 96
 EDIT = (4, 8)
 """An edit that is learnt takes at most so many tokens away and puts at most so many in their place."""
 
-# Weights of the confidence, in log odds. See `Lookup`.
-COPY = (-2.0, 0.7, 0.2, 0.5, -0.7, -0.5, -1.0, -1.0)
-AGAIN = (0.0, 1.0, -1.0, 0.2)
-INSIDE = 3.0
-RATE = 0.2
-"""How fast the confidence follows how right it was in this text."""
-
-
-class Index:
-    """Where the runs of tokens of a text stand. A token is added in constant time.
-
-    A table for each level holds, for each bucket of the hash of the last tokens, the latest position; a chain leads
-    from each position to the one before it of the same bucket. All are arrays of 4 bytes: 4 for the token, and for
-    each level 4 for the chain and 4 to 8 for the table.
-    """
-
-    def __init__(self) -> None:
-        self.tokens = array("i")
-        self._clear(1024)
-
-    def _clear(self, buckets: int) -> None:
-        self._mask = buckets - 1
-        self._heads = [array("i", [-1]) * buckets for _ in LEVELS]
-        self._chains = [array("i", [-1]) for _ in LEVELS]
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the index takes."""
-        return sum(len(a) * a.itemsize for a in (self.tokens, *self._heads, *self._chains))
-
-    def extend(self, tokens: Sequence[int]) -> None:
-        """More text at the end."""
-        begin = len(self.tokens)
-        self.tokens.extend(tokens)
-        if len(self.tokens) > self._mask + 1:  # twice as many buckets: each token moves once or twice in all
-            self._clear(1 << (len(self.tokens) - 1).bit_length())
-            begin = 0
-        for end in range(begin + 1, len(self.tokens) + 1):
-            for level, heads, chain in zip(LEVELS, self._heads, self._chains, strict=True):
-                if end < level:
-                    chain.append(-1)
-                    continue
-                bucket = hash(tuple(self.tokens[end - level : end])) & self._mask
-                chain.append(heads[bucket])
-                heads[bucket] = end
-
-    def truncate(self, length: int) -> None:
-        """Forget what comes after the first `length` tokens: the chains are undone from their ends."""
-        for end in range(len(self.tokens), length, -1):
-            for level, heads, chain in zip(LEVELS, self._heads, self._chains, strict=True):
-                before = chain.pop()
-                if end >= level:
-                    heads[hash(tuple(self.tokens[end - level : end])) & self._mask] = before
-        del self.tokens[length:]
-
-    def same(self, at: int, end: int, most: int = LONGEST) -> int:
-        """How many tokens before `at` and before `end` are the same, up to `most`."""
-        tokens, length = self.tokens, 0
-        most = min(most, at)
-        while length < most and tokens[at - 1 - length] == tokens[end - 1 - length]:
-            length += 1
-        return length
-
-    def matches(self) -> list[tuple[int, int]]:
-        """Positions at which the last tokens of the text ended before, with the length of the match: longest first,
-        then latest. Looks at no more than `STEPS` places a level, and at shorter levels only while there are few."""
-        found: dict[int, int] = {}
-        end = len(self.tokens)
-        for level, chain in zip(reversed(LEVELS), reversed(self._chains), strict=True):
-            at = chain[end]
-            for _ in range(STEPS):
-                if at < 0:
-                    break
-                if at not in found and (length := self.same(at, end)) >= level:
-                    found[at] = length
-                at = chain[at]
-            if len(found) >= STEPS // 2:
-                break
-        return sorted(found.items(), key=lambda match: (-match[1], -match[0]))
+# Weights of the confidence, in log odds, in the order of `copy_features` and `edit_features`. See `Lookup`.
+COPY = (-0.54, 0.81, 0.15, 0.34, -1.31, -0.89, -2.39, -2.79)
+AGAIN = (-0.32, 1.04, -0.93, -1.35)
+INSIDE = 2.5
+CEILING = 0.995
+"""No token is surer than this: a change may begin anywhere."""
+AGAIN_FROM = 0.5
+"""An edit is done again from this chance on; below it, what stands there is copied."""
+RATE = 0.15
+"""How fast the log odds follow how right the draft was in this text."""
 
 
 @dataclass(slots=True)
 class Edit:
-    """What was put where, and how often that was done and not done."""
+    """How many tokens are taken away, what is put in their place, and how often that was done and left undone."""
 
+    taken: int
     inserted: tuple[int, ...]
     done: int = 1
     left: int = 0
@@ -145,7 +68,8 @@ class Source:
         at: its next token.
         length: tokens before it that are the same as those at the end of the text.
         copied: tokens copied from around it so far.
-        guess: 0, or which of the guesses that no token supports yet: 1 for a replaced token, 2 for inserted ones.
+        guess: 0; or, where no copied token supports it yet: 1 a token was replaced, 2 some were inserted, 3 an edit was
+            done again.
     """
 
     at: int
@@ -163,7 +87,7 @@ class Judged:
 
 
 def _chance(odds: float) -> float:
-    return 1 / (1 + exp(-max(-20.0, min(20.0, odds))))
+    return CEILING / (1 + exp(-max(-20.0, min(20.0, odds))))
 
 
 def _odds(weights: Sequence[float], features: Sequence[float]) -> float:
@@ -179,7 +103,7 @@ def copy_features(source: Source, steps: int, agree: float, differ: float) -> tu
         log2(1 + min(source.copied, 64)),
         log2(1 + agree),
         log2(1 + differ),
-        float(length == 1),
+        float(length <= 2),
         float(source.guess == 1 and steps == 0),
         float(source.guess == 2 and steps == 0),
     )
@@ -187,11 +111,25 @@ def copy_features(source: Source, steps: int, agree: float, differ: float) -> tu
 
 def edit_features(edit: Edit, source: Source) -> tuple[float, ...]:
     """What speaks for doing an edit again: that it was done, and not left undone, before."""
-    return (1.0, log2(1 + edit.done), log2(1 + edit.left), log2(1 + min(source.copied, 64)))
+    return (1.0, log2(1 + edit.done), log2(1 + edit.left), float(edit.taken == 0))
 
 
 class Lookup:
-    """Proposes what followed the last tokens where they stood before."""
+    """Proposes what followed the last tokens where they stood before.
+
+    The likeliest source is copied: the longest match, then the latest, where the rest is equal. A source that the text
+    has followed is kept through edits: where the copy breaks off, it goes on where the next tokens stand in the source,
+    or, before any do, behind the token that was replaced. A small edit that was done is proposed again where the source
+    has the same tokens, unless the answer has left them alone more often.
+
+    The confidence is a logistic regression over the length of the match, what was copied from the place before, and
+    how many other places agree and do not; its weights were fitted to 30 greedy answers of Qwen2.5-Coder-1.5B-Instruct
+    (24 functions repeated with one change, code, prose, summaries). On answers that it was not fitted to, of tokens
+    said to be 0.45, 0.55, 0.66, 0.76, 0.86, 0.93, 0.97 and 0.99 sure, 0.51, 0.69, 0.63, 0.77, 0.93, 0.96, 0.96 and 0.99
+    were right. On top of it, the odds follow how right the draft was in this text so far. In these units: two tokens
+    that match once before are worth 0.4, the first of a place found again after an edit 0.55, a guess right after a
+    mismatch 0.06, sixteen tokens of match 0.98.
+    """
 
     name = "lookup"
 
@@ -228,12 +166,13 @@ class Lookup:
     def continuations(self, text: list[int], k: int, most: int = 16) -> list[Proposal]:
         """Up to `k` ways to go on, the likeliest first, no two of which begin with the same token."""
         self._read(text)
-        sources = self._sources()
-        chosen: dict[int, Proposal] = {}
+        matches = self._index.matches()
+        self._settle(matches)
+        sources = self._sources(matches)
         peers = [(source.at, source.length) for source in sources if source.length]
-        ranked = sorted(
-            ((self._copy(source, peers, 1), source) for source in sources), key=lambda r: -r[0].confidence[0]
-        )
+        firsts = [(self._copy(source, peers, 1), source) for source in sources]
+        ranked = sorted((first for first in firsts if first[0].tokens), key=lambda first: -first[0].confidence[0])
+        chosen: dict[int, Proposal] = {}
         for first, source in ranked:
             if len(chosen) < k and first.tokens[0] not in chosen:
                 chosen[first.tokens[0]] = self._copy(source, peers, most)
@@ -243,11 +182,12 @@ class Lookup:
 
     def _read(self, text: list[int]) -> None:
         begin = len(self._index)
+        if len(text) < begin:
+            self.begin(text)
         self._index.extend(text[begin:])
         self._judge()
         for end in range(begin + 1, len(text) + 1):
             self._follow(end)
-        self._settle()
 
     def _judge(self) -> None:
         """Moves the bias by how far each judged token's confidence was off."""
@@ -271,7 +211,7 @@ class Lookup:
         if place.broke < 0:
             if known[place.at] == known[end - 1]:
                 if edit := self._edit(known[place.at - 1], place.at):
-                    edit[1].left += 1
+                    edit.left += 1
                 place.at += 1
                 place.copied += 1
                 return
@@ -293,13 +233,10 @@ class Lookup:
                 best = (at, length)
         return best
 
-    def _settle(self) -> None:
-        """Takes a place to follow, where there is none or where another one is followed by now."""
+    def _settle(self, matches: list[tuple[int, int]]) -> None:
+        """Takes a place to follow, where there is none or where the text has left it and is sure to follow another."""
         place = self._place
-        if place is not None and place.broke < 0:
-            return
-        matches = self._index.matches()
-        if matches and matches[0][1] >= (4 if place is None else 8):
+        if matches and (matches[0][1] >= 4 if place is None else place.broke >= 0 and matches[0][1] >= 8):
             self._place = Place(*matches[0])
 
     # Edits.
@@ -320,17 +257,16 @@ class Lookup:
         kept = key if taken else key[1:]
         begin, end = max(self._answer, place.broke - 256), place.broke - len(key)
         left = sum(tuple(known[i : i + len(kept)]) == kept for i in range(begin, end))
-        self._edits[key] = Edit(inserted, left=left)
+        self._edits[key] = Edit(len(taken), inserted, left=left)
 
-    def _edit(self, before: int, at: int) -> tuple[int, Edit] | None:
-        """The edit done before to what stands at `at`, or after the token `before`: how much it takes away, and it."""
+    def _edit(self, before: int, at: int) -> Edit | None:
+        """The edit that was done before to what stands at `at`, or after the token `before`."""
         if self._edits:
             known = self._index.tokens
             for taken in range(min(EDIT[0], len(known) - at), 0, -1):
                 if edit := self._edits.get(tuple(known[at : at + taken])):
-                    return taken, edit
-            if edit := self._edits.get((-1, before)):
-                return 0, edit
+                    return edit
+            return self._edits.get((-1, before))
         return None
 
     # How likely it is.
@@ -345,52 +281,54 @@ class Lookup:
 
     # What may come next.
 
-    def _sources(self) -> list[Source]:
+    def _sources(self, matches: list[tuple[int, int]]) -> list[Source]:
         known, end, place = self._index.tokens, len(self._index), self._place
-        sources = {at: Source(at, length) for at, length in self._index.matches()}
-        if place is not None and place.broke < 0:
+        sources = {at: Source(at, length) for at, length in matches}
+        if place is None:
+            return list(sources.values())
+        if place.broke < 0:
             sources[place.at] = Source(place.at, self._index.same(place.at, end), place.copied)
-        elif place is not None:
-            at, length = self._again(place, end)
-            if length:
-                sources[at] = Source(at, self._index.same(at, end), place.copied)
-            instead = min(place.at + end - place.broke, end - 1)
-            if (found := self._edit(known[place.at - 1], place.at)) and known[place.broke :] == array(
-                "i", found[1].inserted
-            ):
-                sources[place.at + found[0]] = Source(place.at + found[0], 2, place.copied)
-            sources.setdefault(instead, Source(instead, 0, place.copied, 1))
-            sources.setdefault(place.at, Source(place.at, 0, place.copied, 2))
-        return list(sources.values())
+            return list(sources.values())
+        at, length = self._again(place, end)
+        if length:
+            sources[at] = Source(at, self._index.same(at, end), place.copied)
+        edit = self._edit(known[place.at - 1], place.at)
+        if edit and edit.inserted == tuple(known[place.broke :]):
+            at = place.at + edit.taken
+            sources[at] = Source(at, 2, place.copied, 3)
+        instead = place.at + end - place.broke
+        sources.setdefault(instead, Source(instead, 0, place.copied, 1))
+        sources.setdefault(place.at, Source(place.at, 0, place.copied, 2))
+        return [source for source in sources.values() if source.at < end]
 
     def _copy(self, source: Source, peers: list[tuple[int, int]], most: int) -> Proposal:
         """The tokens from `source` on, known edits done again, with the chance of each."""
         known, end, at, proposal = self._index.tokens, len(self._index), source.at, Proposal()
         tokens, confidence = proposal.tokens, proposal.confidence
 
-        def token_at(position: int) -> int:
+        def token_at(position: int) -> int:  # a copy may go on past the end of the text, into itself
             return known[position] if position < end else tokens[position - end]
 
         peers = [peer for peer in peers if peer[0] != source.at]
-        edited = source.at if source.guess == 2 else -1
+        edited = source.at if source.guess else -1
+        so_far = 1.0  # the chance of the deletions before the next token
         while len(tokens) < most and at < end + len(tokens):
-            found = self._edit(token_at(at - 1), at) if source.copied and at != edited and at else None
-            if found and (sure := self._edit_chance(found[1], source)) > 0.5:
-                tokens.extend(found[1].inserted)
-                confidence.extend([sure] + [_chance(INSIDE)] * (len(found[1].inserted) - 1))
-                at, edited, peers = at + found[0], at + found[0], []
+            edit = self._edit(token_at(at - 1), at) if source.copied and at != edited else None
+            sure = self._edit_chance(edit, source) if edit else 0.0
+            if edit and sure > AGAIN_FROM:
+                at, edited, peers, so_far = at + edit.taken, at + edit.taken, [], so_far * sure
+                for token in edit.inserted:
+                    tokens.append(token)
+                    confidence.append(so_far)
+                    so_far = _chance(INSIDE)
+                so_far = 1.0 if edit.inserted else so_far
                 continue
             token, steps = token_at(at), len(tokens)
-            weight = [0.0, 0.0]
-            agreeing = []
-            for peer, length in peers:
-                agrees = token_at(peer + steps) == token
-                weight[agrees] += length / max(source.length, length)
-                if agrees:
-                    agreeing.append((peer, length))
-            peers = agreeing
-            confidence.append(self._copy_chance(source, steps, weight[1], weight[0]))
+            agree = [(peer, length) for peer, length in peers if token_at(peer + steps) == token]
+            weights = [sum(length / max(source.length, length) for _, length in some) for some in (agree, peers)]
+            chance = self._copy_chance(source, steps, weights[0], weights[1] - weights[0])
+            confidence.append(so_far * (1 - sure) * chance)
             tokens.append(token)
-            at += 1
+            at, peers, so_far = at + 1, agree, 1.0
         del tokens[most:], confidence[most:]
         return proposal
