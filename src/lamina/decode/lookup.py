@@ -295,7 +295,7 @@ class Lookup:
         edit = self._edit(known[place.at - 1], place.at)
         if edit and edit.inserted == tuple(known[place.broke :]):
             at = place.at + edit.taken
-            sources[at] = Source(at, 2, place.copied, 3)
+            sources[at] = Source(at, min(place.copied, LONGEST), place.copied, 3)
         instead = place.at + end - place.broke
         sources.setdefault(instead, Source(instead, 0, place.copied, 1))
         sources.setdefault(place.at, Source(place.at, 0, place.copied, 2))
