@@ -54,6 +54,8 @@ def chat(
         talk.check()
         if not verbosity.quiet:
             terminal.note(report.intention(engine.as_dict(loaded.lamina.plan)))
+            if drafting := report.drafting(engine.as_dict(loaded.lamina.stats)):
+                terminal.note(drafting)
             typer.echo("/help lists the commands, Ctrl-D ends.", err=True)
         while (line := _read_line()) is not None and line not in ("/exit", "/quit"):
             if line == "/reset":

@@ -58,6 +58,8 @@ def run(
                 inputs = encode(loaded, request)
             if not verbosity.quiet:
                 terminal.note(report.intention(engine.as_dict(loaded.lamina.plan)))
+                if drafting := report.drafting(engine.as_dict(loaded.lamina.stats)):
+                    terminal.note(drafting)
             tokens, text = generate(
                 loaded,
                 inputs,

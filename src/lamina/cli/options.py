@@ -38,8 +38,18 @@ class ModelOptions:
         str | None, typer.Option(metavar="CODEC", help="How the weights are stored: 8bit, 4bit, lossless.")
     ] = None
     draft: Annotated[
-        str | None, typer.Option(metavar="DRAFT", help="How tokens are drafted: none, auto, lookup, self or a model.")
+        str | None,
+        typer.Option(
+            metavar="DRAFT",
+            help="What proposes tokens, so that a pass gives several: none, auto, lookup (what followed the last words "
+            "before), self (a copy of the model in 4 bits, written on first use), or a smaller model. Default: auto; "
+            "bench: none.",
+        ),
     ] = None
+    exact: Annotated[
+        bool,
+        typer.Option("--exact", help="Verify a draft to the very bits of one token at a time. Always so with auto."),
+    ] = False
     dtype: Annotated[
         str | None, typer.Option(metavar="NAME", help="auto, bfloat16, float16, float32. Default: as stored.")
     ] = None
@@ -67,7 +77,7 @@ class ModelOptions:
 
     def as_kwargs(self) -> dict[str, Any]:
         """What was asked for, under the names of `from_pretrained`; what was not is left to its defaults."""
-        others = ("threads", "offline", "trust_remote_code", "verify")
+        others = ("threads", "offline", "trust_remote_code", "verify", "exact")
         names = [field.name for field in fields(self) if field.name not in others]
         kwargs = {name: value for name in names if (value := getattr(self, name)) is not None}
         for name in ("memory", "device_memory"):
@@ -77,6 +87,8 @@ class ModelOptions:
             kwargs["local_files_only"] = True
         if self.trust_remote_code:
             kwargs["trust_remote_code"] = True
+        if self.exact:
+            kwargs["exact"] = True
         return kwargs
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from lamina.sizes import format_rate, format_size
 
+SHOWN_POSITIONS = 16  # of a draft, in a table
+
 
 def as_json(record: Mapping[str, Any]) -> str:
     """One JSON object on one line. What JSON has no number for (no pass yet, no disk read) is null."""
@@ -39,6 +41,9 @@ def summary(stats: Mapping[str, Any], tokens: int) -> str:
         parts.append(f"{_number(per_token)} s/token")
     if (per_pass := stats.get("tokens_per_pass")) and per_pass > 1:
         parts.append(f"{per_pass:.2f} tokens a pass")
+    if stats.get("drafted_tokens"):
+        right = f"{stats['accepted_tokens']} of {stats['drafted_tokens']} drafted were right ({stats['draft']})"
+        parts.append(f"{right}, {stats['draft_share_of_time']:.0%} of the time drafting")
     if (rate := stats.get("read_bytes_per_second")) and stats.get("bytes_read"):
         parts.append(format_rate(rate))
         parts.append(f"{stats.get('seconds_waiting_for_disk') or 0:.1f} s waiting for the disk")
@@ -49,6 +54,14 @@ def summary(stats: Mapping[str, Any], tokens: int) -> str:
         budget = stats.get("memory_budget_bytes")
         parts.append(f"peak {format_size(peak)}" + (f" of {format_size(budget)}" if budget else ""))
     return " · ".join(parts)
+
+
+def drafting(stats: Mapping[str, Any]) -> str:
+    """What proposes tokens and why, in one line; nothing where nobody asked and nothing of note was found."""
+    if stats.get("draft", "none") == "none":
+        return ""
+    memory = f", {format_size(stats['draft_bytes'])}" if stats.get("draft_bytes") else ""
+    return f"draft: {stats['draft']}{memory} · {stats['draft_reason']}"
 
 
 def intention(plan: Mapping[str, Any]) -> str:
@@ -100,6 +113,7 @@ _PLAN_ROWS = {
     "expert_cache_bytes": "memory for them",
     "active_bytes_per_token": "weights a token needs",
     "kv_cache_bytes": "KV cache",
+    "draft_bytes": "draft, and verifying it",
     "activation_bytes": "activations",
     "overhead_bytes": "Python and its libraries",
     "bytes_read_per_pass": "read for each pass",
@@ -115,6 +129,12 @@ _BENCH_ROWS = {
     "time_to_first_token_seconds": "time to the first token",
     "load_seconds": "time to load",
     "tokens_per_pass": "tokens a pass",
+    "draft": "draft",
+    "drafted_tokens": "drafted tokens",
+    "accepted_tokens": "of them right",
+    "accepted_by_position": "right, by position",
+    "draft_share_of_time": "time spent drafting",
+    "draft_bytes": "memory of the draft",
     "bytes_read_per_pass": "read for each pass",
     "active_bytes_per_token": "weights a token needs",
     "expert_bytes_per_token": "of experts, read a token",
@@ -196,17 +216,23 @@ def trace_line(trace: Mapping[str, Any]) -> str:
 
 def _rows(record: Mapping[str, Any], labels: Mapping[str, str]) -> dict[str, str]:
     shown = {key: label for key, label in labels.items() if record.get(key) is not None}
+    if not record.get("draft_bytes"):
+        shown.pop("draft_bytes", None)
+    if record.get("draft") == "none":
+        shown = {key: label for key, label in shown.items() if "draft" not in key and not key.startswith("accepted")}
     if not record.get("experts") and record.get("expert_hit_rate") is None:  # no row about what there is none of
         shown = {key: label for key, label in shown.items() if not key.startswith(("expert", "active"))}
     return {label: _show(key, record[key]) for key, label in shown.items()}
 
 
 def _show(key: str, value: Any) -> str:
+    if key == "accepted_by_position":
+        return " ".join(f"{share:.0%}" for share in value[:SHOWN_POSITIONS]) or "none was verified"
     if isinstance(value, list | tuple):
         return str(len(value))
     if key.endswith(("bytes_per_second", "bytes_per_second_busy")):
         return format_rate(value)
-    if key.endswith(("fraction", "hit_rate", "foreseen_rate", "share")):
+    if key.endswith(("share_of_time", "fraction", "hit_rate", "foreseen_rate", "share")):
         return f"{value:.0%}"
     if "seconds" in key:
         return f"{_number(value)} s"

@@ -38,12 +38,15 @@ class Draft(Protocol):
 
     name: str
 
-    def begin(self, prompt: list[int], cache: Any) -> None:
+    def begin(self, prompt: list[int], cache: Any) -> str | None:
         """A new text begins.
 
         Args:
             prompt: its tokens so far.
             cache: the target's, after its first pass; it holds every token of `prompt`.
+
+        Returns:
+            Why this draft cannot follow this text; None where it can.
         """
         ...
 

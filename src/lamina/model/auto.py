@@ -10,7 +10,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -51,12 +51,17 @@ def load_model(
     prefetching: bool = True,
     context: int | None = None,
     progress: Progress | None = None,
+    beside: Beside | None = None,
     **transformers_kwargs: Any,
 ) -> PreTrainedModel:
-    """A checkpoint as a transformers model that streams; see `lamina.AutoModel.from_pretrained`."""
+    """A checkpoint as a transformers model that streams; see `lamina.AutoModel.from_pretrained`.
+
+    Args:
+        beside: what else is to have room in the same memory.
+    """
     began = time.perf_counter()
     options = dict(transformers_kwargs)
-    prepared = _prepare(model, memory, device_memory, device, context, options, progress)
+    prepared = _prepare(model, memory, device_memory, device, context, options, progress, beside=beside)
     prepare(prepared.weights.schedule.weights.values())
     readers = Readers(fingerprints=prepared.checkpoint.fingerprints)
     engine = Engine(prepared.model, prepared.weights, prepared.plan, prepared.device, readers, prefetching)
@@ -83,21 +88,33 @@ def load_model(
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A model that is built, traced and planned; nothing of it is read yet.
+class Described:
+    """A model that is built and traced.
 
     Attributes:
         there: what can be read; `checkpoint` but where that one is only meant.
+        tokenizer_bytes: what its tokenizer will take.
     """
 
     model: PreTrainedModel
     weights: Weights
-    plan: Plan
     trace: Trace
     request: Request
     checkpoint: Checkpoint
-    device: torch.device
     there: Checkpoint
+    tokenizer_bytes: int
+
+
+Beside = Callable[[Described, torch.device], Callable[[int], int]]
+"""(what is about to be planned, its device) -> (tokens of context -> bytes that something else has of its memory)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared(Described):
+    """A model that is planned as well; nothing of it is read yet."""
+
+    plan: Plan
+    device: torch.device
 
 
 def plan_model(
@@ -109,15 +126,17 @@ def plan_model(
     context: int | None = None,
     progress: Progress | None = None,
     encode: Encode | None = None,
+    beside: Beside | None = None,
     **transformers_kwargs: Any,
 ) -> Plan:
     """What `load_model` would do, from the config and the headers alone; see `lamina.plan_model`.
 
     Args:
         encode: gives the checkpoint that is meant in place of the one that is there.
+        beside: as for `load_model`.
     """
     options = dict(transformers_kwargs)
-    prepared = _prepare(model, memory, device_memory, device, context, options, progress, False, encode)
+    prepared = _prepare(model, memory, device_memory, device, context, options, progress, False, encode, beside)
     return dataclasses.replace(prepared.plan, hardware=_hardware(prepared, encode is not None))
 
 
@@ -141,8 +160,32 @@ def _prepare(
     progress: Progress | None,
     weights_wanted: bool = True,
     encode: Encode | None = None,
+    beside: Beside | None = None,
 ) -> Prepared:
     chosen = choose_device(device)
+    described = describe_model(model, options, progress, weights_wanted, encode)
+    gc.collect()  # what transformers' loader left behind must not count as overhead
+    also = beside(described, chosen) if beside is not None else None
+    plan = plan_described(
+        described, memory, device_memory, chosen, context, default_context(described.model.config), also
+    )
+    return Prepared(plan=plan, device=chosen, **{f.name: getattr(described, f.name) for f in fields(described)})
+
+
+def describe_model(
+    model: str,
+    options: dict[str, Any],
+    progress: Progress | None = None,
+    weights_wanted: bool = True,
+    encode: Encode | None = None,
+) -> Described:
+    """A model that is built and traced; nothing is decided about its memory yet.
+
+    Args:
+        options: of `from_pretrained`; what is used up here is taken out.
+        weights_wanted: download them; else the headers are enough.
+        encode: as for `plan_model`.
+    """
     trust = bool(options.pop("trust_remote_code", False))
     for name in IGNORED:
         if options.pop(name, None) is not None:
@@ -164,30 +207,30 @@ def _prepare(
         built = build(request, checkpoint)
         traced = trace(built)
         weights = describe(built, checkpoint, traced)
-    gc.collect()  # what transformers' loader left behind must not count as overhead
     tokenizer = tokenizer_bytes(os.path.join(request.folder, hub.get("subfolder", "")))
     if request.gguf is not None:
         tokenizer = HEADER_TIMES * request.gguf.header_bytes
-    plan = _planned(weights, traced, memory, device_memory, chosen, context, default_context(built.config), tokenizer)
-    return Prepared(built, weights, plan, traced, request, checkpoint, chosen, there)
+    return Described(built, weights, traced, request, checkpoint, there, tokenizer)
 
 
-def _planned(
-    weights: Weights,
-    traced: Trace,
+def plan_described(
+    described: Described,
     memory: int | str | None,
     device_memory: int | str | None,
     device: torch.device,
     context: int | None,
     most: int,
-    tokenizer: int,
+    beside: Callable[[int], int] | None,
 ) -> Plan:
     """The plan; where nobody said how long the context is, the longest usual one that the memory has room for."""
     if context is not None and context < 1:
         raise RequestError(f"context must be at least 1 token, got {context}")
 
+    weights, traced, tokenizer = described.weights, described.trace, described.tokenizer_bytes
+
     def budget(tokens: int) -> Budget:
-        return make_budget(memory, device_memory, device, traced, tokens, weights.schedule.scratch_bytes, tokenizer)
+        scratch, also = weights.schedule.scratch_bytes, beside(tokens) if beside is not None else 0
+        return make_budget(memory, device_memory, device, traced, tokens, scratch, tokenizer, also)
 
     if context is not None:
         return make_plan(weights.schedule, budget(context))

@@ -31,6 +31,7 @@ from lamina.stream.probe import SETTINGS, measure_disk
 TRIAL = 256 << 20  # bytes that every reader setting reads once
 MOST = 8 << 30  # bytes of one turn of the bare disk, spread over the pass
 CONTENDERS = 2  # settings that take turns
+TURNS_AFTER = 4  # of the bare disk, where none are between the steps
 LENT = 32 << 20  # bytes that the bare disk is read into where no ring can lend its own
 
 
@@ -80,11 +81,12 @@ def bench_model(
     with loaded.lamina:
         meter = _Meter(loaded)
         tokens = generate_greedily(loaded, ids, new_tokens, meter)
+        meter.disk_after()
         stats, plan = loaded.lamina.stats, loaded.lamina.plan
         profiled = None if file is None else _profile(loaded, ids, model, file, meter)
     disk = meter.disk_bytes_per_second
     result = {
-        "seconds_per_token": statistics.median(meter.steps),
+        "seconds_per_token": meter.seconds_per_token(len(tokens)),
         "time_to_first_token_seconds": stats.time_to_first_token_seconds,
         "load_seconds": stats.load_seconds,
         "bytes_read_per_pass": round(plan.bytes_streamed_per_pass + meter.expert_bytes_per_step),
@@ -92,6 +94,13 @@ def bench_model(
         "disk_bytes_per_second": disk,
         "disk_fraction": meter.read_bytes_per_second / disk if disk else None,
         "tokens_per_pass": stats.tokens_per_pass,
+        "draft": stats.draft,
+        "draft_reason": stats.draft_reason,
+        "draft_bytes": stats.draft_bytes,
+        "drafted_tokens": stats.drafted_tokens,
+        "accepted_tokens": stats.accepted_tokens,
+        "accepted_by_position": stats.accepted_by_position,
+        "draft_share_of_time": stats.draft_share_of_time,
         "peak_rss_bytes": stats.peak_rss_bytes,
         "memory_budget_bytes": stats.memory_budget_bytes,
         "resident_bytes": stats.resident_bytes,
@@ -148,8 +157,11 @@ class _Meter(StoppingCriteria):  # type: ignore[misc]
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.engine: Engine = model.lamina._engine
-        plan = model.lamina.plan
+        self.lamina = model.lamina
+        self.engine: Engine = self.lamina.engine
+        plan = self.lamina.plan
+        self.drafts = self.lamina.record.draft != "none"
+        self._passes = 0
         self.per_pass = plan.bytes_streamed_per_pass
         self.extents = [
             Extent(read.file, read.offset, read.needed)
@@ -197,6 +209,12 @@ class _Meter(StoppingCriteria):  # type: ignore[misc]
         routed = self._counts.routed - self._at_first.routed
         return (self._counts.foreseen - self._at_first.foreseen) / routed if routed else None
 
+    def seconds_per_token(self, tokens: int) -> float:
+        """Of a decode step: the median; with a draft the time of all steps over their tokens."""
+        if self.drafts:
+            return sum(self.steps) / max(tokens - 1, 1)
+        return statistics.median(self.steps)
+
     @property
     def read_bytes_per_second(self) -> float:
         """What the stream read during the decode steps."""
@@ -209,6 +227,9 @@ class _Meter(StoppingCriteria):  # type: ignore[misc]
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         computed = time.perf_counter()
+        if self.drafts:
+            self._between_drafted(computed)
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         now, read = self._settled()
         missed = sum(layout.read_bytes for layout in self._missed)
         if self._resumed is None:
@@ -225,6 +246,27 @@ class _Meter(StoppingCriteria):  # type: ignore[misc]
         self._missed.clear()
         self._resumed = time.perf_counter(), self.engine.readers.bytes_read
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    def _between_drafted(self, now: float) -> None:
+        """With a draft a step gives several tokens, and reading goes on while the next ones are drafted: wall time."""
+        passes, read = self.lamina.passes, self.engine.readers.bytes_read
+        if passes == self._passes:
+            return
+        if self._resumed is None:
+            self._at_first = self._counts
+        else:
+            self.steps.append(now - self._resumed[0])
+            self.read_seconds += now - self._resumed[0]
+            self.read_bytes += read - self._resumed[1]
+        self._passes, self._resumed = passes, (now, read)
+
+    def disk_after(self) -> None:
+        """What the drive gives alone, where it was not measured between the steps."""
+        self._missed.clear()
+        for _ in range(1 + TURNS_AFTER if self.drafts else 0):
+            self._settled()
+            self._disk_alone()
+            self.products.take()
 
     def _settled(self) -> tuple[float, int]:
         """The time and the bytes read once what is under way has ended; until then nothing else begins."""

@@ -41,6 +41,7 @@ def make_budget(
     context: int,
     scratch_bytes: int = 0,
     tokenizer_bytes: int = 0,
+    draft_bytes: int = 0,
 ) -> Budget:
     """The budget of a request.
 
@@ -52,6 +53,7 @@ def make_budget(
         context: tokens of prompt and answer together.
         scratch_bytes: what decoding weights takes.
         tokenizer_bytes: what the tokenizer takes; a usual one is within `BASE`.
+        draft_bytes: what a draft takes.
     """
     given = parse_size(memory, what="memory") if memory is not None else int(free_memory() * SHARE_OF_FREE)
     on_device = None
@@ -65,6 +67,7 @@ def make_budget(
         context_tokens=context,
         device_memory_bytes=on_device,
         scratch_bytes=scratch_bytes,
+        draft_bytes=draft_bytes,
     )
 
 

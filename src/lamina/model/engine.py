@@ -64,6 +64,7 @@ class Engine:
         self.lock = threading.RLock()
         self.stream: Stream | None = None
         self.experts: ExpertStream | None = None
+        self.followers: list[Callable[[], None]] = []  # told when weights are no longer where they were
         self._handles: list[Any] = []
         self._held: dict[str, list[Held]] = defaultdict(list)
         self._pid = os.getpid()
@@ -103,8 +104,10 @@ class Engine:
             self.stream = None  # the old ring is gone before the new one is made
         for name in self._sites:
             if name not in plan.resident:
-                self._bind(name, self._disk[name])
+                self.bind(name, self._disk[name])
         self.plan = plan
+        for tell in self.followers:
+            tell()
         if plan.streams:
             self._attach(model)
 
@@ -162,7 +165,7 @@ class Engine:
         for holders in self._held.values():
             for held in holders:
                 for part in held.item.parts:
-                    self._bind(part.weight, self._disk[part.weight])
+                    self.bind(part.weight, self._disk[part.weight])
         self._held.clear()
         if self._expert_hooks is not None:
             self._expert_hooks.end_pass()
@@ -277,7 +280,7 @@ class Engine:
                 return
             self._held[name].append(held)
             for placed in held.item.layout.placed:
-                self._bind(placed.part.weight, self.finish(placed, held.memory))
+                self.bind(placed.part.weight, self.finish(placed, held.memory))
 
         return enter
 
@@ -287,7 +290,7 @@ class Engine:
                 return
             held = self._held[name].pop()
             for part in held.item.parts:
-                self._bind(part.weight, self._disk[part.weight])
+                self.bind(part.weight, self._disk[part.weight])
             assert self.stream is not None
             self.stream.release(held)
 
@@ -301,7 +304,8 @@ class Engine:
             held = self.stream.acquire(module, block)
         return held
 
-    def _bind(self, name: str, tensor: torch.Tensor | None) -> None:
+    def bind(self, name: str, tensor: torch.Tensor | None) -> None:
+        """Give the modules of a weight this tensor."""
         for module, attribute, _ in self._sites[name]:
             module._parameters[attribute] = tensor  # type: ignore[assignment]
 

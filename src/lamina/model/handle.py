@@ -8,7 +8,7 @@ import statistics
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -21,6 +21,7 @@ from lamina.errors import BudgetError
 from lamina.model.batching import batching_config
 from lamina.model.engine import Engine
 from lamina.model.even_rows import even_rows
+from lamina.model.record import Record
 from lamina.model.stats import Stats
 from lamina.model.trace import Trace
 from lamina.plan.plan import Plan
@@ -30,6 +31,10 @@ from lamina.stream.probe import peak_resident_bytes
 
 GROWTH = 1.5  # of the cache, when it outgrows the plan: so that a long answer replans a few times, not every token
 REMEMBERED = 4096  # passes whose times are kept
+
+
+Decoder = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""(transformers' generate, arguments, keyword arguments) -> what generate gives"""
 
 
 class Lamina:
@@ -54,6 +59,8 @@ class Lamina:
         self._expert_bytes = 0.0  # read in these steps
         self._expert_bytes_before = 0
         self._last_end: float | None = None
+        self.record = Record()
+        self.decoder: Decoder | None = None  # what stands between a call of `generate` and transformers'
         self._closer = weakref.finalize(model, engine.readers.close)  # also when the interpreter ends
 
     @property
@@ -68,6 +75,9 @@ class Lamina:
         counts = engine.experts.counts if engine.experts is not None else Counts()
         per_pass = self._new_tokens / self._passes_in_generate if self._passes_in_generate else 0.0
         step = statistics.median(self._steps) if self._steps else 0.0
+        per_step = max(per_pass, 1.0)
+        if self.record.verified and self._steps:  # steps are no longer alike: some give many tokens
+            step, per_step = statistics.fmean(self._steps), self.record.tokens / self.record.cycles
         expert_bytes = self._expert_bytes / len(self._steps) if self._steps else 0.0
         read = plan.bytes_streamed_per_pass + expert_bytes
         in_pass = self._pass_began is not None
@@ -77,7 +87,7 @@ class Lamina:
             bytes_read=engine.readers.bytes_read,
             new_tokens=self._new_tokens,
             tokens_per_pass=per_pass,
-            seconds_per_token=step / max(per_pass, 1.0),
+            seconds_per_token=step / per_step,
             seconds_waiting_for_disk=engine.seconds_waiting,
             seconds_in_passes=self._seconds_in_passes,
             peak_rss_bytes=peak_resident_bytes(),
@@ -100,6 +110,13 @@ class Lamina:
             expert_hit_rate=counts.hits / counts.routed if counts.routed else plan.hit_rate_without_reading,
             expert_bytes_per_token=expert_bytes / max(per_pass, 1.0),
             expert_tokens={module: tuple(tokens) for module, tokens in counts.tokens.items()},
+            draft=self.record.draft,
+            draft_reason=self.record.said,
+            draft_bytes=plan.budget.draft_bytes,
+            drafted_tokens=self.record.drafted,
+            accepted_tokens=self.record.accepted,
+            accepted_by_position=self.record.accepted_by_position,
+            draft_share_of_time=self.record.draft_share_of_time,
         )
 
     def close(self) -> None:
@@ -137,7 +154,10 @@ class Lamina:
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate`, counting the tokens that it gives."""
         with self._generating():
-            out = self._plain_generate(*args, **kwargs)
+            if self.decoder is None:
+                out = self._plain_generate(*args, **kwargs)
+            else:
+                out = self.decoder(self._plain_generate, args, kwargs)
         prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         sequences = getattr(out, "sequences", out)
         if isinstance(sequences, torch.Tensor):
@@ -185,6 +205,28 @@ class Lamina:
             finally:
                 self._pass_began = None
                 engine.end_pass()
+
+    @property
+    def passes(self) -> int:
+        """That came to their end."""
+        return self._passes
+
+    @property
+    def engine(self) -> Engine:
+        """What reads and binds the weights."""
+        return self._engine
+
+    def give_room(self, nbytes: int) -> None:
+        """Let go of weights until so many bytes of the budget are free for a draft.
+
+        Raises:
+            BudgetError: not even the smallest plan leaves so much.
+        """
+        engine = self._engine
+        budget = dataclasses.replace(engine.plan.budget, draft_bytes=engine.plan.budget.draft_bytes + nbytes)
+        with engine.lock:
+            plan = make_plan(engine.weights.schedule, budget, engine.plan.hardware, engine.plan.resident)
+            engine.follow(self.model, plan)
 
     def _make_room(self, model: Any, tokens: int, cached: int) -> None:
         """Keep the budget when a pass brings more tokens than were planned for: fewer weights stay resident.

@@ -14,7 +14,7 @@ class Stats:
         bytes_read: from disk, resident weights included.
         new_tokens: tokens that `generate` gave, all sequences together.
         tokens_per_pass: new tokens over passes within `generate`.
-        seconds_per_token: median time of a decode step over the tokens it gave.
+        seconds_per_token: median time of a decode step; where steps give several tokens, their time over their tokens.
         seconds_waiting_for_disk: the model stood still because a unit was not there yet.
         seconds_in_passes: from entering the model to leaving it.
         bytes_read_per_pass: of a decode step of one token, as planned.
@@ -28,6 +28,11 @@ class Stats:
         expert_hit_rate: hits over experts routed; None where there were none, 1 where all experts are resident.
         expert_bytes_per_token: of experts, read in the decode steps, over the tokens they gave.
         expert_tokens: by module, tokens that were routed to each of its experts.
+        draft: what proposes tokens, `draft_reason` why this or why nothing, `draft_bytes` what it has of the memory.
+        drafted_tokens: that passes verified; `accepted_tokens` of them were what the model itself chose.
+        accepted_by_position: of the first token of a draft, the second and so on, the share that was right where all
+            before it were.
+        draft_share_of_time: of the time after the first token of an answer, what proposing took.
     """
 
     passes: int
@@ -57,3 +62,10 @@ class Stats:
     expert_hit_rate: float | None
     expert_bytes_per_token: float
     expert_tokens: dict[str, tuple[int, ...]]
+    draft: str
+    draft_reason: str
+    draft_bytes: int
+    drafted_tokens: int
+    accepted_tokens: int
+    accepted_by_position: tuple[float, ...]
+    draft_share_of_time: float

@@ -24,6 +24,7 @@ class Budget:
         kv_cache_bytes: the cache after `context_tokens`.
         context_tokens: prompt and answer together.
         scratch_bytes: what decoding weights takes beside them.
+        draft_bytes: of a draft that proposes tokens: its weights, its cache, and what verifying many tokens takes.
         device_memory_bytes: of the accelerator; None where the processor computes.
     """
 
@@ -34,6 +35,7 @@ class Budget:
     context_tokens: int = 0
     device_memory_bytes: int | None = None
     scratch_bytes: int = 0
+    draft_bytes: int = 0
 
     @property
     def on_device(self) -> bool:
@@ -46,7 +48,7 @@ class Budget:
 
     @property
     def spoken_for_on_device(self) -> int:
-        return self.activation_bytes + self.kv_cache_bytes + self.scratch_bytes
+        return self.activation_bytes + self.kv_cache_bytes + self.scratch_bytes + self.draft_bytes
 
 
 @dataclass(frozen=True)

@@ -188,18 +188,20 @@ class _Planner:
 
     def _check(self, minimum: int, minimum_device: int) -> None:
         budget = self.budget
+        draft = f" and a draft of {format_size(budget.draft_bytes)}" if budget.draft_bytes else ""
+        less = "a shorter context or no draft" if draft else "a shorter context"
         if budget.memory_bytes < minimum:
             raise BudgetError(
                 f"memory={format_size(budget.memory_bytes)} is too small: this model with a context of "
-                f"{budget.context_tokens} tokens needs at least {minimum} bytes ({format_size(minimum)}); "
-                f"give that much, or a shorter context",
+                f"{budget.context_tokens} tokens{draft} needs at least {minimum} bytes ({format_size(minimum)}); "
+                f"give that much, or {less}",
                 minimum,
             )
         if budget.device_memory_bytes is not None and budget.device_memory_bytes < minimum_device:
             raise BudgetError(
                 f"device_memory={format_size(budget.device_memory_bytes)} is too small: this model with a context "
-                f"of {budget.context_tokens} tokens needs at least {minimum_device} bytes "
-                f"({format_size(minimum_device)}) on the device; give that much, or a shorter context",
+                f"of {budget.context_tokens} tokens{draft} needs at least {minimum_device} bytes "
+                f"({format_size(minimum_device)}) on the device; give that much, or {less}",
                 minimum_device,
             )
 
