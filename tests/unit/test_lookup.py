@@ -148,8 +148,9 @@ def test_after_an_edit_done_again_the_copy_goes_on_and_is_sure() -> None:
 
 
 def test_an_edit_that_was_left_undone_is_given_up() -> None:
-    assert after(NAMED, [*renamed([[5], [5], [5], [6]]), 120, 121], 5).tokens == [122, 123, 124, 5, 125]
-    assert after(NAMED, [*renamed([[6], [5], [5], [5]]), 120, 121], 5).tokens == [122, 123, 124, 5, 125]
+    expected = [137, 138, 139, 5, 140]
+    assert after(NAMED, [*renamed([*[[5]] * 6, [6]]), 135, 136], 5).tokens == expected
+    assert after(NAMED, [*renamed([[6], *[[5]] * 6]), 135, 136], 5).tokens == expected
 
 
 def test_where_its_guesses_fail_it_is_less_sure() -> None:
