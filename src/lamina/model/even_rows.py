@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 FROM = 17  # rows: below that each number is worth its own code
 MULTIPLE = 32
+
+_as_they_are: ContextVar[bool] = ContextVar("as_they_are", default=False)
 
 
 class _EvenRows(TorchFunctionMode):
@@ -38,6 +41,16 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 @contextmanager
+def rows_as_they_are() -> Iterator[None]:
+    """Within this block `even_rows` does nothing: something else decides how many rows a product has."""
+    before = _as_they_are.set(True)
+    try:
+        yield
+    finally:
+        _as_they_are.reset(before)
+
+
+@contextmanager
 def even_rows(rows: int, device: torch.device) -> Iterator[None]:
     """Within this block products of many rows have even numbers of them.
 
@@ -45,7 +58,7 @@ def even_rows(rows: int, device: torch.device) -> Iterator[None]:
         rows: of the pass; where they are few the block costs nothing.
         device: where the model computes.
     """
-    if rows < FROM or device.type != "cpu":
+    if rows < FROM or device.type != "cpu" or _as_they_are.get():
         yield
         return
     with _EvenRows():
