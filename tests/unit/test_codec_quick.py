@@ -19,7 +19,7 @@ from lamina.plan.schedule import Span
 
 CODECS = list(AFFINE.values())
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-WIDTHS = [1, 31, 33, 100, 512, 801, 1100]
+WIDTHS = [1, 33, 100, 512, 1100]
 ROWS = 7
 SIMPLER = {"avx2": ("-march=x86-64-v3",), "plain": ("-march=x86-64",)}  # what other processors than this one compile
 
@@ -142,7 +142,7 @@ def test_a_row_depends_on_nothing_else_in_the_call(codec: Affine, path: str) -> 
     for columns, dtype in ((801, torch.float32), (1024, torch.bfloat16), (5000, torch.float16)):
         panels, x = random_panels(codec, ROWS, columns), tokens(LINEAR_TOKENS, columns, dtype)
         whole = quick(codec, x, panels)
-        for count in range(1, LINEAR_TOKENS):
+        for count in (1, 2, 3, 4, 5, 7, 8, 15):
             assert torch.equal(quick(codec, x[-count:], panels), whole[-count:]), count
         for row in range(ROWS):
             assert torch.equal(quick(codec, x[:2], panels[row : row + 1]), whole[:2, row : row + 1])
@@ -151,8 +151,8 @@ def test_a_row_depends_on_nothing_else_in_the_call(codec: Affine, path: str) -> 
 def test_many_rows_in_several_threads(codec: Affine) -> None:
     if native.missing():
         pytest.skip(native.missing())
-    panels, x = random_panels(codec, 1 << 10, 128), tokens(2, 128, torch.float32)
-    parts = [quick(codec, x, part) for part in panels.split(100)]
+    panels, x = random_panels(codec, 4200, 128), tokens(2, 128, torch.float32)
+    parts = [quick(codec, x, part) for part in panels.split(1000)]  # too few for a second thread
     assert torch.equal(quick(codec, x, panels), torch.cat(parts, 1))
 
 

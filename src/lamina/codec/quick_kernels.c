@@ -293,10 +293,11 @@ INLINE void add_products(int bits, const weights_t *w, const stretch_t *x, sum_t
     float products[STRETCH_GROUPS];
     for (int group = 0; group < STRETCH_GROUPS; group++) {
         int at = bits == 8 ? GROUP * group : group / 4 * 128 + group % 4 * 16, half = bits == 8 ? 16 : 64;
+        const uint8_t *codes = w->codes + at;
+        const int8_t *q = x->codes + at;
         int32_t sum = 0;
-        for (int i = 0; i < 16; i++) sum += (bits == 8 ? (int8_t)w->codes[at + i] : w->codes[at + i]) * x->codes[at + i];
-        for (int i = half; i < half + 16; i++)
-            sum += (bits == 8 ? (int8_t)w->codes[at + i] : w->codes[at + i]) * x->codes[at + i];
+        for (int i = 0; i < 16; i++) sum += (bits == 8 ? (int8_t)codes[i] : codes[i]) * q[i];
+        for (int i = half; i < half + 16; i++) sum += (bits == 8 ? (int8_t)codes[i] : codes[i]) * q[i];
         products[group] = (float)sum * x->scales[group];
     }
     scale_sums(w->scales, x->offsets, scaled);
@@ -313,6 +314,7 @@ INLINE float total_of(int bits, const uint8_t *row, sum_t scaled, sum_t centred)
 #endif
 
 #define SHARE 64   /* rows that a thread takes at a time, at most: few enough for the second cache */
+#define ALONE (1 << 19) /* weights that one thread has done before another has woken: about 10 us */
 #define AHEAD 2048 /* bytes: rows are short, and what the processor foresees by itself ends at a page */
 
 INLINE void add_stretch(int bits, int tokens, const uint8_t *row, int64_t columns, int64_t first, const stretch_t *x,
@@ -331,7 +333,7 @@ INLINE void add_stretch(int bits, int tokens, const uint8_t *row, int64_t column
     for (int t = 0; t < tokens; t++) add_products(bits, &weights, x + t * stretches, scaled + t, centred + t);
 }
 
-/* Rows [row, row + number) times some tokens: a constant, so that sums stay in registers. number is at most SHARE. */
+/* Rows [row, row + number) times some tokens: a constant, so that sums stay in registers. number: at most SHARE. */
 INLINE void quick_rows(int bits, int tokens, const uint8_t *panels, int64_t row, int64_t number, int64_t columns,
                        const stretch_t *x, float *values) {
     int64_t bytes = affine_bytes(bits, columns), stretches = (columns + STRETCH - 1) / STRETCH;
@@ -387,7 +389,7 @@ int32_t lamina_affine_quick(const void *x, int64_t tokens, const uint8_t *panels
     if (!to) return 1;
     quantise(x, type, tokens, columns, bits, bits == 8 ? OFFSET_OF_8 : 1 << (bits - 1), to);
     int64_t share = SMALLER(rows / (8 * threads) + 1, SHARE);
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (rows * columns > 65536)
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (rows * columns > ALONE)
     for (int64_t row = 0; row < rows; row += share)
         quick_share(bits, panels, row, SMALLER(rows - row, share), columns, to, tokens, type, out, out_stride);
     free(to);
