@@ -19,6 +19,15 @@
 #define QUICK_512 1
 #endif
 
+/* Without integer dot products decoding to fp32 is quicker. Tests define it, to see the portable way at all. */
+#if !defined(QUICKER)
+#if defined(__AVX2__) || defined(__ARM_FEATURE_DOTPROD)
+#define QUICKER 1
+#else
+#define QUICKER 0
+#endif
+#endif
+
 /* A stretch of one token. Codes lie as the weights' do: of four groups the first halves, then the second halves; for
    q8 in the order of columns. Columns that there are not are zeros. */
 typedef struct {
@@ -207,9 +216,60 @@ typedef struct {
 #define NO_SUM ((sum_t){0})
 
 typedef struct {
-    uint8_t codes[STRETCH]; /* as stretch_t's; signed for q8 */
+    int8_t codes[STRETCH]; /* as stretch_t's */
     float scales[STRETCH_GROUPS], centres[STRETCH_GROUPS];
 } ALIGNED weights_t;
+
+#if defined(__AVX2__)
+/* The 32 codes of a group, in their order. */
+INLINE __m256i codes_of(int bits, const uint8_t *codes, const uint8_t *high) {
+    __m128i both = _mm_loadu_si128((const void *)codes);
+    __m256i low = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(both, 4), both), _mm256_set1_epi8(15));
+    if (bits == 5) {
+        const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+        const __m256i bit = _mm256_set1_epi64x((int64_t)0x8040201008040201);
+        __m256i all = _mm256_shuffle_epi8(_mm256_set1_epi32((int32_t)load32(high)), byte);
+        __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(all, bit), bit);
+        return _mm256_or_si256(low, _mm256_and_si256(set, _mm256_set1_epi8(16)));
+    }
+    if (bits == 6) { /* a byte holds four columns: those of even bytes are shifted apart from those of odd ones */
+        const __m256i byte = _mm256_setr_epi64x(0x0101010100000000, 0x0303030302020202, 0x0505050504040404,
+                                                0x0707070706060606);
+        __m256i four = _mm256_set_m128i(_mm_loadl_epi64((const void *)high), _mm_loadl_epi64((const void *)high));
+        four = _mm256_shuffle_epi8(four, byte);
+        __m256i even = _mm256_and_si256(four, _mm256_set1_epi16(255));
+        even = _mm256_mullo_epi16(even, _mm256_set1_epi32(1 << 16 | 16));
+        __m256i odd = _mm256_mullo_epi16(_mm256_srli_epi16(four, 8), _mm256_set1_epi32(64 << 16 | 1024));
+        even = _mm256_and_si256(even, _mm256_set1_epi16(0x30)), odd = _mm256_and_si256(odd, _mm256_set1_epi16(0x3000));
+        return _mm256_or_si256(low, _mm256_or_si256(even, odd));
+    }
+    return low;
+}
+
+/* Two groups at a time: what is written in one piece is read in one piece, else the processor waits. */
+INLINE void unpack(int bits, parts_t row, int64_t group, int64_t left, int8_t *to) {
+    int step = 4 * (bits - 4);
+    for (int64_t i = 0; i < left; i += 2, group += 2) {
+        int8_t *low = to + i / 4 * 128 + i % 4 * 16;
+        __m256i a = codes_of(bits, row.codes + 16 * group, row.high + step * group), b = _mm256_setzero_si256();
+        if (i + 1 < left) b = codes_of(bits, row.codes + 16 * (group + 1), row.high + step * (group + 1));
+        _mm256_storeu_si256((void *)low, _mm256_permute2x128_si256(a, b, 0x20));
+        _mm256_storeu_si256((void *)(low + 64), _mm256_permute2x128_si256(a, b, 0x31));
+    }
+}
+#else
+INLINE void unpack(int bits, parts_t row, int64_t group, int64_t left, int8_t *to) {
+    for (int64_t i = 0; i < left; i++, group++) {
+        const uint8_t *codes = row.codes + 16 * group;
+        uint8_t more[GROUP] = {0};
+        int8_t *low = to + i / 4 * 128 + i % 4 * 16, *high = low + 64;
+        for (int k = 0; bits == 5 && k < GROUP; k++) more[k] = row.high[4 * group + k / 8] >> k % 8 << 4 & 16;
+        for (int k = 0; bits == 6 && k < GROUP; k++) more[k] = row.high[8 * group + k / 4] >> 2 * (k % 4) << 4 & 48;
+        for (int k = 0; k < 16; k++) low[k] = (int8_t)((codes[k] & 15) | more[k]);
+        for (int k = 0; k < 16; k++) high[k] = (int8_t)(codes[k] >> 4 | more[16 + k]);
+    }
+}
+#endif
 
 INLINE weights_t load_weights(int bits, parts_t row, int64_t columns, int64_t first) {
     weights_t to;
@@ -217,26 +277,10 @@ INLINE weights_t load_weights(int bits, parts_t row, int64_t columns, int64_t fi
     if (left < STRETCH_GROUPS) memset(&to, 0, sizeof to);
     if (bits == 8) {
         for (int64_t i = 0; i < left; i++) to.scales[i] = from_bf16(load16(row.scales + (group + i) / 2 * 2));
-        memset(to.centres, 0, sizeof to.centres);
         memcpy(to.codes, row.codes + GROUP * group, (size_t)(left + left % 2) * GROUP);
         return to;
     }
-    for (int64_t i = 0; i < left; i++) {
-        const uint8_t *codes = row.codes + 16 * (group + i);
-        uint8_t *low = to.codes + i / 4 * 128 + i % 4 * 16, *high = low + 64;
-        for (int k = 0; k < 16; k++) low[k] = codes[k] & 15;
-        for (int k = 0; k < 16; k++) high[k] = codes[k] >> 4;
-        if (bits == 5) {
-            uint32_t word = load32(row.high + 4 * (group + i));
-            for (int k = 0; k < 16; k++) low[k] |= (uint8_t)(word >> k << 4 & 16);
-            for (int k = 0; k < 16; k++) high[k] |= (uint8_t)(word >> (16 + k) << 4 & 16);
-        }
-        if (bits == 6) {
-            uint32_t left_word = load32(row.high + 8 * (group + i)), right = load32(row.high + 8 * (group + i) + 4);
-            for (int k = 0; k < 16; k++) low[k] |= (uint8_t)(left_word >> 2 * k << 4 & 48);
-            for (int k = 0; k < 16; k++) high[k] |= (uint8_t)(right >> 2 * k << 4 & 48);
-        }
-    }
+    unpack(bits, row, group, left, to.codes);
     for (int64_t i = 0; i < left; i++) to.scales[i] = row.scales[group + i];
     for (int64_t i = 0; i < left; i++) to.centres[i] = (int8_t)row.centres[group + i];
     return to;
@@ -252,7 +296,7 @@ INLINE void scale_sums(const float *by, const float *values, sum_t *sum) {
 
 #if defined(__AVX2__)
 /* Sums of four products each. Pairs of products fit sixteen bits: two of (63 + 63) x 127, or of 128 x 127. */
-INLINE __m256i add_dot(int bits, __m256i sum, const uint8_t *weights, const int8_t *x) {
+INLINE __m256i add_dot(int bits, __m256i sum, const int8_t *weights, const int8_t *x) {
     __m256i w = _mm256_loadu_si256((const void *)weights), q = _mm256_loadu_si256((const void *)x);
     if (bits == 8) { /* |w| times x of w's sign */
         q = _mm256_sign_epi8(q, w);
@@ -293,11 +337,9 @@ INLINE void add_products(int bits, const weights_t *w, const stretch_t *x, sum_t
     float products[STRETCH_GROUPS];
     for (int group = 0; group < STRETCH_GROUPS; group++) {
         int at = bits == 8 ? GROUP * group : group / 4 * 128 + group % 4 * 16, half = bits == 8 ? 16 : 64;
-        const uint8_t *codes = w->codes + at;
-        const int8_t *q = x->codes + at;
         int32_t sum = 0;
-        for (int i = 0; i < 16; i++) sum += (bits == 8 ? (int8_t)codes[i] : codes[i]) * q[i];
-        for (int i = half; i < half + 16; i++) sum += (bits == 8 ? (int8_t)codes[i] : codes[i]) * q[i];
+        for (int i = 0; i < 16; i++) sum += w->codes[at + i] * x->codes[at + i];
+        for (int i = at + half; i < at + half + 16; i++) sum += w->codes[i] * x->codes[i];
         products[group] = (float)sum * x->scales[group];
     }
     scale_sums(w->scales, x->offsets, scaled);
@@ -380,11 +422,11 @@ static void quick_share(int bits, const uint8_t *panels, int64_t row, int64_t nu
     }
 }
 
-/* 0, or 1 where there is no memory for x or there are too many tokens. The arguments are those of
-   lamina_affine_linear. */
+/* 0, or 1 where there is no memory for x, there are too many tokens, or lamina_affine_linear is quicker. The arguments
+   are those of lamina_affine_linear. */
 int32_t lamina_affine_quick(const void *x, int64_t tokens, const uint8_t *panels, int64_t rows, int64_t columns,
                             int32_t bits, int32_t type, void *out, int64_t out_stride, int32_t threads) {
-    if (tokens > QUICK_TOKENS) return 1;
+    if (tokens > QUICK_TOKENS || !QUICKER) return 1;
     stretch_t *to = aligned_alloc(64, (size_t)((columns + STRETCH - 1) / STRETCH * tokens) * sizeof *to);
     if (!to) return 1;
     quantise(x, type, tokens, columns, bits, bits == 8 ? OFFSET_OF_8 : 1 << (bits - 1), to);
