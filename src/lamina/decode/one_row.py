@@ -250,32 +250,32 @@ def _linear(
     x: torch.Tensor, pieces: tuple[torch.Tensor, ...], weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Block after block of the weight's rows with one token after the other."""
-    out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    at = next((i for i, size in enumerate(x.shape) if pieces[0].shape[i] != size), 0)
+    flat = x.reshape(-1, x.shape[-1])
+    single = len(flat) == len(pieces)  # a row for each token
+    # A single token's states have these strides: with those of a slice torch goes a way that takes 20 times as long.
+    own = [piece.clone(memory_format=torch.contiguous_format) for piece in (() if single else pieces)]
+    at = 0 if single else next(i for i, size in enumerate(x.shape) if pieces[0].shape[i] != size)
+    out = x.new_empty(*(flat if single else x).shape[:-1], weight.shape[0])
     step = max(BLOCK // (weight.shape[1] * weight.itemsize) // ROW_MULTIPLE, 1) * ROW_MULTIPLE
-    single = x.numel() == len(pieces) * x.shape[-1]  # a row for each token
     for first in range(0, weight.shape[0], step):
         block = weight[first : first + step]
         if weight.requires_grad and not torch.is_grad_enabled():
             block.requires_grad_()  # torch picks kernels by this flag
-        own = None if bias is None else bias[first : first + step]
-        some = _grouped(pieces, block, at) if single else pieces
-        out[..., first : first + step] = torch.cat([functional.linear(one, block, own) for one in some], at)
-    return out
+        added = None if bias is None else bias[first : first + step]
+        some = _grouped(flat, block) if single else own
+        out[..., first : first + step] = torch.cat([functional.linear(one, block, added) for one in some], at)
+    return out.view(*x.shape[:-1], weight.shape[0])
 
 
-def _grouped(pieces: tuple[torch.Tensor, ...], block: torch.Tensor, at: int) -> list[torch.Tensor]:
+def _grouped(flat: torch.Tensor, block: torch.Tensor) -> list[torch.Tensor]:
     """The rows in groups, as many together as leave their bits alone."""
     if block.dtype not in (torch.bfloat16, torch.float16):
-        return list(pieces)
-    out, first = [], 0
-    while first < len(pieces):
-        left = len(pieces) - first
-        threads = torch.get_num_threads()
-        count = next((n for n in GROUPS if n <= left and _alike(n, *block.shape, block.dtype, threads)), 1)
-        out.append(pieces[first] if count == 1 else torch.cat(pieces[first : first + count], at))
-        first += count
-    return out
+        return list(torch.split(flat, 1))
+    threads, counts, left = torch.get_num_threads(), [], len(flat)
+    while left:
+        counts.append(next((n for n in GROUPS if n <= left and _alike(n, *block.shape, block.dtype, threads)), 1))
+        left -= counts[-1]
+    return list(torch.split(flat, counts))
 
 
 @lru_cache(maxsize=1024)
