@@ -23,6 +23,8 @@ from lamina.decode.one_row import one_row
 from lamina.decode.pace import Pace
 from lamina.model.record import Record
 
+MOST_EVER = 1 << 30  # tokens of a draft
+
 
 class Speculation:
     """Decodes with a draft: what is given to `generate` as `custom_generate`.
@@ -119,7 +121,8 @@ class Speculation:
         pick = Foreseen(text.processors, text.choice, text.ids, text.vocabulary)
         proposal = self.draft.propose(text.tokens, most, self.pace.go_on, pick)
         self.pace.times.saw_draft(len(proposal.tokens), time.perf_counter() - began)
-        count = self.pace.worth(proposal.confidence)
+        end = next((i + 1 for i, token in enumerate(proposal.tokens) if token in text.ends), MOST_EVER)
+        count = min(self.pace.worth(proposal.confidence), end)  # what follows the end of a text is not wanted
         return Proposal(proposal.tokens[:count], proposal.confidence[:count])
 
 
@@ -130,6 +133,7 @@ class Text:
         ids: shape (1, tokens); `tokens` the same as a list.
         done: the last token was the last one.
         vocabulary: scores that the model gives for a token.
+        ends: tokens that end a text.
     """
 
     def __init__(
@@ -145,6 +149,8 @@ class Text:
         self.choice: Greedy | Sampled = choice_for(bool(config.do_sample), ids)
         self.done = False
         self.vocabulary = 0
+        ends = getattr(config, "_eos_token_tensor", None)
+        self.ends = frozenset() if ends is None else frozenset(ends.flatten().tolist())
         self._longest = int(config.max_length)
         self._as_dict = bool(config.return_dict_in_generate)
         self._scores: list[torch.Tensor] | None = [] if self._as_dict and config.output_scores else None

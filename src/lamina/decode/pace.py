@@ -15,13 +15,16 @@ A draft whose cycles bring less than 1 / T is paused, each time for longer, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 BINS = (0.0, 0.3, 0.5, 0.7, 0.85, 0.95, 0.99, 1.01)  # edges of sureness
-PRIOR = 6.0  # tokens that a bin's own sureness counts as, before anything was seen
+PRIOR = 4.0  # tokens that what is expected counts as
+FIRST_MEAN = 0.9  # of a draft's tokens are right
 FORGET = 0.98  # of what a bin has seen, at each token it sees
-SMOOTH = 0.3  # weight of a new time
+SMOOTH = 0.1  # weight of a new pass
+QUICKLY = 0.3  # of a new cycle
+STIFF = 30.0  # variance of rows from which on the slope that was seen counts more than the expected one
 FIRST_PAUSE, LONGEST_PAUSE = 4, 64  # passes
 TRIAL = 3  # cycles, after which a losing draft is paused
 MARGIN = 1.02  # a draft must be so much better than none
@@ -29,65 +32,84 @@ MARGIN = 1.02  # a draft must be so much better than none
 
 @dataclass(slots=True)
 class Times:
-    """Seconds, each smoothed; None while not measured.
+    """Seconds of passes and drafts. A pass of n tokens is taken to last `single + (n - 1) row`: a line through those
+    that were seen, the last ones most, drawn towards the expected slope while their lengths are much the same.
 
     Attributes:
-        single: of a pass of one token.
-        row: what each more token adds to it; given at first, measured later.
-        draft: of one drafted token.
+        expected_single: of a pass of one token, before any was seen; None where nobody knows.
+        expected_row: what each more token is expected to add.
+        draft: of one drafted token; None while none was.
     """
 
-    single: float | None = None
-    row: float = 0.0
+    expected_single: float | None = None
+    expected_row: float = 0.0
     draft: float | None = None
-    measured_row: bool = False
-    measured_single: bool = False
+    _weight: float = 0.0
+    _rows: float = 0.0  # weighted means
+    _seconds: float = 0.0
+    _spread: float = 0.0  # weighted variance of the rows, and their covariance with the seconds
+    _together: float = 0.0
+
+    @property
+    def row(self) -> float:
+        """What each more token adds to a pass."""
+        if not self._weight:
+            return self.expected_row
+        slope = (self._together + STIFF * self.expected_row) / (self._spread + STIFF)
+        return min(max(slope, 0.0), self._seconds / self._rows)
+
+    @property
+    def single(self) -> float | None:
+        """A pass of one token."""
+        if not self._weight:
+            return self.expected_single
+        return self._seconds - self.row * (self._rows - 1)
 
     def saw_pass(self, rows: int, seconds: float) -> None:
         """A pass of `rows` tokens took so long."""
-        if rows == 1:
-            self.single = seconds if not self.measured_single else _smooth(self.single, seconds)
-            self.measured_single = True
-            return
-        if not self.measured_single:  # then a pass of many says as much of it as can be known
-            self.single = _smooth(self.single, max(seconds - self.row * (rows - 1), seconds / rows))
-            return
-        assert self.single is not None
-        row = max(seconds - self.single, 0.0) / (rows - 1)
-        self.row = _smooth(self.row, row)
+        self._weight = (1 - SMOOTH) * self._weight + 1
+        share = 1 / self._weight
+        off_rows, off_seconds = rows - self._rows, seconds - self._seconds
+        self._rows += share * off_rows
+        self._seconds += share * off_seconds
+        keep = 1 - share
+        self._spread = keep * (self._spread + share * off_rows * off_rows)
+        self._together = keep * (self._together + share * off_rows * off_seconds)
 
     def saw_draft(self, tokens: int, seconds: float) -> None:
         """Drafting so many tokens took so long."""
         if tokens:
-            self.draft = _smooth(self.draft, seconds / tokens)
-
-
-def _smooth(old: float | None, new: float) -> float:
-    return new if old is None else old + SMOOTH * (new - old)
+            each = seconds / tokens
+            self.draft = each if self.draft is None else self.draft + QUICKLY * (each - self.draft)
 
 
 @dataclass(slots=True)
 class Trust:
-    """What a draft's sureness is worth: the share accepted, by bins."""
+    """What a draft's sureness is worth: the share accepted, by bins.
 
-    accepted: list[float] = field(default_factory=lambda: [PRIOR * _middle(i) for i in range(len(BINS) - 1)])
+    Attributes:
+        expected: the same before anything was seen.
+    """
+
+    expected: Callable[[float], float]
+    accepted: list[float] = field(init=False)
     seen: list[float] = field(default_factory=lambda: [PRIOR] * (len(BINS) - 1))
+    mean: float = FIRST_MEAN  # of all tokens, the last ones most
+
+    def __post_init__(self) -> None:
+        self.accepted = [PRIOR * self.expected(_middle(i)) for i in range(len(BINS) - 1)]
 
     def __call__(self, sure: float) -> float:
         """The probability that a token is accepted, if all before it were."""
         i = _bin(sure)
-        return self.accepted[i] / self.seen[i]
+        return float(self.accepted[i] / self.seen[i])
 
     def saw(self, sure: float, accepted: bool) -> None:
         """A token was verified."""
         i = _bin(sure)
         self.accepted[i] = FORGET * self.accepted[i] + accepted
         self.seen[i] = FORGET * self.seen[i] + 1
-
-    @property
-    def mean(self) -> float:
-        """Of all tokens so far."""
-        return sum(self.accepted) / sum(self.seen)
+        self.mean += (1 - FORGET) * (accepted - self.mean)
 
 
 def _bin(sure: float) -> int:
@@ -98,6 +120,16 @@ def _middle(i: int) -> float:
     return (BINS[i] + min(BINS[i + 1], 1.0)) / 2
 
 
+def as_it_says(sure: float) -> float:
+    """What is expected of a draft that knows how likely it is right, or of another model."""
+    return sure
+
+
+def as_a_copy(sure: float) -> float:
+    """What is expected of a copy of the target: where it wavers, the target mostly wavers to the same side."""
+    return 1 - 0.6 * (1 - sure) ** 1.5
+
+
 class Pace:
     """Decides for one generation after the other; what it learned stays.
 
@@ -105,13 +137,21 @@ class Pace:
         most: tokens a draft may propose.
         single: seconds of a pass, expected.
         row: seconds that each more token in a pass costs, expected.
+        expected: how likely a token is accepted whose draft is so sure.
         must: never pause.
     """
 
-    def __init__(self, most: int, single: float | None, row: float, must: bool = False) -> None:
+    def __init__(
+        self,
+        most: int,
+        single: float | None,
+        row: float,
+        expected: Callable[[float], float] = as_it_says,
+        must: bool = False,
+    ) -> None:
         self.most = most
-        self.times = Times(single=single, row=row)
-        self.trust = Trust()
+        self.times = Times(single, row)
+        self.trust = Trust(expected)
         self.paused = 0  # passes still to come without a draft
         self.pauses = 0  # that were made
         self._pause = FIRST_PAUSE
@@ -170,7 +210,7 @@ class Pace:
         self.times.saw_pass(len(sure) + 1, passing)
         if not sure and not drafting:
             return
-        keep = 1 - SMOOTH
+        keep = 1 - QUICKLY
         self._tokens = keep * self._tokens + 1 + accepted
         self._seconds = keep * self._seconds + drafting + passing
         self._cycles += 1

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 from lamina.decode import door
+from lamina.decode.attention import quicken
 from lamina.decode.draft import Draft
 from lamina.decode.lookup import Lookup
 from lamina.decode.loop import Speculation
 from lamina.decode.models import CopyDraft, ModelDraft
-from lamina.decode.pace import Pace
+from lamina.decode.pace import Pace, as_a_copy, as_it_says
 from lamina.errors import RequestError
 from lamina.model.companion import Companion
 from lamina.model.record import Record
@@ -81,8 +82,9 @@ class Speculator:
     def add(self, name: str, companion: Companion, progress: Any = None) -> None:
         """Read a draft that there is room for."""
         companion.load(self._model.lamina.engine, quick=name == SELF, progress=progress)
+        quicken(companion.model)
         draft = CopyDraft(companion.model) if name == SELF else ModelDraft(name, companion.model)
-        self._drafts[name] = draft, self._pace(exact=False)
+        self._drafts[name] = draft, self._pace(False, as_a_copy if name == SELF else as_it_says)
 
     def __call__(self, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`generate`, with a draft where it may have one."""
@@ -113,9 +115,9 @@ class Speculator:
             self.add(name, companion)
         return self._drafts[name]
 
-    def _pace(self, exact: bool) -> Pace:
+    def _pace(self, exact: bool, expected: Callable[[float], float] = as_it_says) -> Pace:
         plan = self._model.lamina.plan
-        return Pace(MOST, plan.predicted_seconds_per_token, row_seconds(plan, exact))
+        return Pace(MOST, plan.predicted_seconds_per_token, row_seconds(plan, exact), expected)
 
 
 def row_seconds(plan: Plan, exact: bool) -> float:
