@@ -39,7 +39,7 @@ from lamina.model.even_rows import rows_as_they_are
 from lamina.model.experts import experts_by_config
 from lamina.plan.cut import ROW_MULTIPLE
 
-BLOCK = 4 << 20  # bytes of weight rows that all tokens are multiplied with before the next ones
+BLOCK = 8 << 20  # bytes of weight rows that all tokens are multiplied with before the next ones
 GROUPS = (16, 8, 4, 2)  # rows that are multiplied at once, where that changes no bit
 RECURRENT = ("linear_attention", "mamba", "mamba2", "recurrent", "rwkv", "hybrid")
 LENGTH_DEPENDENT = ("dynamic", "longrope")

@@ -81,7 +81,7 @@ class Speculator:
 
     def add(self, name: str, companion: Companion, progress: Any = None) -> None:
         """Read a draft that there is room for."""
-        companion.load(self._model.lamina.engine, quick=name == SELF, progress=progress)
+        companion.load(self._model.lamina.engine, progress)
         quicken(companion.model)
         draft = CopyDraft(companion.model) if name == SELF else ModelDraft(name, companion.model)
         self._drafts[name] = draft, self._pace(False, as_a_copy if name == SELF else as_it_says)

@@ -71,12 +71,11 @@ class Companion:
         """Of a pass over `tokens`."""
         return self.described.trace.activations(tokens)
 
-    def load(self, beside: Engine, quick: bool, progress: Progress | None = None) -> None:
-        """Read the weights.
+    def load(self, beside: Engine, progress: Progress | None = None) -> None:
+        """Read the weights; those in few bits are multiplied with rounded activations from then on, which is quicker.
 
         Args:
             beside: the engine of the model that it accompanies; the device is its, and what is shared is bound there.
-            quick: multiply weights in few bits with rounded activations, which is quicker.
 
         Raises:
             CheckpointError: what is to be shared is not alike.
@@ -99,7 +98,6 @@ class Companion:
 
         share()
         beside.followers.append(share)
-        if quick:
-            for parameter in self.model.parameters():
-                if isinstance(parameter, Encoded):
-                    parameter.quick = True
+        for parameter in self.model.parameters():
+            if isinstance(parameter, Encoded):
+                parameter.quick = True
