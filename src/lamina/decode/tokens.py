@@ -69,7 +69,10 @@ def _vocabulary(request: Request) -> dict[str, int] | None:
     try:
         with open(os.path.join(folder, FILE), encoding="utf-8") as opened:
             content: Any = json.load(opened)
-        vocabulary = dict(content["model"]["vocab"])
+        words: Any = content["model"]["vocab"]
+        if isinstance(words, list):  # unigram: each with a score, its number is its place
+            words = {word: number for number, (word, _) in enumerate(words)}
+        vocabulary = dict(words)
         vocabulary.update((each["content"], each["id"]) for each in content.get("added_tokens", ()))
         return vocabulary
     except (OSError, ValueError, KeyError, TypeError):
