@@ -74,7 +74,13 @@ def intention(plan: Mapping[str, Any]) -> str:
     if plan.get("expert_slots"):  # else all of them stay, or there are none
         kept += f", {plan['expert_slots']:,} of {plan['experts']:,} experts are kept"
         read = f"about {format_size(plan['bytes_read_per_pass'])} are read for each token"
-    return f"{budget} · {kept} · {read} · about {_number(plan['predicted_seconds_per_token'])} s/token{_not_paid(plan)}"
+    drafted = plan.get("predicted_seconds_per_token_drafted")
+    each = (
+        f"about {_number(drafted)} s/token with its draft"
+        if drafted
+        else (f"about {_number(plan['predicted_seconds_per_token'])} s/token{_not_paid(plan)}")
+    )
+    return f"{budget} · {kept} · {read} · {each}"
 
 
 def _not_paid(plan: Mapping[str, Any]) -> str:
@@ -120,6 +126,9 @@ _PLAN_ROWS = {
     "units": "units moved as one",
     "predicted_seconds_per_token": "predicted time a token",
     "predicted_seconds_per_token_plain": "the same uncompressed",
+    "predicted_seconds_per_token_drafted": "the same with the draft",
+    "draft": "draft",
+    "draft_reason": "why",
 }
 
 _BENCH_ROWS = {

@@ -127,7 +127,7 @@ def as_it_says(sure: float) -> float:
 
 def as_a_copy(sure: float) -> float:
     """What is expected of a copy of the target: where it wavers, the target mostly wavers to the same side."""
-    return 1 - 0.6 * (1 - sure) ** 1.5
+    return float(1 - 0.6 * (1 - sure) ** 1.5)
 
 
 class Pace:

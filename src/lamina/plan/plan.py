@@ -68,6 +68,9 @@ class Plan:
         experts: those that are read when they are routed to; empty where all of them are resident.
         expert_slots: how many of them the cache in memory holds, each in `expert_slot_bytes`.
         device_expert_slots: how many the cache on the device holds.
+        draft: what proposes tokens; `draft_reason` why this.
+        predicted_seconds_per_token_drafted: with a copy of the model in 4 bits; None for other drafts, of which it
+            depends on the text.
     """
 
     budget: Budget
@@ -94,6 +97,9 @@ class Plan:
     expert_slots: int = 0
     expert_slot_bytes: int = 0
     device_expert_slots: int = 0
+    draft: str = "none"
+    draft_reason: str = ""
+    predicted_seconds_per_token_drafted: float | None = None
 
     @property
     def streams(self) -> bool:
@@ -184,6 +190,9 @@ class Plan:
             "minimum_device_memory_bytes": self.minimum_device_memory_bytes,
             "predicted_seconds_per_token": self.predicted_seconds_per_token,
             "predicted_seconds_per_token_plain": self.predicted_seconds_per_token_plain,
+            "draft": self.draft,
+            "draft_reason": self.draft_reason,
+            "predicted_seconds_per_token_drafted": self.predicted_seconds_per_token_drafted,
             "units": self.units,
             "gathered": sorted(self.gathered),
             "traced": self.traced,
