@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen2Config
 
 from lamina.decode.tokens import check_same_tokens
 from lamina.errors import RequestError
@@ -122,3 +122,12 @@ def test_a_subfolder_is_looked_into(tmp_path: Path, target: Any) -> None:
     below = described(tmp_path / "draft" / "below", WORDS)
     below.request.folder, below.request.options = draft.request.folder, {"subfolder": "below"}
     check_same_tokens(target, below, "small/model")
+
+
+def test_a_tokenizer_of_nothing_but_special_tokens_is_none(tmp_path: Path, target: Any) -> None:
+    """Which transformers makes for some families where a folder has none: two of them would always be alike."""
+    bare = [described(tmp_path / f"bare{size}", None, size=size) for size in (20, 24)]
+    for each in bare:
+        Qwen2Config(vocab_size=20).save_pretrained(each.request.folder)
+    assert "has 24 tokens and the model 20" in refusal(*bare)
+    assert "no tokenizer" in refusal(target, bare[0])

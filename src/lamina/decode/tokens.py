@@ -78,6 +78,9 @@ def _vocabulary(request: Request) -> dict[str, int] | None:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     try:
-        return dict(AutoTokenizer.from_pretrained(folder, trust_remote_code=request.trust_remote_code).get_vocab())
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=request.trust_remote_code)
+        found = dict(tokenizer.get_vocab())
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError):
         return None
+    # of a folder without a tokenizer transformers makes one for some families: of nothing but special tokens
+    return None if found.keys() <= set(tokenizer.all_special_tokens) else found
