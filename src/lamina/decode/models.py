@@ -89,11 +89,14 @@ class ModelDraft:
     @torch.no_grad()
     def begin(self, prompt: list[int], cache: Any) -> str | None:
         """See `Draft`."""
+        why = f"the draft {self.name} keeps a state that cannot forget what was not accepted"
+        if getattr(self.model, "_is_stateful", False):
+            return why
         self._cache = DynamicCache(config=self.model.config)
         self._held = list(prompt)
         _pass(self.model, self._cache, torch.tensor([prompt], device=self.model.device))
-        if getattr(self.model, "_is_stateful", False) or not self._cache.is_croppable:
-            return f"the draft {self.name} keeps a state that cannot forget what was not accepted"
+        if not self._cache.is_croppable:  # known once it was used
+            return why
         self._cache.activate_past_recording()
         return None
 

@@ -105,7 +105,7 @@ class Engine:
         for name in self._sites:
             if name not in plan.resident:
                 self.bind(name, self._disk[name])
-        self.plan = plan
+        self.plan = replace(plan, draft=self.plan.draft, draft_reason=self.plan.draft_reason)
         for tell in self.followers:
             tell()
         if plan.streams:
