@@ -11,17 +11,18 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from families import MOE, input_ids, tiny_model, write_tiny
+from families import MOE, input_ids, tiny_config, tiny_model
 from lamina.codec import AFFINE
 from lamina.decode import one_row as module
 from lamina.decode.one_row import covers, one_row
 from lamina.model.encoded import Encoded, Scratch
 from lamina.model.even_rows import even_rows
+from lamina.plan import planner
 from lamina.plan.schedule import Span
-from parity.judge import minimum_of, steady, streamed_model
+from parity.judge import minimum_of, reads_on_demand, steady, streamed_model
 
 FAMILIES = """
     llama qwen2 qwen3 gemma2 gemma3_text mistral gpt2 phi3 mixtral qwen3_moe gpt_oss falcon bloom lfm2 deepseek_v3
@@ -94,6 +95,19 @@ def test_wide_products(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> N
                     assert torch.equal(functional.linear(x, weight, own), singly)
 
 
+def test_even_rows_give_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entered inside of `one_row`, as a pass does, they would add rows that are computed in vain."""
+    used: list[object] = []
+    monkeypatch.setattr("lamina.model.even_rows._linear", lambda x, weight, bias=None: used.append(x))
+    x, weight = torch.zeros(20, 64).bfloat16(), torch.zeros(8, 64).bfloat16()
+    with one_row(20, CPU), even_rows(20, CPU):
+        functional.linear(x, weight)
+    assert not used
+    with even_rows(20, CPU):
+        functional.linear(x, weight)
+    assert used
+
+
 def test_a_trial_sees_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
     trial = module._alike.__wrapped__
     assert trial(4, 64, 96, torch.float32, 0) in (True, False)
@@ -106,6 +120,30 @@ def test_a_trial_sees_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.functional, "linear", halves)
     for dtype in (torch.bfloat16, torch.float16):
         assert not trial(4, 64, 1024, dtype, torch.get_num_threads())
+
+
+def test_products_that_are_no_linear() -> None:
+    """Those of attention and experts that families write themselves, a row at a time."""
+    torch.manual_seed(0)
+    left, right = torch.randn(3, 20, 2304).bfloat16(), torch.randn(3, 2304, 64).bfloat16()
+    flat, added = left[0].contiguous(), torch.randn(64).bfloat16()
+    query, key = torch.randn(1, 4, 20, 16).half(), torch.randn(1, 4, 700, 16).half()
+    seen = torch.ones(20, 700, dtype=torch.bool).tril(680)[None, None]
+    calls: list[tuple[Any, Any]] = [
+        (lambda i: torch.bmm(left[:, i], right), -2),
+        (lambda i: left[:, i] @ right, -2),
+        (lambda i: torch.addmm(added, flat[i], right[0]), -2),
+        (lambda i: torch.baddbmm(added, left[:, i], right), -2),
+    ]
+    singly = [torch.cat([call(slice(i, i + 1)) for i in range(20)], at) for call, at in calls]
+    attended = [
+        functional.scaled_dot_product_attention(query[:, :, i : i + 1], *[key[:, :, : 681 + i]] * 2) for i in range(20)
+    ]
+    with one_row(20, CPU):
+        for (call, _), one in zip(calls, singly, strict=True):
+            assert torch.equal(call(slice(None)), one)
+        at_once = functional.scaled_dot_product_attention(query, key, key, attn_mask=seen)
+    assert torch.equal(at_once, torch.cat(attended, 2))
 
 
 def test_encoded_weights_are_multiplied_in_the_codecs_own_groups() -> None:
@@ -123,13 +161,20 @@ def test_encoded_weights_are_multiplied_in_the_codecs_own_groups() -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen2", "mixtral"])
-def test_streamed(family: str, tmp_path: Path) -> None:
-    write_tiny(family, tmp_path, dtype=torch.bfloat16)
+def test_streamed(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the smallest budget, where wide weights pass by in blocks, once a pass."""
+    monkeypatch.setattr(planner, "UNIT_SIZES", (0,))
+    config = tiny_config(family)
+    config.intermediate_size = 1536  # summed over, it depends on the number of rows
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
     model = streamed_model(tmp_path, minimum_of(tmp_path))
-    with model.lamina:
-        assert model.lamina.plan.streams
+    assert family in MOE or any(item.block for item in model.lamina.plan.items)
+    with model.lamina, reads_on_demand() as demanded:
         for count, prompt in LENGTHS:
             assert torch.equal(*singly_and_at_once(model, count, prompt, rows=count))
+    assert not demanded
 
 
 def test_what_is_not_covered_is_told() -> None:

@@ -10,6 +10,9 @@ a pass computes as single tokens do:
 - attention is called for one token after the other, with the keys and the mask that this token would meet;
 - functions that are computed by vectors, with the ends of a row left to other code, see one token at a time.
 
+Norms, softmax, embeddings and causal convolutions of each channel (lfm2) have the same bits anyway, as measured. Single
+rows cost many more calls than one product: where other processes want the same cores, that is felt tenfold.
+
 What cannot be had: a cache whose keys do not lie in the order of the text or are padded (only `DynamicCache`), more
 than one text at a time, devices other than the processor, experts not computed one at a time, rotary angles that
 depend on the length of the text, and recurrent layers, whose scan over n tokens is another formula than their step.
@@ -133,8 +136,6 @@ class _OneRow(TorchFunctionMode):
             return self._added_product(func, args, kwargs)
         if func is SDPA:
             return self._attend(*args, **kwargs)
-        if func is functional.conv1d:
-            return self._convolve(args, kwargs)
         return func(*args, **kwargs)
 
     def _linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
@@ -212,21 +213,6 @@ class _OneRow(TorchFunctionMode):
             one = query[..., i : i + 1, :], key[..., :last, :], value[..., :last, :]
             out.append(SDPA(*one, None if mask.dtype == torch.bool and mask.all() else mask, *args, **kwargs))
         return torch.cat(out, -2)
-
-    def _convolve(self, args: Any, kwargs: Any) -> Any:
-        """The last positions of a causal convolution of each channel, from the columns that a single token has."""
-        out = functional.conv1d(*args, **kwargs)
-        x, weight = args[0], kwargs.get("weight", args[1] if len(args) > 1 else None)
-        groups, padding = kwargs.get("groups", 1), kwargs.get("padding", 0)
-        width = weight.shape[-1]
-        length = x.shape[-1]
-        if groups != x.shape[-2] or padding != width - 1 or length < self.rows + width:
-            return out
-        bias = kwargs.get("bias", args[2] if len(args) > 2 else None)
-        for at in range(length - self.rows, length):
-            window = x[..., at - width : at + 1].contiguous()  # the state of a cache is as wide as the kernel
-            out[..., at : at + 1] = functional.conv1d(window, weight, bias, groups=groups)[..., -1:]
-        return out
 
 
 def _pieces(x: torch.Tensor, rows: int) -> tuple[torch.Tensor, ...]:
