@@ -23,10 +23,13 @@ PRIOR = 4.0  # tokens that what is expected counts as
 FIRST_MEAN = 0.9  # of a draft's tokens are right
 FORGET = 0.98  # of what a bin has seen, at each token it sees
 SMOOTH = 0.1  # weight of a new pass
+LEARN = 0.3  # of what was seen of the cost of rows: lengths become alike and would show it no more
 QUICKLY = 0.3  # of a new cycle
 STIFF = 30.0  # variance of rows from which on the slope that was seen counts more than the expected one
 FIRST_PAUSE, LONGEST_PAUSE = 4, 64  # passes
-TRIAL = 3  # cycles, after which a losing draft is paused
+SLOWLY = 0.1  # of a new cycle, where it is judged whether drafts pay: three of them may all be unlucky
+TRIAL = 5  # cycles, after which a losing draft is paused
+FIRST = 7  # tokens of the very first draft: passes of two lengths show what a row costs
 MARGIN = 1.02  # a draft must be so much better than none
 
 
@@ -37,7 +40,7 @@ class Times:
 
     Attributes:
         expected_single: of a pass of one token, before any was seen; None where nobody knows.
-        expected_row: what each more token is expected to add.
+        expected_row: what each more token is expected to add; learned, as long as passes of several lengths come.
         draft: of one drafted token; None while none was.
     """
 
@@ -59,6 +62,11 @@ class Times:
         return min(max(slope, 0.0), self._seconds / self._rows)
 
     @property
+    def known(self) -> bool:
+        """Whether any pass was seen."""
+        return self._weight > 0
+
+    @property
     def single(self) -> float | None:
         """A pass of one token."""
         if not self._weight:
@@ -75,6 +83,7 @@ class Times:
         keep = 1 - share
         self._spread = keep * (self._spread + share * off_rows * off_rows)
         self._together = keep * (self._together + share * off_rows * off_seconds)
+        self.expected_row += LEARN * (self.row - self.expected_row)
 
     def saw_draft(self, tokens: int, seconds: float) -> None:
         """Drafting so many tokens took so long."""
@@ -157,6 +166,7 @@ class Pace:
         self._pause = FIRST_PAUSE
         self._must = must
         self._tokens = self._seconds = 0.0  # of the last cycles that drafted
+        self._judged_tokens = self._judged_seconds = 0.0  # of more of them
         self._cycles = 0
         self._product = 1.0
         self._count = 0
@@ -173,7 +183,7 @@ class Pace:
         if self.paused:
             self.paused -= 1
             return 0
-        return self.most
+        return self.most if self.times.known or self._must else min(FIRST, self.most)
 
     def go_on(self, sure: float) -> bool:
         """A token was drafted, so sure; whether to draft another one."""
@@ -210,19 +220,21 @@ class Pace:
         self.times.saw_pass(len(sure) + 1, passing)
         if not sure and not drafting:
             return
-        keep = 1 - QUICKLY
-        self._tokens = keep * self._tokens + 1 + accepted
-        self._seconds = keep * self._seconds + drafting + passing
+        tokens, seconds = 1 + accepted, drafting + passing
+        self._tokens = (1 - QUICKLY) * self._tokens + tokens
+        self._seconds = (1 - QUICKLY) * self._seconds + seconds
+        self._judged_tokens = (1 - SLOWLY) * self._judged_tokens + tokens
+        self._judged_seconds = (1 - SLOWLY) * self._judged_seconds + seconds
         self._cycles += 1
         self._judge()
 
     def _judge(self) -> None:
         if self._must or self._cycles < TRIAL or not self.times.single:
             return
-        if self._tokens / self._seconds * self.times.single >= MARGIN:
+        if self._judged_tokens / self._judged_seconds * self.times.single >= MARGIN:
             self._pause = max(FIRST_PAUSE, self._pause // 2)
             return
         self.paused, self._pause = self._pause, min(2 * self._pause, LONGEST_PAUSE)
         self.pauses += 1
-        self._cycles = TRIAL - 1  # one more losing cycle is enough next time
-        self._tokens = self._seconds = 0.0
+        self._cycles = 0
+        self._tokens = self._seconds = self._judged_tokens = self._judged_seconds = 0.0
