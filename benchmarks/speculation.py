@@ -42,7 +42,8 @@ PROMPTS = {
     "prose 1": "Describe how the sea looks on an autumn evening, in five long paragraphs.",
     "prose 2": "Tell the story of a lighthouse keeper who finds a letter in a bottle.",
     "edit 1": f"Repeat this function with one change: rename `means` to `averages`.\n\n{FUNCTION}",
-    "edit 2": f"Repeat this function with one change: add a parameter `start=0` from which on values count.\n\n{FUNCTION}",
+    "edit 2": "Repeat this function with one change: add a parameter `start=0` from which on values count."
+    f"\n\n{FUNCTION}",
 }
 TASKS = (
     "Write a Python function that {}.",

@@ -20,7 +20,15 @@ from lamina.decode.speculator import (
     verifying_bytes,
 )
 from lamina.decode.tokens import check_same_tokens
-from lamina.errors import BudgetError, ChangedError, LaminaError, RequestError, UnsupportedError, WriteError
+from lamina.errors import (
+    BudgetError,
+    ChangedError,
+    LaminaError,
+    ModelNotFoundError,
+    RequestError,
+    UnsupportedError,
+    WriteError,
+)
 from lamina.model.auto import Described, plan_described
 from lamina.model.budget import default_context
 from lamina.model.companion import Companion
@@ -154,12 +162,21 @@ class Drafting:
                 )
             if not self._weights_wanted and not self._has_copy:
                 return None
-            folder = split(self._model, compression=COPY, progress=self._progress, **self._source).folder
+            try:
+                folder = split(self._model, compression=COPY, progress=self._progress, **self._source).folder
+            except UnsupportedError as error:
+                raise UnsupportedError(
+                    f"no copy in 4 bits can be made for draft='self': {error}; draft='lookup' or a smaller model can "
+                    f"propose"
+                ) from error
             return Companion(folder, True, self._progress, **self._options)
         hub: dict[str, Any] = {key: self._source[key] for key in HUB if key in self._source}
         trust = self._options["trust_remote_code"]
         folder = self._in_few_bits(name, hub) if self._weights_wanted else name
-        return Companion(folder, False, self._progress, self._weights_wanted, trust_remote_code=trust, **hub)
+        try:
+            return Companion(folder, False, self._progress, self._weights_wanted, trust_remote_code=trust, **hub)
+        except ModelNotFoundError as error:
+            raise ModelNotFoundError(f"draft: {error}") from error
 
     def _in_few_bits(self, name: str, hub: dict[str, Any]) -> str:
         """A store of a draft model in 8 bits, which is half as large and drafts in half the time; else the model."""
