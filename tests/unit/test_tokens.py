@@ -81,6 +81,11 @@ def test_one_number_with_two_meanings(tmp_path: Path, target: Any) -> None:
     assert "token 19 is '<tool>'" in refusal(target, described(tmp_path / "draft", changed, {"<tool>": 19}))
 
 
+def test_a_word_with_a_number_that_nobody_else_has(tmp_path: Path, target: Any) -> None:
+    """The draft would propose a number that the model knows nothing of."""
+    assert "19 alike" in refusal(target, described(tmp_path / "draft", WORDS | {"w3": 30}, size=32))
+
+
 def test_too_few_of_them(tmp_path: Path, target: Any) -> None:
     few = {token: number for token, number in WORDS.items() if number < 12}
     assert "12 and 20 of them, 12 alike" in refusal(target, described(tmp_path / "draft", few))
