@@ -3,12 +3,14 @@
     python benchmarks/speculation.py speed .cache/bench/qwen-1.5b --drafts none self lookup --memory 2.5GB
     python benchmarks/speculation.py slowdown .cache/bench/qwen-1.5b --memory 2.5GB
     python benchmarks/speculation.py equal .cache/bench/qwen-1.5b --dtype float32 --drafts self lookup
+    python benchmarks/speculation.py tree .cache/bench/qwen-1.5b --drafts self .cache/bench/qwen-0.5b
 
 `speed` runs `lamina run --chat --json` once for each draft and prompt, a round after another; a draft that needs memory
 leaves less for the weights, so each has a process and a plan of its own. `slowdown` asks what a lookup costs where it
 finds nothing: one process, one plan, answers with and without it in turns. `equal` generates greedily with and without
-each draft, all in memory, and counts the answers that differ, and where. What is measured goes to
-results/speculation.jsonl.
+each draft, all in memory, and counts the answers that differ, and where. `tree` replays the answers that `speed`
+recorded: how many tokens a pass chains of 8, 16 and 31 tokens give, and how many if each token had its second choice
+beside it, as the leaf of a tree. What is measured goes to results/speculation.jsonl.
 """
 
 import argparse
@@ -18,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from report import MeasuringError, record, run_main, spread, stamp, table, versions
+from report import RESULTS, MeasuringError, record, run_main, spread, stamp, table, versions
 
 NAME = "speculation"
 FUNCTION = '''def moving_average(values, window):
@@ -175,18 +177,62 @@ def equal(given: argparse.Namespace) -> None:
                                                        "differ": len(each), "first_at": each}})  # fmt: skip
 
 
-def _generate(model: Any, prompt: str, new_tokens: int, draft: str, exact: bool = False) -> list[int]:
+def tree(given: argparse.Namespace) -> None:
+    """Chains against chains with a second choice at each place, on recorded answers; the draft sees the true text."""
+    import torch
+
+    from lamina import AutoModel
+
+    lines = [json.loads(line) for line in (RESULTS / f"{NAME}.jsonl").read_text().splitlines()]
+    answers = {line["prompt"]: line["result"]["tokens"] for line in lines
+               if line["part"] == "speed" and line["draft"] == "self"}  # fmt: skip
+    model = AutoModel.from_pretrained(given.model, context=given.context, draft=None)
+    rows = []
+    for name in given.drafts:
+        _generate(model, "Hello", 2, name)  # loads the draft
+        draft = model.lamina.decoder._drafts[name][0].model
+        for prompt, answer in answers.items():
+            ids = _ids(model, PROMPTS[prompt])["input_ids"]
+            text = torch.cat([ids, torch.tensor([answer])], -1)
+            with torch.no_grad():
+                best = draft(input_ids=text).logits[0, ids.shape[1] - 1 : -1].topk(2).indices
+            first, second = (best == torch.tensor(answer)[:, None]).unbind(-1)
+            row = [prompt, _short(name), f"{first.float().mean():.3f}", f"{second[~first].float().mean():.2f}"]
+            for length in (8, 16, 31):
+                chain, leaves = (_tokens_a_pass(first.tolist(), second.tolist(), length, way) for way in (False, True))
+                row.append(f"{chain:.1f} {leaves:.1f}")
+            rows.append(row)
+    print(table(rows, ("prompt", "draft", "first right", "else second", "8: chain, leaves", "16", "31")))
+
+
+def _tokens_a_pass(first: list[bool], second: list[bool], length: int, leaves: bool) -> float:
+    at = passes = 0
+    while at < len(first):
+        passes += 1
+        wrong = next((i for i in range(at, min(at + length, len(first))) if not first[i]), None)
+        if wrong is None:
+            at += length + 1
+        else:  # the target's own token is there, and behind a leaf that was right the one after it
+            at = wrong + 1 + (leaves and second[wrong])
+    return len(first) / passes
+
+
+def _ids(model: Any, prompt: str) -> Any:
     messages = [{"role": "user", "content": prompt}]
-    inputs = model.tokenizer.apply_chat_template(
+    return model.tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
+
+
+def _generate(model: Any, prompt: str, new_tokens: int, draft: str, exact: bool = False) -> list[int]:
+    inputs = _ids(model, prompt)
     out = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, draft=draft, exact=exact)
     return [int(token) for token in out[0, inputs["input_ids"].shape[1] :]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("speed", "slowdown", "equal"))
+    parser.add_argument("part", choices=("speed", "slowdown", "equal", "tree"))
     parser.add_argument("model")
     parser.add_argument("--drafts", nargs="+", default=["none", "self"])
     parser.add_argument("--memory", default="2.5GB")
@@ -199,7 +245,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=50, help="prompts of equal")
     parser.add_argument("--exact", action="store_true")
     given = parser.parse_args()
-    {"speed": speed, "slowdown": slowdown, "equal": equal}[given.part](given)
+    {"speed": speed, "slowdown": slowdown, "equal": equal, "tree": tree}[given.part](given)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from lamina.decode.speculator import (
     Speculator,
     companion_bytes,
     draft_name,
+    row_seconds,
     verifying_bytes,
 )
 from lamina.decode.tokens import check_same_tokens
@@ -113,7 +114,8 @@ class Drafting:
         seconds = None
         if self.chosen == SELF:
             nbytes = self._companion.nbytes if self._companion is not None else plan.budget.draft_bytes
-            seconds = seconds_with_draft(plan, nbytes, plan.operations_per_token)
+            row = row_seconds(plan, exact=self.wanted == AUTO)
+            seconds = seconds_with_draft(plan, nbytes, plan.operations_per_token, row)
         return replace(plan, draft=self.chosen, draft_reason=self.reason, predicted_seconds_per_token_drafted=seconds)
 
     def attach(self, model: PreTrainedModel, exact: bool | None) -> None:
@@ -143,7 +145,8 @@ class Drafting:
             return plan_described(target, memory, device_memory, device, context, most, beside)
 
         try:
-            paying, self.reason = pays(plan(None), plan(also), self._companion.nbytes)
+            beside = plan(also)
+            paying, self.reason = pays(plan(None), beside, self._companion.nbytes, row_seconds(beside, exact=True))
         except BudgetError:
             self.reason = f"there is no room for the copy of the model in 4 bits ({format_size(also(1))})"
             return False

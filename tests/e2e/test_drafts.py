@@ -223,7 +223,7 @@ def test_auto_with_a_copy_takes_it_where_it_pays(
 ) -> None:
     seen: list[tuple[int, int]] = []
 
-    def pays(without: Any, beside: Any, nbytes: int) -> tuple[bool, str]:
+    def pays(without: Any, beside: Any, nbytes: int, row: float) -> tuple[bool, str]:
         seen.append((without.budget.draft_bytes, beside.budget.draft_bytes))
         return paying, "so the forecast says"
 

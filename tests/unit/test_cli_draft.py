@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lamina.cli import report
 from lamina.cli.main import main
+from lamina.decode.pace import Pace
 from parity.judge import steady
 from unit.test_cli import Result, Run, one_line
 
@@ -79,6 +80,14 @@ def test_help_says_what_there_is(run: Run) -> None:
             assert word in text[text.index("--draft") :][:500], (command, word)
 
 
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is proposed is verified: how quick this machine is decides nothing."""
+    monkeypatch.setattr(Pace, "worth", lambda self, sure: len(sure))
+    monkeypatch.setattr(Pace, "_judge", lambda self: None)
+
+
+@pytest.mark.usefixtures("always")
 def test_what_a_drafted_answer_tells(run: Run, folder: Path) -> None:
     plain = done(run("run", *asked(folder, "--draft", "none", "--json")))
     drafted = done(run("run", *asked(folder, "--draft", "lookup", "--json")))
@@ -96,6 +105,7 @@ def test_what_a_drafted_answer_tells(run: Run, folder: Path) -> None:
     assert without["draft_bytes"] == 0
 
 
+@pytest.mark.usefixtures("always")
 def test_the_summary_shows_drafted_tokens(run: Run, folder: Path) -> None:
     result = run("run", *asked(folder, "--draft", "lookup"))
     assert result.code == 0

@@ -28,7 +28,7 @@ MOST = 31  # tokens of a draft: with the one before them 32 rows, for which ther
 VERIFYING = 6  # bytes for each row and token of the vocabulary: logits as they come, and one race of sampling
 ROW_OF_COMPUTE = 0.02  # of the products of a pass, what one more row adds to them
 ROW_OF_EXPERTS = 0.7  # of the experts that a token needs, those that the tokens before it in the pass did not
-EXACT_ROW = 0.4  # of the products of a pass, where each row has its own
+EXACT_ROW = 0.9  # of the products of a pass, where each row has its own: measured, docs/speculation.md
 
 Load = Callable[[str], Companion]
 
@@ -119,14 +119,23 @@ class Speculator:
             self._free.release()
 
     def _draft(self, name: str, exact: bool) -> tuple[Draft, Pace]:
-        if name not in self._drafts and name == LOOKUP:
+        if name in self._drafts:
+            return self._drafts[name]
+        lamina = self._model.lamina
+        budget = lamina.plan.budget
+        room = 0 if budget.draft_bytes else verifying_bytes(self._model.config)
+        if name == LOOKUP:
+            lamina.give_room(room)
             self._drafts[name] = Lookup(), self._pace(exact)
-        elif name not in self._drafts:
-            companion = self._load(name)
-            lamina = self._model.lamina
-            budget = lamina.plan.budget
-            lamina.give_room(companion_bytes(companion, name, budget.context_tokens, budget.activation_bytes))
+            return self._drafts[name]
+        companion = self._load(name)
+        room += companion_bytes(companion, name, budget.context_tokens, budget.activation_bytes)
+        lamina.give_room(room)
+        try:
             self.add(name, companion)
+        except BaseException:
+            lamina.give_room(-room)
+            raise
         return self._drafts[name]
 
     def _pace(self, exact: bool, expected: Callable[[float], float] = as_it_says) -> Pace:

@@ -105,7 +105,13 @@ class Engine:
         for name in self._sites:
             if name not in plan.resident:
                 self.bind(name, self._disk[name])
-        self.plan = replace(plan, draft=self.plan.draft, draft_reason=self.plan.draft_reason)
+        told = self.plan
+        self.plan = replace(
+            plan,
+            draft=told.draft,
+            draft_reason=told.draft_reason,
+            predicted_seconds_per_token_drafted=told.predicted_seconds_per_token_drafted,
+        )
         for tell in self.followers:
             tell()
         if plan.streams:

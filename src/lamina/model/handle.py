@@ -222,6 +222,8 @@ class Lamina:
         Raises:
             BudgetError: not even the smallest plan leaves so much.
         """
+        if not nbytes:
+            return
         engine = self._engine
         budget = dataclasses.replace(engine.plan.budget, draft_bytes=engine.plan.budget.draft_bytes + nbytes)
         with engine.lock:
