@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM, LogitsProcessor, PreTrainedModel, Sto
 from families import tiny_config
 from lamina import AutoModel
 from lamina.decode.draft import GoOn, Pick, Proposal
-from lamina.decode.pace import Pace
+from lamina.decode.pace import TRIAL, Pace
 from lamina.decode.speculator import MOST, Speculator
 
 IDS = torch.tensor([[5, 99, 23, 77, 5, 99, 23, 77, 5, 99, 23]])
@@ -81,6 +81,34 @@ def both(model: PreTrainedModel, **asked: Any) -> tuple[Any, Any, int]:
     before = model.lamina.stats.passes
     drafted = generate(draft="oracle")
     return plain, drafted, model.lamina.stats.passes - before
+
+
+class Counted(Oracle):
+    """Counts how often it is asked."""
+
+    asked = 0
+
+    def propose(self, text: list[int], most: int, go_on: GoOn, pick: Pick) -> Proposal:
+        self.asked += 1
+        return super().propose(text, most, go_on, pick)
+
+
+def test_a_paused_draft_is_tried_again(model: PreTrainedModel) -> None:
+    """Passes without a draft, while it is paused, are not held against it."""
+    plain = model.generate(IDS, max_new_tokens=90, do_sample=False, draft=None)[0].tolist()
+    draft, pace = Counted(plain, lambda at: True), Pace(MOST, None, 0.0)
+    model.lamina.decoder._drafts["oracle"] = draft, pace
+    out = model.generate(IDS, max_new_tokens=90, do_sample=False, draft="oracle")
+    assert out[0].tolist() == plain
+    assert pace.pauses >= 2
+    assert draft.asked > 2 * TRIAL - 1
+
+
+def test_a_draft_with_nothing_to_say_loses_nothing(model: PreTrainedModel) -> None:
+    draft, pace = Counted([], lambda at: True), Pace(MOST, None, 0.0)
+    model.lamina.decoder._drafts["oracle"] = draft, pace
+    model.generate(IDS, max_new_tokens=30, do_sample=False, draft="oracle")
+    assert (pace.pauses, draft.asked) == (0, 28)  # the first token is the prefill's, the last one has no room
 
 
 class Every(LogitsProcessor):

@@ -89,7 +89,7 @@ class Speculation:
     def _cycle(self, model: Any, text: Text, kwargs: dict[str, Any], drafting: bool) -> dict[str, Any]:
         """Draft, verify, keep; the cache holds all but the last token before and after."""
         began = time.perf_counter()
-        proposal = self._propose(text) if drafting else Proposal()
+        proposal, drafting_seconds = self._propose(text) if drafting else (Proposal(), 0.0)
         drafted = time.perf_counter()
         tokens = proposal.tokens
         ids = text.ids
@@ -109,21 +109,23 @@ class Speculation:
         if drafting:
             # a text that ends within a draft says nothing of the rest of it
             sure = proposal.confidence[:accepted] if text.done and accepted == kept else proposal.confidence
-            self.pace.saw(sure, accepted, drafted - began, ended - drafted)
+            self.pace.saw(sure, accepted, drafting_seconds, ended - drafted)
         self.record.cycle(len(tokens), accepted, kept, drafted - began, ended - began)
         return kwargs
 
-    def _propose(self, text: Text) -> Proposal:
+    def _propose(self, text: Text) -> tuple[Proposal, float]:
+        """What is to be verified, and the seconds it took; none where the draft was paused or had nothing to say."""
         most = min(self.pace.begins(), text.room - 1)
         if most < 1:
-            return Proposal()
+            return Proposal(), 0.0
         began = time.perf_counter()
         pick = Foreseen(text.processors, text.choice, text.ids, text.vocabulary)
         proposal = self.draft.propose(text.tokens, most, self.pace.go_on, pick)
-        self.pace.times.saw_draft(len(proposal.tokens), time.perf_counter() - began)
+        seconds = time.perf_counter() - began if proposal.tokens else 0.0
+        self.pace.times.saw_draft(len(proposal.tokens), seconds)
         end = next((i + 1 for i, token in enumerate(proposal.tokens) if token in text.ends), MOST_EVER)
         count = min(self.pace.worth(proposal.confidence), end)  # what follows the end of a text is not wanted
-        return Proposal(proposal.tokens[:count], proposal.confidence[:count])
+        return Proposal(proposal.tokens[:count], proposal.confidence[:count]), seconds
 
 
 class Text:
