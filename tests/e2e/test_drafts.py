@@ -19,9 +19,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import lamina.drafting
+from always import Always
 from families import write_tiny
 from lamina import AutoModel, BudgetError, ModelNotFoundError, RequestError, UnsupportedError, plan_model
-from lamina.decode.pace import Pace
 from lamina.decode.speculator import MOST
 from parity.judge import CONTEXT, minimum_of, plain_model, steady
 
@@ -106,7 +106,7 @@ def insist(model: PreTrainedModel) -> None:
     """Let no draft be paused, however seldom it is right."""
     drafts = model.lamina.decoder._drafts
     for name, (draft, _) in list(drafts.items()):
-        drafts[name] = draft, Pace(MOST, None, 0.0, must=True)
+        drafts[name] = draft, Always(MOST, None, 0.0, must=True)
 
 
 def same(model: PreTrainedModel, answer: list[int], new: int = NEW, **asked: Any) -> None:

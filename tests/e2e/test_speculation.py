@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, LogitsProcessor, PreTrainedModel, StoppingCriteria
 
+from always import Always
 from families import tiny_config
 from lamina import AutoModel
 from lamina.decode.draft import GoOn, Pick, Proposal
@@ -63,7 +64,7 @@ def model(folder: Path) -> PreTrainedModel:
 
 def with_oracle(model: PreTrainedModel, answer: list[int], wrong: Callable[[int], bool]) -> Speculator:
     speculator: Speculator = model.lamina.decoder
-    speculator._drafts["oracle"] = Oracle(answer, wrong), Pace(MOST, None, 0.0, must=True)
+    speculator._drafts["oracle"] = Oracle(answer, wrong), Always(MOST, None, 0.0, must=True)
     return speculator
 
 

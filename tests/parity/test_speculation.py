@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from always import Always
 from families import input_ids, tiny_config, write_tiny
 from lamina import AutoModel
 from lamina.decode.draft import GoOn, Pick, Proposal
-from lamina.decode.pace import Pace
 from lamina.decode.speculator import MOST
 from parity.judge import minimum_of, plain_model, steady
 
@@ -61,7 +61,7 @@ def known(families: list[str]) -> list[str]:
 
 
 def drafted(model: PreTrainedModel, ids: torch.Tensor, answer: torch.Tensor, **asked: Any) -> torch.Tensor:
-    model.lamina.decoder._drafts["oracle"] = Wavering(answer[0].tolist()), Pace(MOST, None, 0.0, must=True)
+    model.lamina.decoder._drafts["oracle"] = Wavering(answer[0].tolist()), Always(MOST, None, 0.0, must=True)
     return model.generate(ids, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, draft="oracle", **asked)
 
 
@@ -103,7 +103,7 @@ def test_a_copy_of_the_model_drafts(family: str, tmp_path: Path) -> None:
     model = AutoModel.from_pretrained(str(tmp_path / "model"), context=64, draft="self")
     with model.lamina:
         copy, _ = model.lamina.decoder._drafts["self"]
-        model.lamina.decoder._drafts["self"] = copy, Pace(MOST, None, 0.0, must=True)
+        model.lamina.decoder._drafts["self"] = copy, Always(MOST, None, 0.0, must=True)
         out = model.generate(ids, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
         assert torch.equal(out, answer)
         assert model.lamina.stats.accepted_tokens > 0
