@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -31,11 +32,18 @@ def _pass(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
         "position_ids": torch.arange(past, past + ids.shape[1], device=ids.device)[None],
         "logits_to_keep": 1,
     }
-    taken = inspect.signature(model.forward).parameters
+    kind: Any = type(model)
+    taken = _arguments(kind)
     logits: torch.Tensor = model(
         input_ids=ids, past_key_values=cache, use_cache=True, **{key: own[key] for key in own if key in taken}
     ).logits
     return logits
+
+
+@functools.cache
+def _arguments(kind: Any) -> frozenset[str]:
+    """Names that the forward of a class of models takes: looked up once, not for each drafted token."""
+    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 class CopyDraft:
