@@ -20,6 +20,7 @@ from lamina.errors import (
     UnsupportedError,
     WriteError,
 )
+from lamina.fallbacks import FallbackWarning
 
 if TYPE_CHECKING:
     from lamina.auto import AutoModel, plan_model
@@ -32,6 +33,7 @@ __all__ = [
     "ChangedError",
     "CheckpointError",
     "ClosedError",
+    "FallbackWarning",
     "HeaderError",
     "LaminaError",
     "MissingShardError",

@@ -16,8 +16,10 @@ import lamina.model
 from lamina.decode.speculator import AUTO, NONE, draft_name
 from lamina.drafting import SOURCE, Drafting
 from lamina.errors import RequestError
+from lamina.model.install import in_place_of
 from lamina.plan.plan import Plan
 from lamina.store import as_if_split, default_folder, is_store_of, split
+from lamina.store.save import save_pretrained
 
 Progress = Callable[[str, int, int], None]
 PLAIN = "plain"
@@ -116,6 +118,9 @@ class AutoModel:
             **transformers_kwargs,
         )
         try:
+            loaded.save_pretrained = in_place_of(
+                loaded.save_pretrained, functools.partial(save_pretrained, loaded.save_pretrained, loaded)
+            )
             drafting.attach(loaded, exact)
         except BaseException:
             loaded.lamina.close()

@@ -109,12 +109,39 @@ def test_sources_are_named_once_in_order_of_use() -> None:
     assert sources_of(made.expression) == ["c", "a"]  # type: ignore[attr-defined]
 
 
+class InMemory:
+    """A home for a weight whose data is here.
+
+    Args:
+        whole: it may be read as a whole; else only rows of it.
+    """
+
+    def __init__(self, data: torch.Tensor, whole: bool = True) -> None:
+        self.data, self.whole = data, whole
+
+    def read(self) -> torch.Tensor:
+        assert self.whole
+        return self.data
+
+    def gather(self, ids: torch.Tensor) -> torch.Tensor | None:
+        return None if self.whole else self.data[ids]
+
+    def written(self) -> torch.Tensor:
+        return self.data
+
+    def scale(self, func: Any, number: float) -> bool:
+        return False
+
+    def replace(self, data: torch.Tensor) -> None:
+        self.data = data
+
+
 def test_outside_a_recording_the_data_is_read() -> None:
     tensors = _tensors((4, 6))
     disk = _on_disk(tensors)["a"]
     with pytest.raises(RuntimeError, match="not attached"):
         disk + 1
-    disk.read = lambda: tensors["a"]
+    disk.home = InMemory(tensors["a"])
     assert torch.equal(disk * 2, tensors["a"] * 2)
     assert torch.equal(torch.nn.functional.linear(torch.ones(6), disk), tensors["a"] @ torch.ones(6))
     assert repr(disk) == "DiskTensor(shape=(4, 6), dtype=torch.float32)"
@@ -123,7 +150,7 @@ def test_outside_a_recording_the_data_is_read() -> None:
 def test_rows_are_read_alone() -> None:
     tensors = _tensors((4, 6))
     disk = _on_disk(tensors)["a"]
-    disk.gather = lambda ids: tensors["a"][ids]
+    disk.home = InMemory(tensors["a"], whole=False)
     assert torch.equal(disk[2], tensors["a"][2])
     assert torch.equal(disk[-1, 3], tensors["a"][-1, 3])
     ids = torch.tensor([[3, 0]])

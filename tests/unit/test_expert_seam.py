@@ -102,13 +102,25 @@ class Asked:
         self.whole = 0
         self.data = torch.arange(torch.Size(shape).numel()).reshape(shape).to(dtype)
         disk = DiskTensor.of("w", shape, dtype)
-        disk.read = self._read
+        disk.home = self
         self.weight = Blocks(disk)
         self.weight.experts, self.weight.expert = count, self._expert
 
-    def _read(self) -> torch.Tensor:
+    def read(self) -> torch.Tensor:
         self.whole += 1
         return self.data
+
+    def gather(self, ids: torch.Tensor) -> None:
+        return None
+
+    def written(self) -> torch.Tensor:
+        return self.data
+
+    def scale(self, func: Any, number: float) -> bool:
+        return False
+
+    def replace(self, data: torch.Tensor) -> None:
+        self.data = data
 
     def _expert(self, index: int) -> torch.Tensor:
         self.experts.append(index)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from lamina.cli import engine, report
-from lamina.cli.generation import encode_chat, generate
+from lamina.cli.generation import Notes, encode_chat, generate
 from lamina.cli.live import Terminal, stdio
 from lamina.cli.options import ModelArgument, ModelOptions, Sampling, Verbosity
 from lamina.cli.progress import Progress
@@ -52,10 +52,9 @@ def chat(
         progress.watch(loaded)
         talk = Conversation(loaded, model, system, sampling, max_new_tokens)
         talk.check()
+        notes = Notes(None if verbosity.quiet else terminal.note)
+        notes.loaded(loaded)
         if not verbosity.quiet:
-            terminal.note(report.intention(engine.as_dict(loaded.lamina.plan)))
-            if drafting := report.drafting(engine.as_dict(loaded.lamina.stats)):
-                terminal.note(drafting)
             typer.echo("/help lists the commands, Ctrl-D ends.", err=True)
         while (line := _read_line()) is not None and line not in ("/exit", "/quit"):
             if line == "/reset":
@@ -65,7 +64,7 @@ def chat(
             elif line.startswith("/"):
                 typer.echo(f"lamina: no command {line.split()[0]}: /help lists them", err=True)
             elif line:
-                _answer(talk, line, terminal, progress, quiet=verbosity.quiet)
+                _answer(talk, line, terminal, progress, notes, quiet=verbosity.quiet)
 
 
 class Conversation:
@@ -128,7 +127,9 @@ class Conversation:
         return tokens
 
 
-def _answer(talk: Conversation, question: str, terminal: Terminal, progress: Progress, *, quiet: bool) -> None:
+def _answer(
+    talk: Conversation, question: str, terminal: Terminal, progress: Progress, notes: Notes, *, quiet: bool
+) -> None:
     progress.begin()
     try:
         with terminal.showing(progress.describe), _interrupt_once(progress) as stopped:
@@ -137,8 +138,10 @@ def _answer(talk: Conversation, question: str, terminal: Terminal, progress: Pro
         typer.echo(f"lamina: {one_line(error)}", err=True)
         return
     terminal.write("\n")
+    stats = engine.as_dict(talk.model.lamina.stats)
+    notes.answered(stats)
     if not quiet:
-        typer.echo(report.summary(engine.as_dict(talk.model.lamina.stats), tokens), err=True)
+        typer.echo(report.summary(stats, tokens), err=True)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from lamina.cli import engine, report
-from lamina.cli.generation import encode, encode_chat, generate, read_prompt
+from lamina.cli.generation import Notes, encode, encode_chat, generate, read_prompt
 from lamina.cli.live import stdio
 from lamina.cli.options import ModelArgument, ModelOptions, Sampling, Verbosity, parse_prompt_ids
 from lamina.cli.progress import Progress
@@ -49,6 +49,7 @@ def run(
         raise RequestError("--chat needs the prompt as text, not as --prompt-ids")
     terminal = stdio(json=json, quiet=verbosity.quiet)
     progress = Progress(max_new_tokens)
+    notes = Notes(None if verbosity.quiet else terminal.note)
     with _stdout_for_the_result(json), terminal.showing(progress.describe):
         with engine.opened(model, options, progress.report) as loaded:
             progress.watch(loaded)
@@ -56,10 +57,7 @@ def run(
                 inputs = encode_chat(loaded, model, [{"role": "user", "content": str(request)}])
             else:
                 inputs = encode(loaded, request)
-            if not verbosity.quiet:
-                terminal.note(report.intention(engine.as_dict(loaded.lamina.plan)))
-                if drafting := report.drafting(engine.as_dict(loaded.lamina.stats)):
-                    terminal.note(drafting)
+            notes.loaded(loaded)
             tokens, text = generate(
                 loaded,
                 inputs,
@@ -74,6 +72,7 @@ def run(
             terminal.write("\n")
     if json:
         typer.echo(report.as_json({"text": text, "tokens": tokens, "stats": stats}))
+    notes.answered(stats)
     if not verbosity.quiet:
         typer.echo(report.summary(stats, len(tokens)), err=True)
 
@@ -98,6 +97,8 @@ def plan(
     with _stdout_for_the_result(True), stdio(json=True, quiet=verbosity.quiet).showing(progress.describe):
         planned = engine.plan(model, options, progress.report)
     typer.echo(report.as_json(planned) if json else report.plan_table(planned))
+    if json and not verbosity.quiet:
+        Notes(_to_stderr).answered(planned, off=False)
 
 
 def bench(
@@ -139,6 +140,8 @@ def bench(
             model, options, progress.report, prompt_tokens=prompt_tokens, new_tokens=new_tokens, prompt_ids=ids, **asked
         )
     typer.echo(report.as_json(result) if json else report.bench_table(result))
+    if not verbosity.quiet:
+        Notes(_to_stderr).answered(result)
     if json and profile and not verbosity.quiet:
         typer.echo(report.trace_line(result["profile"]["trace"]), err=True)
 
@@ -159,6 +162,10 @@ def _tokenizer(model: Any, *, needed: bool) -> Any | None:
         if needed:
             raise
         return None
+
+
+def _to_stderr(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 def _nowhere(piece: str) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from lamina.cli import engine
+from lamina.cli import engine, report
 from lamina.cli.options import Sampling, parse_prompt_ids
 from lamina.cli.text import TextStream, TokenStream
 from lamina.errors import RequestError
@@ -60,6 +60,38 @@ def encode_chat(model: Any, name: str, messages: list[dict[str, str]]) -> dict[s
             raise
         raise RequestError(f"the chat template of {name} refuses this conversation: {error}") from error
     return dict(inputs.to(model.device))
+
+
+class Notes:
+    """Tells what the user should know about a model, each thing once.
+
+    Args:
+        note: writes a line beside the text; None where nobody wants to know.
+    """
+
+    def __init__(self, note: Callable[[str], None] | None) -> None:
+        self._note = note
+        self._told: set[str] = set()
+
+    def loaded(self, model: Any) -> None:
+        """What it is about to do."""
+        if self._note is None:
+            return
+        stats = engine.as_dict(model.lamina.stats)
+        self._note(report.intention(engine.as_dict(model.lamina.plan)))
+        if drafting := report.drafting(stats):
+            self._note(drafting)
+        self.answered(stats, off=False)
+
+    def answered(self, stats: Mapping[str, Any], off: bool = True) -> None:
+        """Second ways that were taken meanwhile; and why there was no draft, if one was meant to be."""
+        lines = [f"lamina: {reason}" for reason in stats.get("fallbacks") or ()]
+        if off and (nothing := report.nothing_drafted(stats)):
+            lines.append(nothing)
+        for line in lines:
+            if self._note is not None and line not in self._told:
+                self._told.add(line)
+                self._note(line)
 
 
 def generate(

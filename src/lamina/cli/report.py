@@ -64,6 +64,13 @@ def drafting(stats: Mapping[str, Any]) -> str:
     return f"draft: {stats['draft']}{memory} · {stats['draft_reason']}"
 
 
+def nothing_drafted(stats: Mapping[str, Any]) -> str:
+    """Why nothing was drafted, in one line, where a draft was there; empty where something was."""
+    if stats.get("drafted_tokens") or stats.get("draft", "none") == "none":
+        return ""
+    return f"draft: {stats['draft']} proposed nothing · {stats['draft_reason']}"
+
+
 def intention(plan: Mapping[str, Any]) -> str:
     """What a loaded model is about to do, in one line."""
     budget = f"{format_size(plan['memory_budget_bytes'])} given"
@@ -169,7 +176,7 @@ def plan_table(plan: Mapping[str, Any]) -> str:
     rows = _rows(plan, _PLAN_ROWS)
     if (context := plan.get("context_tokens")) and "KV cache" in rows:
         rows["KV cache"] += f" for {context} tokens"
-    return _table(rows)
+    return "\n".join([_table(rows), *(f"fallback: {reason}" for reason in plan.get("fallbacks") or ())])
 
 
 def bench_table(result: Mapping[str, Any]) -> str:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+
+from lamina.hf.internals import attention_implementation, sdpa_attention_forward, sdpa_mask
 
 NAME = "sdpa_few_in_float32"
 FEW = 4  # queries
@@ -44,7 +44,7 @@ def few_in_float32(
 def quicken(model: PreTrainedModel) -> None:
     """Let a draft's model attend so, where it would use torch's attention on the processor in 16 bits."""
     half = model.dtype in (torch.bfloat16, torch.float16)
-    if model.device.type != "cpu" or not half or getattr(model.config, "_attn_implementation", None) != "sdpa":
+    if model.device.type != "cpu" or not half or attention_implementation(model.config) != "sdpa":
         return
     AttentionInterface.register(NAME, few_in_float32)
     AttentionMaskInterface.register(NAME, sdpa_mask)

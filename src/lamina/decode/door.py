@@ -1,8 +1,8 @@
-"""What speculation takes from transformers' generation beyond its public face: the one file a new version can move.
+"""Between a call of `generate` and a loop of our own.
 
 `generate(custom_generate=callable)` is public. It prepares inputs, cache, logits processors and stopping criteria and
 hands them over; but it loses the streamer and the tokenizer of stop strings on the way, so both are taken out before.
-Within a pass the loop needs what `_sample` itself calls: `_prefill` and `_update_model_kwargs_for_generation`.
+Within a pass the loop needs what transformers' own loop calls: see `lamina.hf.internals`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
-    GenerateDecoderOnlyOutput,
     GenerationMode,
     LogitsProcessorList,
     MinLengthLogitsProcessor,
@@ -33,7 +32,8 @@ from transformers.generation import (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
-from transformers.utils import ModelOutput
+
+from lamina.hf import internals
 
 FOLLOWED = (
     EpsilonLogitsWarper,
@@ -62,7 +62,7 @@ def why_plain(model: PreTrainedModel, request: Mapping[str, Any]) -> str | None:
         if request.get(name):
             return f"the call has {name} of its own"
     given = {key: request[key] for key in _settings(request) if key != "generation_config"}
-    config, _ = model._prepare_generation_config(request.get("generation_config"), **given)
+    config = internals.generation_config_of(model, request.get("generation_config"), given)
     if config.get_generation_mode(None) not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         return "beams and other searches decode as they always did"
     if config.num_return_sequences > 1:
@@ -103,11 +103,6 @@ def taken_out(request: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     return request, request.get("streamer")
 
 
-def prefill(model: Any, ids: torch.Tensor, config: GenerationConfig, kwargs: dict[str, Any]) -> Any:
-    """The first pass, over the prompt, as `_sample` makes it."""
-    return model._prefill(ids, config, kwargs, is_first_iteration=True)
-
-
 def verify(model: Any, ids: torch.Tensor, new: int, kwargs: Mapping[str, Any]) -> Any:
     """One pass over the last `new` tokens of `ids`; the cache holds those before.
 
@@ -115,31 +110,12 @@ def verify(model: Any, ids: torch.Tensor, new: int, kwargs: Mapping[str, Any]) -
         ids: shape (1, tokens).
         kwargs: of the pass, as they are for the first of the new tokens.
     """
-    grown = dict(kwargs)
-    if new > 1:
-        grown = model._update_model_kwargs_for_generation(ModelOutput(), grown, num_new_tokens=new - 1)
-    inputs = model.prepare_inputs_for_generation(ids, next_sequence_length=new, **grown)
+    inputs = internals.inputs_of(model, ids, new, kwargs)
     if "logits_to_keep" in inputs:
         inputs["logits_to_keep"] = new
     return model(**inputs, return_dict=True)
 
 
-def advance(model: Any, outputs: Any, kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """The keyword arguments of the next pass, `tokens` tokens further on."""
-    advanced: dict[str, Any] = model._update_model_kwargs_for_generation(outputs, kwargs, num_new_tokens=tokens)
-    return advanced
-
-
-def plain(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Decode as transformers does it, one token a pass."""
-    return type(model)._sample(model, *args, **kwargs)
-
-
 def followed(processors: LogitsProcessorList) -> LogitsProcessorList:
     """The processors that a draft follows too."""
     return LogitsProcessorList([each for each in processors if type(each) in FOLLOWED])
-
-
-def output(ids: torch.Tensor, scores: Any, logits: Any, cache: Any) -> GenerateDecoderOnlyOutput:
-    """What `generate` gives where `return_dict_in_generate` is asked for."""
-    return GenerateDecoderOnlyOutput(sequences=ids, scores=scores, logits=logits, past_key_values=cache)

@@ -21,6 +21,7 @@ from lamina.decode.choice import Foreseen, Greedy, Sampled, choice_for
 from lamina.decode.draft import Draft, Proposal
 from lamina.decode.one_row import one_row
 from lamina.decode.pace import Pace
+from lamina.hf import internals
 from lamina.model.record import Record
 
 MOST_EVER = 1 << 30  # tokens of a draft
@@ -53,7 +54,7 @@ class Speculation:
         why = why_not_here(input_ids, kwargs)
         if why is not None:
             self.record.off(why)
-            return door.plain(
+            return internals.sample(
                 model,
                 input_ids,
                 logits_processor=logits_processor,
@@ -69,14 +70,14 @@ class Speculation:
             text.choice.close()
 
     def _decode(self, model: Any, text: Text, config: GenerationConfig, kwargs: dict[str, Any]) -> Any:
-        outputs = door.prefill(model, text.ids, config, kwargs)
-        kwargs = door.advance(model, outputs, kwargs, 1)
+        outputs = internals.prefill(model, text.ids, config, kwargs)
+        kwargs = internals.advance(model, outputs, kwargs, 1)
         text.take(outputs.logits[:, -1:])
-        cache = outputs.past_key_values
+        cache = internals.cache_of(outputs)
         del outputs
         why = why_not_back(model, cache)
         if why is None and not text.done:
-            cache.activate_past_recording()
+            internals.record_past(cache)
             began = time.perf_counter()
             why = self.draft.begin(text.tokens[:-1], cache)
             self.record.began(time.perf_counter() - began)
@@ -84,7 +85,7 @@ class Speculation:
             self.record.off(why)
         while not text.done:
             kwargs = self._cycle(model, text, kwargs, drafting=why is None)
-        return text.result(kwargs.get("past_key_values"))
+        return text.result(internals.cache_of(kwargs))
 
     def _cycle(self, model: Any, text: Text, kwargs: dict[str, Any], drafting: bool) -> dict[str, Any]:
         """Draft, verify, keep; the cache holds all but the last token before and after."""
@@ -104,8 +105,8 @@ class Speculation:
         ended = time.perf_counter()
         kept, accepted = text.follow(tokens, outputs.logits[:, -rows:])
         if drafting:
-            outputs.past_key_values.crop(kept - rows)
-        kwargs = door.advance(model, outputs, kwargs, kept)
+            internals.crop(internals.cache_of(outputs), rows - kept)
+        kwargs = internals.advance(model, outputs, kwargs, kept)
         if drafting:
             # a text that ends within a draft says nothing of the rest of it
             sure = proposal.confidence[:accepted] if text.done and accepted == kept else proposal.confidence
@@ -117,6 +118,7 @@ class Speculation:
         """What is to be verified, and the seconds it took; none where the draft was paused or had nothing to say."""
         most = min(self.pace.begins(), text.room - 1)
         if most < 1:
+            self.record.paused += 1
             return Proposal(), 0.0
         began = time.perf_counter()
         pick = Foreseen(text.processors, text.choice, text.ids, text.vocabulary)
@@ -125,6 +127,10 @@ class Speculation:
         self.pace.times.saw_draft(len(proposal.tokens), seconds)
         end = next((i + 1 for i, token in enumerate(proposal.tokens) if token in text.ends), MOST_EVER)
         count = min(self.pace.worth(proposal.confidence), end)  # what follows the end of a text is not wanted
+        if not proposal.tokens:
+            self.record.silent += 1
+        elif not count:
+            self.record.paused += 1
         return Proposal(proposal.tokens[:count], proposal.confidence[:count]), seconds
 
 
@@ -151,8 +157,7 @@ class Text:
         self.choice: Greedy | Sampled = choice_for(bool(config.do_sample), ids)
         self.done = False
         self.vocabulary = 0
-        ends = getattr(config, "_eos_token_tensor", None)
-        self.ends = frozenset() if ends is None else frozenset(ends.flatten().tolist())
+        self.ends = internals.end_tokens(config)
         self._longest = int(config.max_length)
         self._as_dict = bool(config.return_dict_in_generate)
         self._scores: list[torch.Tensor] | None = [] if self._as_dict and config.output_scores else None
@@ -207,7 +212,7 @@ class Text:
             return self.ids
         scores = None if self._scores is None else tuple(self._scores)
         logits = None if self._logits is None else tuple(self._logits)
-        return door.output(self.ids, scores, logits, cache)
+        return internals.generated(self.ids, scores, logits, cache)
 
 
 def why_not_here(ids: torch.Tensor, kwargs: dict[str, Any]) -> str | None:
@@ -216,15 +221,15 @@ def why_not_here(ids: torch.Tensor, kwargs: dict[str, Any]) -> str | None:
         return "several sequences at once share a pass already"
     if ids.shape[1] == 0 or kwargs.get("inputs_embeds") is not None:
         return "the prompt is embeddings, not tokens"
-    if isinstance(kwargs.get("past_key_values"), StaticCache):
+    if isinstance(internals.cache_of(kwargs), StaticCache):
         return "a static cache cannot forget what was not accepted"
-    if kwargs.get("past_key_values") is None:
+    if internals.cache_of(kwargs) is None:
         return "this family keeps no cache that can forget what was not accepted"
     return None
 
 
 def why_not_back(model: Any, cache: Any) -> str | None:
     """Why what a pass added to a cache cannot be taken back; known once a pass was made."""
-    if getattr(model, "_is_stateful", False) or not getattr(cache, "is_croppable", False):
+    if internals.is_stateful(model) or not internals.can_crop(cache):
         return "this family keeps a state that cannot forget what was not accepted"
     return None

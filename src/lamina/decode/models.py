@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
 from lamina.decode.draft import GoOn, Pick, Proposal
+from lamina.hf import internals
 
 
 def _chain(model: Any, cache: Any, ids: torch.Tensor, most: int, go_on: GoOn, pick: Pick) -> Proposal:
@@ -27,23 +26,15 @@ def _chain(model: Any, cache: Any, ids: torch.Tensor, most: int, go_on: GoOn, pi
 
 def _pass(model: Any, cache: Any, ids: torch.Tensor) -> torch.Tensor:
     """Logits of a pass over tokens that follow those in the cache, of the last one at least."""
-    past = cache.get_seq_length()
+    past = internals.cached_tokens(cache)
     own: dict[str, Any] = {
         "position_ids": torch.arange(past, past + ids.shape[1], device=ids.device)[None],
         "logits_to_keep": 1,
     }
-    kind: Any = type(model)
-    taken = _arguments(kind)
-    logits: torch.Tensor = model(
-        input_ids=ids, past_key_values=cache, use_cache=True, **{key: own[key] for key in own if key in taken}
-    ).logits
+    own[internals.cache_argument(model) or internals.CACHE] = cache
+    taken = internals.arguments_of(model)
+    logits: torch.Tensor = model(input_ids=ids, use_cache=True, **{key: own[key] for key in own if key in taken}).logits
     return logits
-
-
-@functools.cache
-def _arguments(kind: Any) -> frozenset[str]:
-    """Names that the forward of a class of models takes: looked up once, not for each drafted token."""
-    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 class CopyDraft:
@@ -65,20 +56,20 @@ class CopyDraft:
     def begin(self, prompt: list[int], cache: Any) -> str | None:
         """See `Draft`."""
         self._cache = cache
-        if any(getattr(cache, "is_linear", ())):
+        if internals.convolves(cache):
             return "layers of this family look back through a convolution, where a copy cannot go ahead"
         return None
 
     @torch.no_grad()
     def propose(self, text: list[int], most: int, go_on: GoOn, pick: Pick) -> Proposal:
         """See `Draft`."""
-        before = self._cache.get_seq_length()
+        before = internals.cached_tokens(self._cache)
         ids = torch.tensor([text[-1:]], device=self.model.device)
         try:
             return _chain(self.model, self._cache, ids, most, go_on, pick)
         finally:
-            if (added := self._cache.get_seq_length() - before) > 0:
-                self._cache.crop(-added)
+            if (added := internals.cached_tokens(self._cache) - before) > 0:
+                internals.crop(self._cache, added)
 
 
 class ModelDraft:
@@ -98,21 +89,21 @@ class ModelDraft:
     def begin(self, prompt: list[int], cache: Any) -> str | None:
         """See `Draft`."""
         why = f"the draft {self.name} keeps a state that cannot forget what was not accepted"
-        if getattr(self.model, "_is_stateful", False):
+        if internals.is_stateful(self.model):
             return why
         self._cache = DynamicCache(config=self.model.config)
         self._held = list(prompt)
         _pass(self.model, self._cache, torch.tensor([prompt], device=self.model.device))
-        if not self._cache.is_croppable:  # known once it was used
+        if not internals.can_crop(self._cache):  # known once it was used
             return why
-        self._cache.activate_past_recording()
+        internals.record_past(self._cache)
         return None
 
     @torch.no_grad()
     def propose(self, text: list[int], most: int, go_on: GoOn, pick: Pick) -> Proposal:
         """See `Draft`."""
         same = _shared(self._held, text[:-1])
-        self._cache.crop(same - len(self._held))
+        internals.crop(self._cache, len(self._held) - same)
         self._held = text[:-1]
         ids = torch.tensor([text[same:]], device=self.model.device)
         proposal = _chain(self.model, self._cache, ids, most, go_on, pick)

@@ -31,11 +31,16 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lamina.codec import Affine, Lossless, codec_for
 from lamina.codec.affine import LINEAR_TOKENS as AFFINE_TOKENS
 from lamina.codec.gguf import LINEAR_TOKENS as GGUF_TOKENS
+from lamina.hf.internals import (
+    ALL_ATTENTION_FUNCTIONS,
+    attention_implementation,
+    experts_implementation,
+    is_stateful,
+)
 from lamina.model.blocks import Blocks, linear_arguments
 from lamina.model.encoded import Encoded
 from lamina.model.even_rows import rows_as_they_are
@@ -96,13 +101,14 @@ def covers(model: PreTrainedModel) -> str | None:
         return f"the model computes on {model.device.type}: only the processor's products are known"
     kinds = [str(kind) for kind in getattr(config, "layer_types", None) or ()]
     recurrent = next((kind for kind in kinds if kind in RECURRENT), None)
-    if recurrent is not None or getattr(model, "_is_stateful", False):
+    if recurrent is not None or is_stateful(model):
         return f"{config.model_type} has recurrent layers: several tokens are computed by another formula than one"
-    chosen = getattr(config, "_experts_implementation", None)
+    chosen = experts_implementation(config)
     if chosen not in (None, "eager") and experts_by_config(config):
         return f"experts are computed by {chosen!r}, not one at a time: set experts_implementation='eager'"
-    if getattr(config, "_attn_implementation", None) not in (None, "eager", "sdpa"):
-        return f"attention is computed by {config._attn_implementation!r}: set attn_implementation='sdpa' or 'eager'"
+    attention = attention_implementation(config)
+    if attention not in (None, "eager", "sdpa"):
+        return f"attention is computed by {attention!r}: set attn_implementation='sdpa' or 'eager'"
     if _rope_types(config) & set(LENGTH_DEPENDENT):
         return "the rotary angles depend on the length of the text"
     return None

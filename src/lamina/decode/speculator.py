@@ -108,7 +108,7 @@ class Speculator:
         if why is None and not self._free.acquire(blocking=False):
             why = "another answer is being drafted"
         if why is not None:
-            self.record.off(why)
+            self._off(wanted, why)
             return generate(**request)
         try:
             draft, pace = self._draft(name, exact)
@@ -117,6 +117,14 @@ class Speculator:
             return generate(**request, custom_generate=Speculation(draft, pace, self.record, exact, streamer))
         finally:
             self._free.release()
+            if self.record.off_because is not None:
+                self._off(wanted, self.record.off_because)
+
+    def _off(self, wanted: str, why: str) -> None:
+        """A generation goes without its draft: said where the draft was somebody's wish."""
+        self.record.off(why)
+        if wanted != AUTO:
+            self._model.lamina.fallbacks.say(f"draft {wanted!r} is off: {why}")
 
     def _draft(self, name: str, exact: bool) -> tuple[Draft, Pace]:
         if name in self._drafts:

@@ -25,7 +25,7 @@ from lamina.model.engine import Engine
 from lamina.model.gguf import load_gguf
 from lamina.model.handle import Lamina
 from lamina.model.pickled import read_pickled
-from lamina.model.rates import assume, measure, prepare
+from lamina.model.rates import assume, measure, prepare, without_kernels
 from lamina.model.tokenizer import LazyTokenizer, load_tokenizer, tokenizer_bytes
 from lamina.model.trace import Trace, trace
 from lamina.model.weights import Weights, describe
@@ -68,12 +68,14 @@ def load_model(
     try:
         engine.plan = dataclasses.replace(engine.plan, hardware=measure(engine, prepared.checkpoint))
         engine.start(prepared.model, progress)
+        engine.plan = dataclasses.replace(engine.plan, fallbacks=_fallbacks(prepared, readers))
         prepared.checkpoint.verify_unchanged()  # while it was loaded, or since its headers were read
     except BaseException:
         engine.close()
         raise
     streamed = prepared.model
     streamed.lamina = Lamina(streamed, engine, prepared.trace, time.perf_counter() - began)
+    streamed.lamina.fallbacks.say(engine.plan.fallbacks)
     streamed.lamina.attach()
     hub = {key: options[key] for key in HUB if key in options}
     request = prepared.request
@@ -137,17 +139,25 @@ def plan_model(
     """
     options = dict(transformers_kwargs)
     prepared = _prepare(model, memory, device_memory, device, context, options, progress, False, encode, beside)
-    return dataclasses.replace(prepared.plan, hardware=_hardware(prepared, encode is not None))
+    hardware, fallbacks = _found(prepared, encode is not None)
+    return dataclasses.replace(prepared.plan, hardware=hardware, fallbacks=fallbacks)
 
 
-def _hardware(prepared: Prepared, not_written: bool) -> Hardware:
-    """Rates for a plan that nobody executes: of the weights, or of made-up ones where these are not here."""
+def _found(prepared: Prepared, not_written: bool) -> tuple[Hardware, tuple[str, ...]]:
+    """For a plan that nobody executes: rates, of the weights or of made-up ones where these are not here; fallbacks."""
     weights, plan, there = prepared.weights, prepared.plan, prepared.there
     prepare(weights.schedule.weights.values())
     if not_written or any(entry.extent.file.startswith("hf://") for entry in there.tensors.values()):
-        return assume(weights.schedule, there, plan.streams, prepared.device)
+        return assume(weights.schedule, there, plan.streams, prepared.device), _fallbacks(prepared, None)
     with contextlib.closing(Readers(fingerprints=there.fingerprints)) as readers:
-        return measure(Engine(prepared.model, weights, plan, prepared.device, readers), there, LONG)
+        hardware = measure(Engine(prepared.model, weights, plan, prepared.device, readers), there, LONG)
+        return hardware, _fallbacks(prepared, readers)
+
+
+def _fallbacks(prepared: Described, readers: Readers | None) -> tuple[str, ...]:
+    """Second ways of a model: in the trace, in decoding, in reading as far as was read."""
+    found = [*prepared.trace.fallbacks, *without_kernels(prepared.weights.schedule.weights.values())]
+    return (*found, *(readers.fallbacks if readers is not None else ()))
 
 
 def _prepare(

@@ -96,6 +96,7 @@ def bench_model(
         "tokens_per_pass": stats.tokens_per_pass,
         "draft": stats.draft,
         "draft_reason": stats.draft_reason,
+        "fallbacks": list(stats.fallbacks),
         "draft_bytes": stats.draft_bytes,
         "drafted_tokens": stats.drafted_tokens,
         "accepted_tokens": stats.accepted_tokens,

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from lamina.model.disk_tensor import DiskTensor
+from lamina.model.disk_tensor import DiskTensor, Home
+from lamina.model.guard import Guarded, without_gradient
+
+_SET_REQUIRES_GRAD = torch.Tensor.requires_grad.__set__  # type: ignore[attr-defined]
 
 
 class Blocks(torch.Tensor):
@@ -41,6 +44,11 @@ class Blocks(torch.Tensor):
         self.whole, self.linear, self.experts, self.expert, self.batched = whole, None, 0, None, None
         return self
 
+    @property
+    def home(self) -> Home | None:
+        """Where the data of the weight is."""
+        return self.whole.home
+
     def reshaped(self, shape: torch.Size) -> Blocks:
         """The same weight, seen in another shape."""
         seen = Blocks(self.whole, shape)
@@ -57,10 +65,15 @@ class Blocks(torch.Tensor):
         if getattr(func, "__name__", "") == "__get__" or func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if func == _SET_REQUIRES_GRAD or func is torch.Tensor.requires_grad_:
+            with torch._C.DisableTorchFunctionSubclass():
+                func(args[0].whole, *args[1:], **kwargs)
+                return func(*args, **kwargs)
         if func is torch.nn.functional.linear:
             x, weight, bias = linear_arguments(*args, **kwargs)
             if isinstance(weight, Blocks) and weight.linear is not None and not isinstance(x, Blocks):
-                return weight.linear(x, bias)
+                linear = weight.linear
+                return without_gradient(lambda: linear(x, bias), x, weight, bias)
         if args and isinstance(args[0], Blocks) and args[0].expert is not None and not kwargs:
             picked = _expert(func, *args)
             if picked is not None:
@@ -68,7 +81,8 @@ class Blocks(torch.Tensor):
         if func in (torch.bmm, torch.Tensor.bmm):
             x, weight = _bmm_arguments(*args, **kwargs)
             if isinstance(weight, Blocks) and weight.batched is not None and not isinstance(x, Blocks):
-                return weight.batched(x)
+                batched = weight.batched
+                return without_gradient(lambda: batched(x), x, weight)
         return func(*tree_map(_whole, args), **tree_map(_whole, kwargs))
 
     @classmethod
@@ -79,7 +93,7 @@ class Blocks(torch.Tensor):
 
 
 METADATA = {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.element_size, torch.Tensor.__len__,
-             torch.Tensor.is_floating_point, torch.Tensor.requires_grad_, torch.Tensor.__hash__}  # fmt: skip
+             torch.Tensor.is_floating_point, torch.Tensor.__hash__}  # fmt: skip
 
 
 def linear_arguments(
@@ -105,8 +119,13 @@ def _expert(func: Any, weight: Blocks, *args: Any) -> torch.Tensor | None:
             return None
         number = int(index)
         if -weight.experts <= number < weight.experts:
-            return weight.expert(number % weight.experts).view(weight.shape[1:])
+            picked = weight.expert(number % weight.experts).view(weight.shape[1:])
+            return Guarded(picked, weight.requires_grad) if torch.is_grad_enabled() and _is_plain(picked) else picked
     return None
+
+
+def _is_plain(weight: torch.Tensor) -> bool:
+    return type(weight) is torch.Tensor
 
 
 def is_number(value: Any) -> bool:

@@ -7,7 +7,8 @@ splits and casts leave a parameter as a set of *boxes* (strided regions of check
 else leaves the recorded expression, which can be replayed on real data.
 
 Outside a recording an operation on a DiskTensor reads the data first: a streamed weight that somebody
-touches outside its module's forward is slow, but right.
+touches outside its module's forward is slow, but right. One that writes to it is handed what the weight's `Home`
+keeps in its place from then on. Views stay DiskTensors, so that writing through them is writing to the weight.
 
 Boxes are computed by torch itself: each one carries a meta view of its checkpoint tensor, and view
 operations are applied to that view.
@@ -15,14 +16,16 @@ operations are applied to that view.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_map
+
+from lamina.errors import UnsupportedError
 
 aten = torch.ops.aten
 _CPU = torch.device("cpu")
@@ -35,7 +38,9 @@ _IDENTITY = {
     aten.lift_fresh.default,
     aten._to_copy.default,
 }
-_state = threading.local()
+_LEAVING = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}  # torch, for other containers
+_SCALINGS = {aten.mul_.Tensor, aten.mul_.Scalar, aten.div_.Tensor, aten.div_.Scalar}
+SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _recordings = 0
 _same: Callable[[str, str], bool] | None = None
 
@@ -90,6 +95,57 @@ class Op:
 Expression = Source | Op
 
 
+class Home(Protocol):
+    """Where the data of a weight is, once its model is attached to a checkpoint."""
+
+    def read(self) -> torch.Tensor:
+        """All of it."""
+
+    def gather(self, ids: torch.Tensor) -> torch.Tensor | None:
+        """Rows of it, of shape (*ids.shape, columns); None where only all of it can be read."""
+
+    def part(self, first: int, count: int) -> torch.Tensor:
+        """`count` indices of its first dimension."""
+
+    def written(self) -> torch.Tensor:
+        """What stands for the weight from now on, in memory, for an operation that writes to it."""
+
+    def scale(self, func: Callable[..., Any], number: float) -> bool:
+        """Have an in-place operation with one number done whenever the weight arrives; False where that cannot be."""
+
+    def replace(self, data: torch.Tensor) -> None:
+        """Let this be the weight from now on, as `weight.data = data` asks."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The home of a view: the data of another one, seen through `view`."""
+
+    whole: Home
+    view: Callable[[torch.Tensor], torch.Tensor]
+    row: int | None = None  # of the whole, where the view is one
+
+    def read(self) -> torch.Tensor:
+        if self.row is not None and (found := self.whole.gather(torch.tensor(self.row))) is not None:
+            return found
+        return self.view(self.whole.read())
+
+    def gather(self, ids: torch.Tensor) -> torch.Tensor | None:
+        return None
+
+    def part(self, first: int, count: int) -> torch.Tensor:
+        return self.read()[first : first + count]
+
+    def written(self) -> torch.Tensor:
+        return self.view(self.whole.written())
+
+    def scale(self, func: Callable[..., Any], number: float) -> bool:
+        return False
+
+    def replace(self, data: torch.Tensor) -> None:
+        raise UnsupportedError("a part of a streamed weight was given other data: write into it with copy_ instead")
+
+
 class DiskTensor(torch.Tensor):
     """A tensor whose data is on disk.
 
@@ -98,16 +154,14 @@ class DiskTensor(torch.Tensor):
         expression: how to compute it from checkpoint tensors.
         boxes: where its elements lie in checkpoint tensors, or None where only the expression tells.
         cast_from: dtype in the checkpoint where a cast follows the boxes, else None.
-        read: gives the real tensor; set when a model is attached to a checkpoint.
-        gather: gives the rows of an integer tensor of indices, without reading the others.
+        home: where its data is; set when a model is attached to a checkpoint.
     """
 
     meta: torch.Tensor
     expression: Expression
     boxes: tuple[Box, ...] | None
     cast_from: torch.dtype | None
-    read: Callable[[], torch.Tensor] | None
-    gather: Callable[[torch.Tensor], torch.Tensor] | None  # type: ignore[assignment]
+    home: Home | None
 
     @staticmethod
     def __new__(
@@ -127,9 +181,26 @@ class DiskTensor(torch.Tensor):
             device=device,
             requires_grad=False,
         )
-        self.expression, self.boxes, self.cast_from, self.read = expression, boxes, cast_from, None
-        self.meta, self.gather = meta, None
+        self.expression, self.boxes, self.cast_from = expression, boxes, cast_from
+        self.meta, self.home = meta, None
         return self
+
+    def seen(self) -> DiskTensor:
+        """The same data in another tensor, of which no gradient is asked."""
+        other = DiskTensor(self.meta, self.expression, self.boxes, self.cast_from, self.device)
+        other.home = self.home
+        return other
+
+    def viewed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DiskTensor:
+        """A view: DiskTensor too, for whoever writes through it."""
+        assert self.home is not None
+        meta = func(self.meta, *args, **kwargs)
+        row = None
+        if func is aten.select.int and args[0] % self.dim() == 0 and -self.shape[0] <= args[1] < self.shape[0]:
+            row = args[1] % self.shape[0]
+        view = DiskTensor(meta, self.expression, None, None, self.device)
+        view.home = _Part(self.home, lambda whole: func(whole, *args, **kwargs), row)
+        return view
 
     def on(self, device: torch.device) -> DiskTensor:
         """The same tensor, which says that it is on `device`, as its data will be."""
@@ -162,14 +233,41 @@ class DiskTensor(torch.Tensor):
         if _recordings:
             return _equal(args[0], args[1]) if func is aten.equal.default else _record(func, args, kwargs)
         if func is aten.detach.default or func is aten.alias.default:
-            return args[0]
-        if func is aten.embedding.default and isinstance(args[0], DiskTensor) and args[0].gather is not None:
-            return args[0].gather(args[1])
-        if func is aten.select.int and args[0].gather is not None and args[1] % args[0].dim() == 0:
-            rows = args[0].shape[0]
-            if -rows <= args[2] < rows:
-                return args[0].gather(torch.tensor(args[2] % rows))
+            return args[0].seen()
+        if func is aten.embedding.default and isinstance(args[0], DiskTensor) and args[0].home is not None:
+            found = args[0].home.gather(args[1])
+            if found is not None:
+                return found
+        if func._schema.is_mutable:
+            return write(func, args, kwargs, materialize)
+        if views(func) and isinstance(args[0], DiskTensor) and args[0].home is not None:
+            return args[0].viewed(func, args[1:], kwargs)
         return func(*tree_map(materialize, args), **tree_map(materialize, kwargs))
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == SET_DATA and isinstance(args[0], DiskTensor) and args[0].home is not None:
+            if args[1] is not args[0]:
+                args[0].home.replace(args[1])
+            return None
+        if func in _LEAVING and isinstance(args[0], DiskTensor):
+            return func(materialize(args[0]).requires_grad_(args[0].requires_grad), *args[1:], **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        """A copy that is in memory."""
+        copied = materialize(self).detach().clone().requires_grad_(self.requires_grad)
+        memo[id(self)] = made = (
+            nn.Parameter(copied, self.requires_grad) if getattr(self, "_is_param", False) else copied
+        )
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UnsupportedError(
+            "a weight that streams cannot be pickled, nor saved with torch.save, which holds all of a model in memory: "
+            "model.save_pretrained(folder) writes it weight by weight"
+        )
 
 
 @contextmanager
@@ -193,9 +291,49 @@ def materialize(value: Any) -> Any:
     """The real tensor behind a DiskTensor; any other value as it is."""
     if not isinstance(value, DiskTensor):
         return value
-    if value.read is None:
+    if value.home is None:
         raise RuntimeError(f"{value!r} is not attached to a checkpoint")
-    return value.read()
+    return value.home.read()
+
+
+def views(func: Any) -> bool:
+    """Whether an operation gives one view of its first argument."""
+    returns = func._schema.returns
+    return len(returns) == 1 and returns[0].alias_info is not None and isinstance(returns[0].type, torch.TensorType)
+
+
+def write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], read: Callable[[Any], Any]) -> Any:
+    """An operation that writes to some of its arguments: to what stands for them from now on.
+
+    Args:
+        read: gives the real tensor in place of one that stands for it; any other value as it is.
+    """
+    first = getattr(args[0], "home", None) if args else None
+    if first is not None and func in _SCALINGS and isinstance(args[1], int | float) and first.scale(func, args[1]):
+        return args[0]
+    if first is not None and func is aten.copy_.default and getattr(args[1], "home", None) is first:
+        return args[0]  # what it holds already
+    named = {each.name: each.alias_info is not None and each.alias_info.is_write for each in func._schema.arguments}
+    written: dict[int, torch.Tensor] = {}
+
+    def target(value: Any) -> Any:
+        if not hasattr(value, "home"):
+            return value
+        if value.home is None:
+            raise UnsupportedError(
+                f"a weight of shape {tuple(value.shape)} was written to while it is in use, which one that streams or "
+                f"is packed cannot keep: write to it before the model runs"
+            )
+        real = value.home.written()
+        written[id(real)] = value
+        return real
+
+    def real(name: str, value: Any) -> Any:
+        return tree_map(target if named[name] else read, value)
+
+    given = [real(each.name, value) for each, value in zip(func._schema.arguments, args, strict=False)]
+    out = func(*given, **{name: real(name, value) for name, value in kwargs.items()})
+    return tree_map(lambda value: written.get(id(value), value), out)
 
 
 def replay(expression: Expression, load: Callable[[str], torch.Tensor]) -> torch.Tensor:
@@ -280,7 +418,7 @@ def _boxes(
             return base.boxes, base.cast_from
         return (base.boxes, base.dtype) if base.cast_from is None else (None, None)
     if len(base.boxes) == 1 and all(s == 0 for s in base.boxes[0].start):
-        return _viewed(func, args, base, index)
+        return _box_viewed(func, args, base, index)
     if func is aten.transpose.int:
         order = list(range(base.dim()))
         a, b = args[1] % base.dim(), args[2] % base.dim()
@@ -290,7 +428,7 @@ def _boxes(
     return None, None
 
 
-def _viewed(
+def _box_viewed(
     func: Any, args: tuple[Any, ...], base: DiskTensor, index: int | None
 ) -> tuple[tuple[Box, ...] | None, torch.dtype | None]:
     """A view operation on a tensor that is one box: torch applies it to the box's own view."""

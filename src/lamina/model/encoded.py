@@ -8,7 +8,8 @@ that are looked up; one expert of several is an `Encoded` again. Any other opera
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,21 @@ import torch
 from torch.utils._pytree import tree_map
 
 from lamina.codec import ByRows, Quick, codec_for
+from lamina.errors import UnsupportedError
 from lamina.model.blocks import METADATA, is_number, linear_arguments
+from lamina.model.disk_tensor import SET_DATA, DiskTensor, Home, materialize, views, write
+from lamina.model.guard import asks_for_gradients, refused
 from lamina.plan.cut import ROW_MULTIPLE
 from lamina.plan.schedule import Span
 
 aten = torch.ops.aten
+_WRITERS = frozenset(
+    f"__{name}__" for name in "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor setitem".split()
+)
+_Tensor: Any = torch.Tensor
+KEPT = frozenset({_Tensor.detach, _Tensor.requires_grad_, _Tensor.requires_grad.__set__})
+_VIEWS = "__getitem__ view reshape t transpose permute narrow select flatten view_as unsqueeze squeeze chunk split"
+SEEN = frozenset(getattr(_Tensor, name) for name in _VIEWS.split())
 BLOCK = 4 << 20  # bytes of decoded rows at a time: few enough to stay in a processor's cache
 WIDEST_BLOCK = 4096  # rows up to which a block is a multiple of a panel and of `ROW_MULTIPLE`
 
@@ -77,6 +88,7 @@ class Encoded(torch.Tensor):
     whole: Callable[[torch.Tensor], torch.Tensor] | None
     order: torch.Tensor | None
     quick: bool = False
+    home: Home | None = None  # of one that stays in memory: what is written to it goes there
     _one: _One | None = None
 
     @staticmethod
@@ -154,14 +166,24 @@ class Encoded(torch.Tensor):
 
     def expert(self, index: int) -> Encoded:
         """One index of dimension 0, of a weight of three dimensions and more."""
+        return self._seen(self.shape[1:], self._spans_of(index, 1))
+
+    def part(self, first: int, count: int) -> torch.Tensor:
+        """`count` indices of dimension 0, decoded."""
+        if self.whole is not None or self.order is not None:
+            return self.decode()[first : first + count]
+        return self._seen(torch.Size((count, *self.shape[1:])), self._spans_of(first, count)).decode()
+
+    def _spans_of(self, index: int, count: int) -> tuple[Span, ...]:
+        """The panels of `count` indices of dimension 0."""
         rows = self.numel() // self.shape[0] // self.shape[-1]
         spans, low = [], index * rows
         for span in self.spans:
-            first, last = max(low, 0), min(low + rows, span.rows)
+            first, last = max(low, 0), min(low + count * rows, span.rows)
             if first < last:
                 spans.append(_part(span, first, last - first))
             low -= span.rows
-        return self._seen(self.shape[1:], tuple(spans))
+        return tuple(spans)
 
     def _seen(self, shape: torch.Size, spans: tuple[Span, ...]) -> Encoded:
         """These spans of the same memory, in another shape."""
@@ -234,13 +256,29 @@ class Encoded(torch.Tensor):
             if quick is not None:
                 return quick
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") == "__get__" or func in METADATA:
+        if func == SET_DATA and isinstance(args[0], Encoded):
+            return args[0]._replace(args[1])
+        if getattr(func, "__name__", "") == "__get__" or func in METADATA or func in KEPT or _mutates(func, kwargs):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        answer = _answered(func, args, kwargs)
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+            answer = _answered(func, args, kwargs)
         if answer is not None:
-            return answer
+            asked = not isinstance(answer, Encoded) and asks_for_gradients(args, kwargs)
+            return refused(answer) if asked else answer
+        if func in SEEN and isinstance(args[0], Encoded) and args[0].home is not None:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         return func(*tree_map(_decoded, args), **tree_map(_decoded, kwargs))
+
+    def _replace(self, data: torch.Tensor) -> None:
+        if data is self:
+            return
+        if self.home is None:
+            raise UnsupportedError(
+                "a packed weight was given other data while it is in use: do it before the model runs"
+            )
+        self.home.replace(data)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -250,7 +288,17 @@ class Encoded(torch.Tensor):
             return args[0]
         if func is aten.embedding.default and isinstance(args[0], Encoded) and not isinstance(args[1], Encoded):
             return args[0].gather(args[1])
+        if func._schema.is_mutable:
+            return write(func, args, kwargs or {}, _decoded)
+        if views(func) and isinstance(args[0], Encoded) and args[0].home is not None:
+            return args[0]._as_placeholder().viewed(func, args[1:], kwargs or {})
         return func(*tree_map(_decoded, args), **tree_map(_decoded, kwargs or {}))
+
+    def _as_placeholder(self) -> DiskTensor:
+        """What stands for this weight where a view of it is wanted, to which somebody may write."""
+        placeholder = DiskTensor.computed(lambda: self.decode(), (), self.shape, self.dtype).on(self.device)
+        placeholder.home = self.home
+        return placeholder
 
 
 def _part(span: Span, first: int, rows: int) -> Span:
@@ -292,4 +340,10 @@ def _answered(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _decoded(value: Any) -> Any:
-    return value.decode() if isinstance(value, Encoded) else value
+    return value.decode() if isinstance(value, Encoded) else materialize(value)
+
+
+def _mutates(func: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function of torch writes to an argument, as its name says."""
+    name = getattr(func, "__name__", "")
+    return name in _WRITERS or (name.endswith("_") and not name.endswith("__")) or "out" in kwargs

@@ -7,11 +7,13 @@ order, by the user, or by a branch that the trace did not take) is read on deman
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import threading
+import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,15 +21,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lamina.errors import BudgetError, UnsupportedError
 from lamina.model.blocks import Blocks
 from lamina.model.disk_tensor import DiskTensor
 from lamina.model.encoded import Encoded, Scratch
 from lamina.model.expert_hooks import ExpertHooks
-from lamina.model.residents import load_residents
+from lamina.model.guard import guarded
+from lamina.model.overrides import Home, Overrides
+from lamina.model.residents import AT_ONCE, load_residents
 from lamina.model.weights import Weights
 from lamina.plan.cut import Item
 from lamina.plan.layout import Part, Placed, Read, lay_out
-from lamina.plan.plan import Plan
+from lamina.plan.plan import Budget, Plan
+from lamina.plan.planner import make_plan
 from lamina.plan.schedule import Convert, Weight
 from lamina.stream.device import Device, device_for
 from lamina.stream.experts import Counts, ExpertStream
@@ -73,8 +79,12 @@ class Engine:
         self._before_pass = Counts()
         self._expert_hooks: ExpertHooks | None = None
         self._scratch = Scratch()
+        self._model = weakref.ref(model)
         self._sites = _sites(model)
         self._disk = {name: self._disk_tensor(name) for name in self._sites}
+        self._bound: dict[str, torch.Tensor] = {}  # what stands in the modules of a resident weight
+        self._stand_ins: dict[str, Blocks] = {}
+        self.overrides = Overrides(self)
 
     def start(self, model: PreTrainedModel, progress: Progress | None = None) -> None:
         """Read the resident weights, bind them, and let the stream run ahead."""
@@ -85,6 +95,9 @@ class Engine:
             parameter = tensor
             if not isinstance(tensor, Encoded):
                 parameter = nn.Parameter(tensor, requires_grad=_differentiable(tensor))
+            if isinstance(tensor, Encoded):
+                tensor.home = self._disk[name].home
+            self._bound[name] = parameter
             for module, attribute, is_buffer in self._sites[name]:
                 if is_buffer:
                     module._buffers[attribute] = tensor
@@ -93,8 +106,104 @@ class Engine:
         if self.plan.streams:
             self._attach(model)
 
-    def follow(self, model: PreTrainedModel, plan: Plan) -> None:
+    @property
+    def in_pass(self) -> bool:
+        """Whether the model is running."""
+        return self._in_pass
+
+    def replan(self, budget: Budget, without: Collection[str] = ()) -> None:
+        """Go over to a plan for another budget, with less resident.
+
+        A resident weight that would have to be given up, but is not what the disk holds any more, stays instead.
+
+        Args:
+            without: weights that are about to be held in place of what is on disk.
+
+        Raises:
+            BudgetError: not even the smallest plan keeps that budget.
+        """
+        gone = {*self.overrides.held, *without}
+        while True:
+            plan = make_plan(self.weights.schedule.without(gone), budget, self.plan.hardware, self.plan.resident - gone)
+            written = [
+                n for n in self.plan.resident - plan.resident - gone if n in self._bound and self._was_written(n)
+            ]
+            if not written:
+                break
+            for name in written:
+                self.overrides.keep(name, self._bound[name])
+                gone.add(name)
+            nbytes = sum(self._bound[name].nbytes for name in written)
+            budget = replace(budget, override_bytes=budget.override_bytes + nbytes)
+        self._follow(plan)
+
+    def spend(self, nbytes: int, without: Collection[str]) -> None:
+        """Set memory aside for weights that are about to be held in place of what is on disk.
+
+        Raises:
+            BudgetError: not even the smallest plan leaves so much.
+        """
+        budget = replace(self.plan.budget, override_bytes=self.plan.budget.override_bytes + nbytes)
+        if self.plan.has_room_for(budget):
+            self.plan = replace(self.plan, budget=budget)
+            return
+        for times in (8, 2, 1):  # more are likely to follow: a plan for each of them would take long
+            with contextlib.ExitStack() as stack:
+                if times > 1:
+                    stack.enter_context(contextlib.suppress(BudgetError))
+                self.replan(replace(budget, override_bytes=budget.override_bytes + (times - 1) * nbytes), without)
+                self.plan = replace(self.plan, budget=budget)
+                return
+
+    def _was_written(self, name: str) -> bool:
+        """Whether a resident weight is another one than the disk holds."""
+        bound = self._bound[name]
+        if isinstance(bound, Encoded):
+            return False  # whoever writes to it has made it an override
+        for module, attribute, is_buffer in self._sites[name]:
+            if (module._buffers if is_buffer else module._parameters).get(attribute) is not bound:
+                return True
+        weight = self.schedule[name]
+        if bound.shape != weight.shape or bound.dtype != _dtype(weight):
+            return True
+        rows = (
+            max(AT_ONCE * weight.rows // max(weight.nbytes, 1), 1) if weight.by_rows and weight.shape else weight.rows
+        )
+        for first in range(0, max(weight.rows, 1), rows):
+            part = bound.detach()[first : first + rows] if weight.shape else bound.detach()
+            if not same_bits(part, self._rows(name, first, min(rows, weight.rows - first))):
+                return True
+        return False
+
+    def _rows(self, name: str, first: int, count: int) -> torch.Tensor:
+        """Rows of a weight, read now."""
+        layout = lay_out([(self.schedule[name], Part(name, first, count))])
+        area = Area(layout.nbytes)
+        self.readers.read(layout.reads, area)
+        return self.finish(layout.placed[0], area.tensor).detach().to(self.device)
+
+    def stands(self, name: str) -> bool:
+        """Whether a weight still has a place in the model."""
+        return bool(self._sites[name])
+
+    def replaced(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Streamed weights in whose place somebody put another tensor; each place is theirs from then on."""
+        for name, sites in self._sites.items():
+            if name in self.plan.resident or name in self.overrides.held:
+                continue
+            disk, stand_in = self._disk[name], self._stand_ins.get(name)
+            for site in tuple(sites):
+                module, attribute, is_buffer = site
+                found = (module._buffers if is_buffer else module._parameters).get(attribute, disk)
+                if found is disk or found is stand_in or found is None:
+                    continue
+                sites.remove(site)
+                yield name, found
+
+    def _follow(self, plan: Plan) -> None:
         """Go over to a plan with less resident, between two passes: what it drops is read every pass from now on."""
+        model = self._model()
+        assert model is not None
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -102,15 +211,19 @@ class Engine:
             self._waited += self.stream.seconds_waiting
             self.stream.rewind()
             self.stream = None  # the old ring is gone before the new one is made
+        self._stand_ins.clear()
         for name in self._sites:
-            if name not in plan.resident:
+            if name not in plan.resident and name not in self.overrides.held:
+                self._bound.pop(name, None)
                 self.bind(name, self._disk[name])
+        self.overrides.outdated = False
         told = self.plan
         self.plan = replace(
             plan,
             draft=told.draft,
             draft_reason=told.draft_reason,
             predicted_seconds_per_token_drafted=told.predicted_seconds_per_token_drafted,
+            fallbacks=told.fallbacks,
         )
         for tell in self.followers:
             tell()
@@ -154,6 +267,11 @@ class Engine:
         """Called when the model is entered."""
         if not self.plan.streams:
             return
+        self.overrides.adopt()
+        if self.overrides.outdated:
+            self.replan(self.plan.budget)
+            if not self.plan.streams:
+                return
         if self._pid != os.getpid():
             self._pid = os.getpid()
             if self.stream is not None:
@@ -171,7 +289,7 @@ class Engine:
         for holders in self._held.values():
             for held in holders:
                 for part in held.item.parts:
-                    self.bind(part.weight, self._disk[part.weight])
+                    self._unbind(part.weight)
         self._held.clear()
         if self._expert_hooks is not None:
             self._expert_hooks.end_pass()
@@ -186,6 +304,38 @@ class Engine:
         tensor = self.finish(layout.placed[0], area.tensor)
         tensor = tensor.decode() if isinstance(tensor, Encoded) else tensor
         return tensor.detach().to(self.device)
+
+    def current(self, name: str) -> torch.Tensor:
+        """A weight as it is now, wherever it is; what is in memory is given as it is there."""
+        if name in self.overrides.held:
+            return self.overrides.held[name].detach()
+        bound = self._bound.get(name)
+        if bound is None:
+            return self.read(name)
+        return bound.decode() if isinstance(bound, Encoded) else bound.detach()
+
+    def rows(self, name: str, ids: torch.Tensor) -> torch.Tensor | None:
+        """Rows of a weight as it is now; None where only all of it can be had."""
+        if name in self.overrides.held:
+            return self.overrides.held[name].detach()[ids]
+        weight, bound = self.schedule[name], self._bound.get(name)
+        if bound is not None:
+            return bound.gather(ids) if isinstance(bound, Encoded) and bound.dim() == 2 else self.current(name)[ids]
+        return self.gather(name, ids) if len(weight.shape) == 2 and weight.by_rows else None
+
+    def part(self, name: str, first: int, count: int) -> torch.Tensor:
+        """`count` indices of dimension 0 of a weight as it is now."""
+        weight, bound = self.schedule[name], self._bound.get(name)
+        if name in self.overrides.held or not weight.shape or (bound is None and not weight.by_rows):
+            return self.current(name)[first : first + count] if weight.shape else self.current(name)
+        if bound is None:
+            found = self._rows(name, first, count)
+            return found.decode() if isinstance(found, Encoded) else found
+        return bound.part(first, count) if isinstance(bound, Encoded) else bound.detach()[first : first + count]
+
+    def placeholder(self, name: str) -> DiskTensor:
+        """What stands in the modules of a weight that is not there."""
+        return self._disk[name]
 
     def gather(self, name: str, ids: torch.Tensor) -> torch.Tensor:
         """Rows of a table, read from disk.
@@ -210,7 +360,8 @@ class Engine:
                 reads.append(Read(extent.file, extent.offset, extent.length, at, extent.length, False))
         self.readers.read(reads, area)
         stored = area.tensor[: len(unique) * row].view(self._stored_dtype(weight)).view(len(unique), -1)
-        return stored.to(self.device, _dtype(weight))[inverse.to(self.device)]
+        rows = self.overrides.arrived(name, stored.to(self.device, _dtype(weight)))
+        return rows[inverse.to(self.device)]
 
     def _gather_encoded(self, weight: Weight, rows: list[int]) -> torch.Tensor:
         """Rows of a table that is stored in panels; each of their panels is read for itself."""
@@ -233,21 +384,17 @@ class Engine:
             ]
         return out
 
-    def _disk_tensor(self, name: str) -> DiskTensor | None:
-        """The placeholder of a weight, taught to read itself."""
+    def _disk_tensor(self, name: str) -> DiskTensor:
+        """The placeholder of a weight, taught where its data is."""
         module, attribute, is_buffer = self._sites[name][0]
         tensor = (module._buffers if is_buffer else module._parameters)[attribute]
-        if not isinstance(tensor, DiskTensor):
-            return None
+        assert isinstance(tensor, DiskTensor)
         if self.device.type != "cpu":
             placed = tensor.on(self.device)
             for owner, at, buffer in self._sites[name]:
                 (owner._buffers if buffer else owner._parameters)[at] = placed  # type: ignore[assignment]
             tensor = placed
-        tensor.read = lambda: self.read(name)
-        weight = self.schedule[name]
-        if len(weight.shape) == 2 and weight.by_rows:
-            tensor.gather = lambda ids: self.gather(name, ids)
+        tensor.home = Home(self, name)
         return tensor
 
     def _attach(self, model: PreTrainedModel) -> None:
@@ -265,8 +412,8 @@ class Engine:
             if last:
                 self._serve_in_blocks(name, [item for item in self.plan.items if item.module == name])
             else:
-                self._handles.append(module.register_forward_pre_hook(self._entering(name)))
-                self._handles.append(module.register_forward_hook(self._leaving(name), always_call=True))
+                self._handles.append(module.register_forward_pre_hook(self._entering(name, module)))
+                self._handles.append(module.register_forward_hook(self._leaving(name, module), always_call=True))
         self.stream.pump()
 
     def _cached(self) -> dict[int, torch.Tensor]:
@@ -279,28 +426,48 @@ class Engine:
                 cached[index] = area.tensor
         return cached
 
-    def _entering(self, name: str) -> Callable[..., None]:
-        def enter(*_: object) -> None:
+    def _asked(self, name: str) -> bool:
+        """Whether a weight takes gradients: torch picks kernels by that even where there are none."""
+        return self._disk[name].requires_grad
+
+    def _entering(self, name: str, module: nn.Module) -> Callable[..., None]:
+        def enter(entered: nn.Module, *_: object) -> None:
+            if entered is not module:  # a copy, which has weights of its own
+                return
             held = self._acquire(name, 0)
             if held is None:
                 return
             self._held[name].append(held)
             for placed in held.item.layout.placed:
-                self.bind(placed.part.weight, self.finish(placed, held.memory))
+                if placed.part.weight not in self.overrides.held:
+                    weight = self.finish(placed, held.memory)
+                    self.bind(placed.part.weight, guarded(weight.requires_grad_(self._asked(placed.part.weight))))
 
         return enter
 
-    def _leaving(self, name: str) -> Callable[..., None]:
-        def leave(*_: object) -> None:
-            if not self._held[name]:
+    def _leaving(self, name: str, module: nn.Module) -> Callable[..., None]:
+        def leave(left: nn.Module, *_: object) -> None:
+            if left is not module or not self._held[name]:
                 return
             held = self._held[name].pop()
-            for part in held.item.parts:
-                self.bind(part.weight, self._disk[part.weight])
+            written = [part.weight for part in held.item.parts if not self._unbind(part.weight)]
             assert self.stream is not None
             self.stream.release(held)
+            if written:
+                raise UnsupportedError(
+                    f"{name} writes to {written[0]} while it runs, which a weight that streams cannot keep: give "
+                    f"enough memory for it to stay (lamina plan says how much)"
+                )
 
         return leave
+
+    def _unbind(self, name: str) -> bool:
+        """Put the placeholder back; False where what was bound has been written to."""
+        if name in self.overrides.held or not self._sites[name]:
+            return True
+        unwritten = self.bound(name)._version == 0
+        self.bind(name, self._disk[name])
+        return unwritten
 
     def _acquire(self, module: str, block: int) -> Held | None:
         assert self.stream is not None
@@ -317,13 +484,12 @@ class Engine:
 
     def _serve_in_blocks(self, module: str, items: list[Item]) -> None:
         for weight in dict.fromkeys(part.weight for part in items[0].parts):
-            disk = self._disk[weight]
-            assert disk is not None
-            stand_in = Blocks(disk)
+            stand_in = Blocks(self._disk[weight])
             stand_in.linear = self._linear_in_blocks(module, items)
             self._stand_in(weight, stand_in)
 
     def _stand_in(self, weight: str, stand_in: Blocks) -> None:
+        self._stand_ins[weight] = stand_in.requires_grad_(self._asked(weight))  # type: ignore[assignment]
         for owner, attribute, _ in self._sites[weight]:
             held: object = owner._parameters[attribute]
             if held is self._disk[weight] and not isinstance(owner, nn.Embedding):
@@ -369,9 +535,7 @@ class Engine:
         self._handles += hooks.attach(model, plan.experts)
         for experts in plan.experts:
             for weight in experts.weights:
-                disk = self._disk[weight.name]
-                assert disk is not None
-                self._stand_in(weight.name, hooks.stand_in(experts.module, weight, disk))
+                self._stand_in(weight.name, hooks.stand_in(experts.module, weight, self._disk[weight.name]))
 
     def _block(self, item: Item) -> torch.Tensor:
         area = Area(item.nbytes)
@@ -390,6 +554,7 @@ class Engine:
         final = memory[placed.at : placed.at + placed.nbytes].view(_dtype(weight)).view(shape)
         if weight.convert is not Convert.NONE:
             self._convert(weight, memory[placed.stored_at : placed.stored_at + placed.stored_nbytes], final)
+        final = self.overrides.arrived(weight.name, final).data  # counts from now on what is written to it
         # torch picks kernels by this flag even under no_grad (matmul folds): plain transformers has it set
         return final.requires_grad_(_differentiable(final))
 
@@ -418,6 +583,13 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
         for name, buffer in module._buffers.items():
             if isinstance(buffer, torch.Tensor) and not isinstance(buffer, DiskTensor):
                 module._buffers[name] = buffer.to(device)
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of one shape and dtype hold the same bytes: a NaN is itself."""
+    if not one.numel():
+        return True
+    return torch.equal(one.contiguous().flatten().view(torch.uint8), other.contiguous().flatten().view(torch.uint8))
 
 
 def _differentiable(tensor: torch.Tensor) -> bool:

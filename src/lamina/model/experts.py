@@ -1,7 +1,7 @@
 """The seam for mixture-of-experts layers.
 
 transformers sends the expert call of every family that it has ported to fused experts through one
-registry, chosen by `config._experts_implementation`. While a model is traced a stand-in takes the call,
+registry, chosen by the config. While a model is traced a stand-in takes the call,
 because the real one asks for the routed ids, which a meta tensor does not have.
 
 When the model runs, nothing stands in: the module's own eager code asks for one expert at a time, and what it
@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from lamina.hf.internals import ALL_EXPERTS_FUNCTIONS, experts_implementation, set_experts_implementation
 
 ONE_BY_ONE = "lamina_trace"  # stands for "eager", which picks one expert after the other
 AT_ONCE = "lamina_trace_whole"  # stands for those that multiply with all experts at once
@@ -76,19 +77,19 @@ def experts_by_config(config: Any) -> frozenset[int]:
 def standing_in(model: PreTrainedModel) -> Iterator[None]:
     """Within this block experts are not computed, only touched."""
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    before = [(c, getattr(c, "_experts_implementation", None)) for c in configs.values()]
+    before = [(c, experts_implementation(c)) for c in configs.values()]
     for name, stand_in in ((ONE_BY_ONE, _touch_one), (AT_ONCE, _touch_all)):
         if name not in ALL_EXPERTS_FUNCTIONS:
             ALL_EXPERTS_FUNCTIONS.register(name, stand_in)
     for config, chosen in before:
         if chosen is not None:
-            config._experts_implementation = ONE_BY_ONE if chosen == "eager" else AT_ONCE
+            set_experts_implementation(config, ONE_BY_ONE if chosen == "eager" else AT_ONCE)
     try:
         yield
     finally:
         for config, chosen in before:
             if chosen is not None:
-                config._experts_implementation = chosen
+                set_experts_implementation(config, chosen)
 
 
 def _touch_one(self: torch.nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -27,14 +27,14 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
-from transformers.core_model_loading import rename_source_key
-from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
 
 from lamina.checkpoint import DTYPE_BYTES, Checkpoint, TensorEntry
 from lamina.checkpoint.extent import Encoding
 from lamina.checkpoint.gguf import CODEC_PREFIX, GgufFile, open_gguf
 from lamina.codec.gguf import register_all
 from lamina.errors import MissingTensorError, RequestError, UnsupportedError
+from lamina.hf import internals
+from lamina.hf.internals import TOKENIZER_MAPPING_NAMES, rename_source_key, tokenizer_class_from_name
 from lamina.model.build import silent, torch_dtype
 from lamina.model.disk_tensor import DiskTensor, Op, Source, recording
 from lamina.model.gguf_config import CAUSES, load_gguf_config, refused
@@ -323,22 +323,13 @@ class _Conversions:
 
 
 def _processor(file: GgufFile, config: PreTrainedConfig) -> _Processor | _Conversions:
-    from transformers.core_model_loading import WeightConverter, WeightRenaming
-    from transformers.integrations.gguf import get_gguf_conversion_mapping, is_gguf_arch_supported
-    from transformers.modeling_gguf_pytorch_utils import (
-        TENSOR_PROCESSORS,
-        TensorProcessor,
-        get_gguf_hf_weights_map,
-    )
-
-    if is_gguf_arch_supported(file.get("general.architecture")):
-        mapping = get_gguf_conversion_mapping(file.get("general.architecture"), config)
-        converters = [each for each in mapping if isinstance(each, WeightConverter)]
-        return _Conversions([each for each in mapping if isinstance(each, WeightRenaming)], converters)
+    architecture = file.get("general.architecture")
+    if (mapping := internals.gguf_mapping(architecture, config)) is not None:
+        return _Conversions(*mapping)
     text, family = config.get_text_config(), None
-    processor = TENSOR_PROCESSORS.get(file.get("general.architecture"), TensorProcessor)(config=text.to_dict())
+    processor = internals.gguf_processor(architecture)(config=text.to_dict())
     if text.model_type == "mixtral":
-        processor, family = _Mixtral(processor, TENSOR_PROCESSORS["qwen3moe"]()), "llama"
+        processor, family = _Mixtral(processor, internals.gguf_processor("qwen3moe")()), "llama"
     try:
         with torch.device("meta"), silent():
             model = AutoModelForCausalLM.from_config(config)
@@ -348,7 +339,7 @@ def _processor(file: GgufFile, config: PreTrainedConfig) -> _Processor | _Conver
     inner = getattr(model, prefix, None)
     parts = ((prefix, _Names(text, dict.fromkeys(inner.state_dict()))),) if inner is not None else ()
     try:
-        names = get_gguf_hf_weights_map(_Names(text, dict.fromkeys(model.state_dict()), parts), processor, family)
+        names = internals.gguf_names(_Names(text, dict.fromkeys(model.state_dict()), parts), processor, family)
     except CAUSES as error:
         raise refused(file, error) from error
     return _Processor(processor, names)

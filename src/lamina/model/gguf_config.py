@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 from lamina.checkpoint import Checkpoint
 from lamina.checkpoint.gguf import MAGIC, GgufFile
 from lamina.errors import CheckpointError, LaminaError, UnsupportedError
+from lamina.hf.internals import GGUF_CONFIG_MAPPING, gguf_config_architectures
 from lamina.model.build import TORCH_DTYPES, silent
 
 LONGEST_ARRAY = 1 << 16  # bytes; what a config needs is shorter, vocabularies and merges are longer
@@ -90,9 +90,7 @@ def _without_vocabulary(file: GgufFile, folder: str) -> str:
 
     The `gguf` package makes several objects of every word of a vocabulary: 0.5 GB and 6 s for 150,000 words.
     """
-    from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
-
-    if file.get("general.architecture") in GGUF_CONFIG_ARCHS:
+    if file.get("general.architecture") in gguf_config_architectures():
         return file.path  # read by transformers' own reader, which has no such cost
     with open(file.path, "rb") as source:
         kept = []

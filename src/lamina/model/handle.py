@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import statistics
+import threading
 import time
 import weakref
 from collections import deque
@@ -18,14 +19,17 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from lamina.errors import BudgetError
+from lamina.fallbacks import Fallbacks
+from lamina.hf.internals import batched_tokens, cache_of, cached_tokens
 from lamina.model.batching import batching_config
 from lamina.model.engine import Engine
 from lamina.model.even_rows import even_rows
+from lamina.model.guard import asks_for_gradients, refused_results
+from lamina.model.install import eagerly, in_place_of, install
 from lamina.model.record import Record
 from lamina.model.stats import Stats
 from lamina.model.trace import Trace
 from lamina.plan.plan import Plan
-from lamina.plan.planner import make_plan
 from lamina.stream.experts import Counts
 from lamina.stream.probe import peak_resident_bytes
 
@@ -42,6 +46,7 @@ class Lamina:
 
     Attributes:
         model: the model this belongs to.
+        fallbacks: second ways that were taken, each with its reason.
 
     A context manager: `with model.lamina: ...` closes the stream at the end.
     """
@@ -54,11 +59,13 @@ class Lamina:
         self._passes = self._passes_in_generate = self._new_tokens = 0
         self._seconds_in_passes = self._first_token = 0.0
         self._pass_began: float | None = None
+        self._pass_of: int | None = None  # the thread
         self._generate_began: float | None = None
         self._steps: deque[float] = deque(maxlen=REMEMBERED)  # seconds from the end of one pass to the next's
         self._expert_bytes = 0.0  # read in these steps
         self._expert_bytes_before = 0
         self._last_end: float | None = None
+        self.fallbacks = Fallbacks()
         self.record = Record()
         self.decoder: Decoder | None = None  # what stands between a call of `generate` and transformers'
         self._closer = weakref.finalize(model, engine.readers.close)  # also when the interpreter ends
@@ -110,13 +117,14 @@ class Lamina:
             expert_hit_rate=counts.hits / counts.routed if counts.routed else plan.hit_rate_without_reading,
             expert_bytes_per_token=expert_bytes / max(per_pass, 1.0),
             expert_tokens={module: tuple(tokens) for module, tokens in counts.tokens.items()},
-            draft=self.record.draft,
+            draft=self.record.name,
             draft_reason=self.record.said,
             draft_bytes=plan.budget.draft_bytes,
             drafted_tokens=self.record.drafted,
             accepted_tokens=self.record.accepted,
             accepted_by_position=self.record.accepted_by_position,
             draft_share_of_time=self.record.draft_share_of_time,
+            fallbacks=tuple(self.fallbacks),
         )
 
     def close(self) -> None:
@@ -135,21 +143,33 @@ class Lamina:
     def attach(self) -> None:
         """Watch the model's passes and what it generates."""
         model = self.model
-        model.forward = _in_place_of(model.forward, self._forward)  # a hook would not see Ctrl-C
+        base = model.base_model
+        for each in (model,) if base is model else (model, base):  # a hook would not see Ctrl-C
+            each.forward = eagerly(in_place_of(each.forward, functools.partial(self._forward, each)))
+        install(model, self._engine)
         if hasattr(model, "generate"):
             self._plain_generate = model.generate
-            model.generate = _in_place_of(model.generate, self._generate)
+            model.generate = in_place_of(model.generate, self._generate)
         if hasattr(model, "generate_batch"):
-            model.generate_batch = _in_place_of(model.generate_batch, self._generate_batch)
-            model.init_continuous_batching = _in_place_of(model.init_continuous_batching, self._init_batching)
+            model.generate_batch = in_place_of(model.generate_batch, self._generate_batch)
+            model.init_continuous_batching = in_place_of(model.init_continuous_batching, self._init_batching)
 
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        """`forward`, as a pass of the stream."""
-        device = self._engine.device
-        if device.type != "cpu":
-            args, kwargs = tree_map(lambda value: _to(value, device), (args, kwargs))
-        with self.a_pass(self.model, args, kwargs):
-            return type(self.model).forward(self.model, *args, **kwargs)
+    def _forward(self, module: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """`forward` of the model, or of the model under its head, as a pass of the stream."""
+        engine = self._engine
+        if self._pass_of == threading.get_ident():  # inside that of the whole model
+            return type(module).forward(module, *args, **kwargs)
+        if engine.device.type != "cpu":
+            args, kwargs = tree_map(lambda value: _to(value, engine.device), (args, kwargs))
+        watched = (
+            torch.is_grad_enabled() and engine.plan.streams and asks_for_gradients(args, kwargs, *module.parameters())
+        )
+        with self.a_pass(args, kwargs):
+            out = type(module).forward(module, *args, **kwargs)
+        if self._generate_began is None:
+            self._new_tokens += (given := batched_tokens(kwargs))
+            self._passes_in_generate += bool(given)
+        return refused_results(out) if watched else out
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate`, counting the tokens that it gives."""
@@ -189,21 +209,21 @@ class Lamina:
             self._generate_began = self._last_end = None
 
     @contextmanager
-    def a_pass(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    def a_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
         """What surrounds one forward: one thread at a time, room for its tokens, the stream at its start."""
         engine = self._engine
         with engine.lock, torch.set_grad_enabled(torch.is_grad_enabled() and not engine.plan.streams):
             # a streamed weight is gone before a backward pass could use it
-            self._pass_began = time.perf_counter()
+            self._pass_began, self._pass_of = time.perf_counter(), threading.get_ident()
             try:
                 tokens, cached = _tokens(args, kwargs)
-                self._make_room(model, tokens, cached)
+                self._make_room(tokens, cached)
                 engine.begin_pass()
                 with even_rows(tokens, engine.device):
                     yield
                 self._ended()
             finally:
-                self._pass_began = None
+                self._pass_began = self._pass_of = None
                 engine.end_pass()
 
     @property
@@ -227,10 +247,9 @@ class Lamina:
         engine = self._engine
         budget = dataclasses.replace(engine.plan.budget, draft_bytes=engine.plan.budget.draft_bytes + nbytes)
         with engine.lock:
-            plan = make_plan(engine.weights.schedule, budget, engine.plan.hardware, engine.plan.resident)
-            engine.follow(self.model, plan)
+            engine.replan(budget)
 
-    def _make_room(self, model: Any, tokens: int, cached: int) -> None:
+    def _make_room(self, tokens: int, cached: int) -> None:
         """Keep the budget when a pass brings more tokens than were planned for: fewer weights stay resident.
 
         Raises:
@@ -246,15 +265,11 @@ class Lamina:
                 budget, activation_bytes=activations, kv_cache_bytes=wanted, context_tokens=cached + tokens
             )
             try:
-                plan = make_plan(
-                    self._engine.weights.schedule, larger, self._engine.plan.hardware, self._engine.plan.resident
-                )
+                self._engine.replan(larger)
+                return
             except BudgetError:
                 if wanted == cache:
                     raise
-                continue
-            self._engine.follow(model, plan)
-            return
 
     def _ended(self) -> None:
         assert self._pass_began is not None
@@ -274,16 +289,6 @@ class Lamina:
         self._last_end, self._expert_bytes_before = now, experts
 
 
-def _in_place_of(method: Any, replacement: Any) -> Any:
-    """A function that stands for a bound method: same name, documentation and signature."""
-
-    @functools.wraps(method)
-    def standing(*args: Any, **kwargs: Any) -> Any:
-        return replacement(*args, **kwargs)
-
-    return standing
-
-
 def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
     """Tokens that a pass brings, and tokens that are in its cache already, all rows of the batch together."""
     ids = kwargs.get("input_ids", args[0] if args else None)
@@ -291,9 +296,7 @@ def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
         ids = kwargs.get("inputs_embeds")
     if not isinstance(ids, torch.Tensor) or ids.dim() < 2:
         return 0, 0
-    cache: Any = kwargs.get("past_key_values")
-    past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
-    return ids.shape[0] * ids.shape[1], ids.shape[0] * int(past)
+    return ids.shape[0] * ids.shape[1], ids.shape[0] * cached_tokens(cache_of(kwargs))
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from lamina.checkpoint import Checkpoint, TensorEntry
 from lamina.errors import CheckpointError, RequestError, UnsupportedError
+from lamina.hf.internals import Conv1D
 from lamina.model.disk_tensor import Computed, DiskTensor
 from lamina.model.packed import Awq, Float4, Float4Experts, Gptq, Integers, Lookup4, Packed, Scaled
 

@@ -299,3 +299,15 @@ def prepare(weights: Iterable[Weight]) -> None:
     codecs = {segment.codec for weight in weights for segment in weight.segments}
     if any(codec.startswith(WITH_KERNELS) for codec in codecs):
         native.library()
+
+
+def without_kernels(weights: Iterable[Weight]) -> list[str]:
+    """Second ways of decoding: what torch does because there is no kernel, and why there is none."""
+    codecs = {segment.codec for weight in weights for segment in weight.segments}
+    ours = sorted({codec for codec in codecs if codec.startswith(WITH_KERNELS)})
+    found = []
+    if ours and (why := native.missing()):
+        found.append(f"weights stored as {', '.join(ours)} are decoded by torch, many times more slowly: {why}")
+    if codecs - set(ours):
+        found.append("weights of a quantised checkpoint are decoded by torch, at 0.1 to 5 GB/s: no kernel knows them")
+    return found

@@ -15,6 +15,8 @@ class Record:
         draft: which one, or "none".
         reason: why this one, or why none.
         off_because: why the last generation went without it; None where it did not.
+        generations: that had it.
+        paused, silent: passes without a draft: it would have cost more than it saves, or it had nothing to propose.
         cycles: passes after the first one of a generation; `verified` those that had a draft to verify.
         drafted: tokens that were verified; `accepted` of them were right.
         tried, right: by position in the draft, how often there was a token whose predecessors were right, and how
@@ -25,6 +27,9 @@ class Record:
     draft: str = "none"
     reason: str = ""
     off_because: str | None = None
+    generations: int = 0
+    paused: int = 0
+    silent: int = 0
     cycles: int = 0
     verified: int = 0
     drafted: int = 0
@@ -38,6 +43,7 @@ class Record:
     def on(self, draft: str) -> None:
         """A generation has a draft."""
         self.draft, self.off_because = draft, None
+        self.generations += 1
 
     def off(self, reason: str) -> None:
         """The last generation went without its draft."""
@@ -64,9 +70,25 @@ class Record:
             self.tried[accepted] += 1
 
     @property
+    def name(self) -> str:
+        """What proposes tokens: "none" where the last generation went without its draft."""
+        return self.draft if self.off_because is None else "none"
+
+    @property
     def said(self) -> str:
-        """Why this draft, or why the last generation had none."""
-        return self.off_because or self.reason
+        """Why this draft, or why the last generation had none, or why nothing was proposed."""
+        if self.off_because is not None:
+            return self.off_because
+        return f"{self.reason}, but {self._idle}" if self.generations and not self.drafted else self.reason
+
+    @property
+    def _idle(self) -> str:
+        """Why a draft that was on proposed nothing."""
+        if self.silent:
+            return "it found nothing to propose in this text"
+        if self.paused:
+            return "it would have cost more time than it saves"
+        return "an answer of one token has nothing to draft"
 
     @property
     def accepted_by_position(self) -> tuple[float, ...]:

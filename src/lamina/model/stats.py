@@ -33,6 +33,7 @@ class Stats:
         accepted_by_position: of the first token of a draft, the second and so on, the share that was right where all
             before it were.
         draft_share_of_time: of the time after the first token of an answer, what proposing took.
+        fallbacks: second ways that were taken so far, each with its reason.
     """
 
     passes: int
@@ -69,3 +70,4 @@ class Stats:
     accepted_tokens: int
     accepted_by_position: tuple[float, ...]
     draft_share_of_time: float
+    fallbacks: tuple[str, ...] = ()

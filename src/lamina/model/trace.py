@@ -9,12 +9,12 @@ definition stands in; the stream then serves what comes out of order on demand.
 from __future__ import annotations
 
 import bisect
-import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedModel
 
+from lamina.fallbacks import cause
+from lamina.hf.internals import arguments_of, cache_argument, cache_of
 from lamina.model.experts import experts_by_config, picks, routes, standing_in
 from lamina.plan.schedule import Call
 
@@ -57,7 +59,7 @@ class Trace:
         routed: how many experts of a module a token is sent to.
         routers: by experts module, the module that says where tokens go, where one does it alone.
         traced: False for the order of definition.
-        why_not: the error that kept the model from being traced.
+        fallbacks: second ways that were taken, each with its reason.
         operations: of torch in a pass, the experts' own left out.
     """
 
@@ -70,7 +72,7 @@ class Trace:
     routed: Mapping[str, int] = field(default_factory=dict)
     routers: Mapping[str, str] = field(default_factory=dict)
     traced: bool = True
-    why_not: str = ""
+    fallbacks: tuple[str, ...] = ()
     operations: int = 0
 
     def activations(self, tokens: int) -> int:
@@ -88,11 +90,11 @@ def trace(model: PreTrainedModel) -> Trace:
     Args:
         model: built and attached to a checkpoint; its parameters may have no memory.
     """
-    failure = ""
+    failure: Exception | None = None
     activations: dict[int, int] = {}
     caches: dict[int, int] = {}
     recorder = None
-    for (guarded, answering), inputs in itertools.product(_WAYS_ROUND, _ways_in(model)):
+    for (guarded, answering), (kind, inputs) in itertools.product(_WAYS_ROUND, _ways_in(model)):
         try:
             for tokens in LENGTHS:
                 recorder, cache_bytes = _run(model, tokens, inputs, guarded, answering)
@@ -100,14 +102,59 @@ def trace(model: PreTrainedModel) -> Trace:
                 activations[tokens] = max(recorder.peak - cache_bytes, recorder.peak // 4)
                 caches[tokens] = cache_bytes
         except Exception as error:  # any family may refuse meta tensors in its own way
-            failure = failure or f"{type(error).__name__}: {error}"
+            failure = failure or error
             continue
+        if kind is _Cache.NONE and cache_argument(model) is not None:
+            caches = {tokens: cache_by_config(model.config, tokens) for tokens in LENGTHS}
         assert recorder is not None
         return Trace(
             recorder.root.freeze(), *_uses(recorder.kinds), activations, caches,
-            recorder.experts, recorder.routed, recorder.routers, operations=recorder.operations
+            recorder.experts, recorder.routed, recorder.routers, operations=recorder.operations,
+            fallbacks=_second_ways(model, kind, guarded, answering, failure)
         )  # fmt: skip
+    assert failure is not None
     return _by_definition(model, failure)
+
+
+class _Cache(Enum):
+    """Where the cache of a traced pass comes from."""
+
+    GIVEN = "a DynamicCache is given, as generation gives it"
+    OWN = "the model makes one, of its own kind"
+    NONE = "there is none"
+
+
+def _second_ways(
+    model: PreTrainedModel, kind: _Cache, guarded: bool, answering: bool, failure: Exception | None
+) -> tuple[str, ...]:
+    """What was traced otherwise than with a cache on plain meta tensors, with the error that closed that way."""
+    if failure is None:
+        return ()
+    why, ways = cause(failure), []
+    if cache_argument(model) is not None and kind is _Cache.OWN:
+        ways.append(f"the KV cache is of the model's own kind and counted as a traced pass leaves it ({why})")
+    if cache_argument(model) is not None and kind is _Cache.NONE:
+        ways.append(f"the pass was traced without a KV cache, which is counted from the config instead ({why})")
+    if guarded:
+        ways.append(f"layers that ask for real numbers were traced with made-up ones, or as one piece each ({why})")
+    elif answering:
+        ways.append(f"the pass was traced with made-up numbers where the model asks for real ones ({why})")
+    return tuple(ways)
+
+
+def cache_by_config(config: Any, tokens: int) -> int:
+    """Bytes of a key-value cache as a config tells: every layer keeps keys and values of every token."""
+    text = config.get_text_config()
+
+    def number(*names: str) -> int:
+        return next((int(value) for name in names if isinstance(value := getattr(text, name, None), int)), 0)
+
+    heads = number("num_attention_heads", "n_head", "n_heads")
+    size = number("head_dim") or number("hidden_size", "n_embd", "d_model") // max(heads, 1)
+    layers = number("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None)
+    itemsize = dtype.itemsize if isinstance(dtype, torch.dtype) else 4
+    return 2 * layers * (number("num_key_value_heads") or heads) * size * itemsize * tokens
 
 
 def _uses(kinds: Mapping[tuple[str, str], set[str]]) -> tuple[dict[str, frozenset[str]], frozenset[tuple[str, str]]]:
@@ -133,10 +180,10 @@ def layer_names(model: torch.nn.Module) -> frozenset[str]:
     return frozenset(f"{name}.{child}" for name in outer for child, _ in model.get_submodule(name).named_children())
 
 
-def _ways_in(model: PreTrainedModel) -> Iterator[Callable[[int], dict[str, Any]]]:
+def _ways_in(model: PreTrainedModel) -> Iterator[tuple[_Cache, Callable[[int], dict[str, Any]]]]:
     """Inputs to try, from what generation passes to the barest."""
     config = model.config
-    accepted = inspect.signature(model.forward).parameters
+    accepted, cache = arguments_of(model), cache_argument(model)
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
     def ids(tokens: int) -> torch.Tensor:
@@ -145,7 +192,7 @@ def _ways_in(model: PreTrainedModel) -> Iterator[Callable[[int], dict[str, Any]]
     def cached(tokens: int) -> dict[str, Any]:
         return {
             "input_ids": ids(tokens),
-            "past_key_values": DynamicCache(config=config),
+            str(cache): DynamicCache(config=config),
             "use_cache": True,
             **last_only,
         }
@@ -160,13 +207,14 @@ def _ways_in(model: PreTrainedModel) -> Iterator[Callable[[int], dict[str, Any]]
     def masked(tokens: int) -> dict[str, Any]:
         return {**bare(tokens), "attention_mask": torch.ones(1, tokens, dtype=torch.long, device="meta")}
 
-    if "past_key_values" in accepted:
-        yield cached
+    if cache is not None:
+        yield _Cache.GIVEN, cached
         if "position_ids" in accepted:
-            yield positioned
-    yield bare
-    yield masked
-    yield lambda tokens: {"input_ids": ids(tokens)}
+            yield _Cache.GIVEN, positioned
+        yield _Cache.OWN, lambda tokens: {"input_ids": ids(tokens), "use_cache": True, **last_only}
+    yield _Cache.NONE, bare
+    yield _Cache.NONE, masked
+    yield _Cache.NONE, lambda tokens: {"input_ids": ids(tokens)}
 
 
 def _run(
@@ -184,8 +232,8 @@ def _run(
     inputs = way(tokens)
     inside = recorder.guarding(model) if guarded else nullcontext()
     with torch.no_grad(), standing_in(model), recorder.watching(model), inside, recorder:
-        torch.func.functional_call(model, tensors, kwargs=inputs)
-    cache = inputs.get("past_key_values")
+        outputs = torch.func.functional_call(model, tensors, kwargs=inputs)
+    cache = cache_of(inputs) or (cache_of(outputs) if isinstance(outputs, Mapping) else None)
     return recorder, sum(_nbytes(leaf) for leaf in _tensors_of(cache)) if cache is not None else 0
 
 
@@ -454,8 +502,9 @@ def _extrapolate(points: Mapping[int, int], tokens: int) -> int:
     return int(y2 + slope12 * (tokens - x2) + curve * (tokens - x1) * (tokens - x2))
 
 
-def _by_definition(model: PreTrainedModel, failure: str) -> Trace:
+def _by_definition(model: PreTrainedModel, failure: Exception) -> Trace:
     """Modules in the order in which they are defined, each touching its own weights."""
+    why = f"the pass could not be traced: weights come in the order in which the model defines them ({cause(failure)})"
     named = {id(tensor): name for name, tensor in weight_names(model).items()}
     kinds: dict[tuple[str, str], set[str]] = {}
 
@@ -468,4 +517,5 @@ def _by_definition(model: PreTrainedModel, failure: str) -> Trace:
         return Call(name, tuple(own), tuple(inner))
 
     root = call("", model)
-    return Trace(root, *_uses(kinds), traced=False, why_not=failure)
+    caches = {tokens: cache_by_config(model.config, tokens) for tokens in LENGTHS}
+    return Trace(root, *_uses(kinds), cache_bytes=caches, traced=False, fallbacks=(why,))

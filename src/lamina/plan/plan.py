@@ -25,6 +25,7 @@ class Budget:
         context_tokens: prompt and answer together.
         scratch_bytes: what decoding weights takes beside them.
         draft_bytes: of a draft that proposes tokens: its weights, its cache, and what verifying many tokens takes.
+        override_bytes: of weights that somebody wrote to, which stay in memory from then on.
         device_memory_bytes: of the accelerator; None where the processor computes.
     """
 
@@ -36,6 +37,7 @@ class Budget:
     device_memory_bytes: int | None = None
     scratch_bytes: int = 0
     draft_bytes: int = 0
+    override_bytes: int = 0
 
     @property
     def on_device(self) -> bool:
@@ -48,7 +50,8 @@ class Budget:
 
     @property
     def spoken_for_on_device(self) -> int:
-        return self.activation_bytes + self.kv_cache_bytes + self.scratch_bytes + self.draft_bytes
+        working = self.activation_bytes + self.kv_cache_bytes + self.scratch_bytes
+        return working + self.draft_bytes + self.override_bytes
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Plan:
         expert_slots: how many of them the cache in memory holds, each in `expert_slot_bytes`.
         device_expert_slots: how many the cache on the device holds.
         draft: what proposes tokens; `draft_reason` why this.
+        fallbacks: second ways that are taken, each with its reason.
         predicted_seconds_per_token_drafted: with a copy of the model in 4 bits; None for other drafts, of which it
             depends on the text.
     """
@@ -100,6 +104,7 @@ class Plan:
     draft: str = "none"
     draft_reason: str = ""
     predicted_seconds_per_token_drafted: float | None = None
+    fallbacks: tuple[str, ...] = ()
 
     @property
     def streams(self) -> bool:
@@ -132,6 +137,14 @@ class Plan:
     @property
     def expert_cache_bytes(self) -> int:
         return self.expert_slots * self.expert_slot_bytes
+
+    def has_room_for(self, budget: Budget) -> bool:
+        """Whether another budget is kept by the same plan."""
+        if budget.device_memory_bytes is None:
+            held = self.resident_bytes + self.ring_bytes + self.expert_cache_bytes
+            return budget.spoken_for + held <= budget.memory_bytes
+        held = self.resident_bytes + self.device_ring_bytes + self.device_expert_slots * self.expert_slot_bytes
+        return budget.spoken_for_on_device + held <= budget.device_memory_bytes
 
     @property
     def units(self) -> int:
@@ -196,6 +209,7 @@ class Plan:
             "units": self.units,
             "gathered": sorted(self.gathered),
             "traced": self.traced,
+            "fallbacks": list(self.fallbacks),
             **budget,
             **asdict(self.hardware),
         }

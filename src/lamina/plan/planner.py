@@ -190,6 +190,8 @@ class _Planner:
         budget = self.budget
         draft = f" and a draft of {format_size(budget.draft_bytes)}" if budget.draft_bytes else ""
         less = "a shorter context or no draft" if draft else "a shorter context"
+        if budget.override_bytes:
+            draft += f" and {format_size(budget.override_bytes)} of weights that were written to, which stay in memory,"
         if budget.memory_bytes < minimum:
             raise BudgetError(
                 f"memory={format_size(budget.memory_bytes)} is too small: this model with a context of "

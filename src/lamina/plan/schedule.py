@@ -5,8 +5,8 @@ Pure data: names, shapes and byte extents. `lamina.model` derives it from a trac
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from lamina.checkpoint.extent import Extent
@@ -252,6 +252,18 @@ class Schedule:
     routed: Mapping[str, int] = field(default_factory=dict)
     scratch_bytes: int = 0
     operations: int = 0
+
+    def without(self, names: Collection[str]) -> Schedule:
+        """The same pass where these weights are somebody else's to hold."""
+        if not names:
+            return self
+
+        def visit(call: Call) -> Call:
+            touches = tuple(name for name in call.touches if name not in names)
+            return Call(call.module, touches, tuple(visit(inner) for inner in call.calls))
+
+        weights = {name: weight for name, weight in self.weights.items() if name not in names}
+        return replace(self, root=visit(self.root), weights=weights)
 
     @property
     def nbytes(self) -> int:

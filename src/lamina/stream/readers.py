@@ -73,6 +73,7 @@ class _Shared:
     urgent: deque[_Job] = field(default_factory=deque)
     lock: threading.RLock = field(default_factory=threading.RLock)  # entered as it is: Ctrl-C cannot leave it held
     files: dict[str, File] = field(default_factory=dict)
+    buffered: set[str] = field(default_factory=set)  # folders whose files cannot be read past the page cache
     failed_files: list[File] = field(default_factory=list)  # another thread may still read them: closed later
     threads: int = 0
     bytes_read: int = 0
@@ -105,6 +106,8 @@ class _Shared:
                     file.close()
                     raise
                 self.files[path] = file
+                if not file.direct and hasattr(os, "O_DIRECT"):
+                    self.buffered.add(os.path.dirname(path))
             return self.files[path]
 
     def check(self, file: File) -> None:
@@ -183,6 +186,15 @@ class Readers:
     @property
     def bytes_read(self) -> int:
         return self._shared.bytes_read
+
+    @property
+    def fallbacks(self) -> list[str]:
+        """Second ways of reading that were taken so far, each with its reason."""
+        return [
+            f"files in {folder} are read through the page cache, and dropped from it after: its file system refuses "
+            f"direct reads"
+            for folder in sorted(self._shared.buffered)
+        ]
 
     @property
     def closed(self) -> bool:

@@ -1,0 +1,250 @@
+"""What Lamina uses of transformers beyond its documentation: the one file that a new version can move.
+
+Names of arguments, attributes and functions that a minor version may change without a word are written here and nowhere
+else; `tests/unit/test_transformers_contract.py` holds each of them against the installed transformers, and the sources
+of Lamina against this rule. docs/compatibility.md says how the supported range is moved.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Container, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.core_model_loading import rename_source_key
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import ModelOutput
+
+__all__ = [
+    "ALL_ATTENTION_FUNCTIONS",
+    "ALL_EXPERTS_FUNCTIONS",
+    "CACHE",
+    "GGUF_CONFIG_MAPPING",
+    "TOKENIZER_MAPPING_NAMES",
+    "Conv1D",
+    "rename_source_key",
+    "sdpa_attention_forward",
+    "sdpa_mask",
+    "tokenizer_class_from_name",
+]
+
+_parameters = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = "cache" if "cache" in _parameters else "past_key_values"
+"""The name that generation has for the key-value cache: `cache` from 5.24 on, `past_key_values` before."""
+
+_CACHES = tuple(dict.fromkeys((CACHE, "cache", "past_key_values", "cache_params")))  # mamba's own until 5.23
+
+
+# -- the cache of a call, whatever its name
+
+
+@cache
+def _arguments(forward: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
+
+
+def arguments_of(model: Any) -> frozenset[str]:
+    """The names that the forward of a model's class takes."""
+    kind: Any = type(model)
+    return _arguments(kind.forward)
+
+
+def cache_argument(model: Any) -> str | None:
+    """The name under which a model's forward takes its cache; None where it takes none."""
+    taken = arguments_of(model)
+    return next((name for name in _CACHES if name in taken), None)
+
+
+def cache_of(values: Mapping[str, Any]) -> Any:
+    """The cache among the keyword arguments of a call, or in what a pass gave; None where there is none."""
+    return next((values[name] for name in _CACHES if values.get(name) is not None), None)
+
+
+def batched_tokens(kwargs: Mapping[str, Any]) -> int:
+    """Tokens that a pass of a continuous batch gives; 0 for any other pass."""
+    indices = kwargs.get("logits_indices")
+    return int(indices.shape[-1]) if isinstance(indices, torch.Tensor) else 0
+
+
+def has_length(cache: Any) -> bool:
+    """Whether a cache can say how many tokens it holds."""
+    return hasattr(cache, "get_seq_length")
+
+
+def cached_tokens(cache: Any) -> int:
+    """Tokens that a cache holds, of each of its texts; 0 for anything else."""
+    return int(cache.get_seq_length()) if has_length(cache) else 0
+
+
+def can_crop(cache: Any) -> bool:
+    """Whether a cache can forget its last tokens; known once a pass went through it."""
+    return bool(getattr(cache, "is_croppable", False))
+
+
+def record_past(cache: Any) -> None:
+    """Have a cache keep from now on what `crop` needs."""
+    cache.activate_past_recording()
+
+
+def crop(cache: Any, tokens: int) -> None:
+    """Forget the last `tokens` tokens."""
+    cache.crop(-tokens)
+
+
+def convolves(cache: Any) -> bool:
+    """Whether some of a cache's layers keep a state in place of keys and values."""
+    return any(getattr(cache, "is_linear", ()))
+
+
+def is_stateful(model: Any) -> bool:
+    """Whether a model keeps a state that cannot go back."""
+    return bool(getattr(model, "_is_stateful", False))
+
+
+# -- which kernels a config asks for
+
+
+def experts_implementation(config: Any) -> str | None:
+    """The way of computing experts; None where the config knows of none."""
+    chosen: str | None = getattr(config, "_experts_implementation", None)
+    return chosen
+
+
+def set_experts_implementation(config: Any, name: str) -> None:
+    """Have experts computed in another way, without the checks of the public setter."""
+    config._experts_implementation = name
+
+
+def attention_implementation(config: Any) -> str | None:
+    """The way of computing attention; None where the config knows of none."""
+    chosen: str | None = getattr(config, "_attn_implementation", None)
+    return chosen
+
+
+# -- generation
+
+
+def generation_config_of(model: Any, config: Any, given: Mapping[str, Any]) -> GenerationConfig:
+    """The settings that `generate` would come to."""
+    prepared: GenerationConfig
+    prepared, _ = model._prepare_generation_config(config, **given)
+    return prepared
+
+
+def end_tokens(config: Any) -> frozenset[int]:
+    """Tokens that end a text, of the config that `generate` hands to its loop."""
+    ends = getattr(config, "_eos_token_tensor", None)
+    return frozenset() if ends is None else frozenset(ends.flatten().tolist())
+
+
+def prefill(model: Any, ids: torch.Tensor, config: GenerationConfig, kwargs: dict[str, Any]) -> Any:
+    """The first pass, over the prompt, as `_sample` makes it."""
+    return model._prefill(ids, config, kwargs, is_first_iteration=True)
+
+
+def inputs_of(model: Any, ids: torch.Tensor, new: int, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a pass over the last `new` tokens of `ids` is called with.
+
+    Args:
+        ids: shape (1, tokens).
+        kwargs: of the pass, as they are for the first of the new tokens.
+    """
+    grown = dict(kwargs)
+    if new > 1:
+        grown = model._update_model_kwargs_for_generation(ModelOutput(), grown, num_new_tokens=new - 1)
+    inputs: dict[str, Any] = model.prepare_inputs_for_generation(ids, next_sequence_length=new, **grown)
+    return inputs
+
+
+def advance(model: Any, outputs: Any, kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """The keyword arguments of the next pass, `tokens` tokens further on."""
+    advanced: dict[str, Any] = model._update_model_kwargs_for_generation(outputs, kwargs, num_new_tokens=tokens)
+    return advanced
+
+
+def sample(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """transformers' own loop, one token a pass."""
+    return type(model)._sample(model, *args, **kwargs)
+
+
+def generated(ids: torch.Tensor, scores: Any, logits: Any, cache: Any) -> GenerateDecoderOnlyOutput:
+    """What `generate` gives where `return_dict_in_generate` is asked for."""
+    return GenerateDecoderOnlyOutput(sequences=ids, scores=scores, logits=logits, **{CACHE: cache})
+
+
+# -- saving
+
+
+def has_adapters(model: Any) -> bool:
+    """Whether adapters were loaded into a model by its own `load_adapter`: then only they are saved."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def tied_names(model: Any) -> set[str]:
+    """Patterns of names that stand for another weight."""
+    from transformers.modeling_utils import _get_tied_weight_keys
+
+    return set(_get_tied_weight_keys(model))
+
+
+def as_published(model: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """A state dict with the names and the cuts that the model's checkpoints are published with."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    reverted: dict[str, Any] = revert_weight_conversion(model, state)
+    return reverted
+
+
+# -- GGUF
+
+
+def gguf_config_architectures() -> Container[Any]:
+    """GGUF architectures whose config transformers reads with a reader of its own."""
+    from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
+
+    architectures: Container[Any] = GGUF_CONFIG_ARCHS
+    return architectures
+
+
+def gguf_mapping(architecture: Any, config: Any) -> tuple[list[Any], list[Any]] | None:
+    """The renamings and converters of a GGUF architecture; None where transformers has a processor for it instead."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+    from transformers.integrations.gguf import get_gguf_conversion_mapping, is_gguf_arch_supported
+
+    if not is_gguf_arch_supported(architecture):
+        return None
+    mapping = get_gguf_conversion_mapping(architecture, config)
+    renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
+    return renamings, [each for each in mapping if isinstance(each, WeightConverter)]
+
+
+def gguf_processor(architecture: Any) -> Callable[..., Any]:
+    """The class that says what llama.cpp did to the tensors of an architecture."""
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+    processor: Callable[..., Any] = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+    return processor
+
+
+def gguf_names(names: Any, processor: Any, family: str | None) -> dict[str, str]:
+    """Parameter names by the names of GGUF tensors."""
+    from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
+
+    mapped: dict[str, str] = get_gguf_hf_weights_map(names, processor, family)
+    return mapped
+
+
+def text_model_class(config: Any, kind: type[PreTrainedModel]) -> bool:
+    """Whether a class takes the text part of a multimodal config, as AutoModelForCausalLM may choose."""
+    text = config.sub_configs.get("text_config")
+    return text is not None and getattr(kind, "config_class", None) is text

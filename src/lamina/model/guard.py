@@ -1,0 +1,132 @@
+"""No gradient through a weight that is gone before a backward pass could use it.
+
+Autograd keeps the tensors of a forward pass for the backward pass. A streamed weight's memory holds other weights by
+then, so a gradient computed with it is wrong, and nothing would say so. Two guards, on the results and on the tensors
+themselves, make every such backward pass one error: however the forward pass was reached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from lamina.errors import UnsupportedError
+
+WHY = (
+    "a gradient was asked for that needs weights which stream: they are gone when the backward pass comes; give enough "
+    "memory for all weights to stay (lamina plan says how much), or compute under torch.no_grad()"
+)
+_PLAIN_GETTERS = frozenset(
+    "shape dtype device requires_grad is_leaf grad ndim layout itemsize nbytes names is_sparse is_quantized is_meta "
+    "is_nested is_cpu is_cuda is_mps is_xpu grad_fn output_nr _version _base _backward_hooks".split()
+)
+
+
+class _Refused(torch.autograd.Function):
+    """Its results look like any that have a gradient; asking for that is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise UnsupportedError(WHY)
+
+
+def refused(value: torch.Tensor) -> torch.Tensor:
+    """The same numbers, whose gradient is refused with an UnsupportedError."""
+    if not (value.is_floating_point() or value.is_complex()):
+        return value
+    with torch.enable_grad():
+        anchor = torch.zeros((), requires_grad=True)
+        made: torch.Tensor = _Refused.apply(anchor, value.detach())  # type: ignore[no-untyped-call]
+        return made
+
+
+def refused_results(out: Any) -> Any:
+    """What a module gave, with every gradient refused; caches and other objects are left as they are."""
+    if isinstance(out, torch.Tensor):
+        return refused(out)
+    if type(out) in (tuple, list):
+        return type(out)(refused_results(each) for each in out)
+    if isinstance(out, Mapping):  # transformers' outputs
+        for key in list(out):
+            if isinstance(out[key], torch.Tensor) or type(out[key]) in (tuple, list):
+                out[key] = refused_results(out[key])  # type: ignore[index]
+    return out
+
+
+def asks_for_gradients(*values: Any) -> bool:
+    """Whether something that is computed from these now would have a gradient."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_leaves(values))
+
+
+def without_gradient(compute: Callable[[], torch.Tensor], *inputs: Any) -> torch.Tensor:
+    """What `compute` gives, with a gradient that is refused where torch would have kept one."""
+    if not torch.is_grad_enabled():
+        return compute()
+    with torch.no_grad():
+        out = compute()
+    return refused(out) if asks_for_gradients(*inputs) else out
+
+
+class Guarded(torch.Tensor):
+    """A weight in memory that is not its own for long, where gradients are on.
+
+    Attributes:
+        plain: the weight itself.
+    """
+
+    plain: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, plain: torch.Tensor, requires_grad: bool) -> Guarded:
+        self: Guarded = torch.Tensor._make_subclass(cls, plain.detach(), requires_grad)
+        self.plain = plain.detach()
+        return self
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if (func.__name__ == "__get__" and _getter(func) in _PLAIN_GETTERS) or func is torch.Tensor.requires_grad_:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        plain = tree_map(_plain, (args, kwargs))
+        if not torch.is_grad_enabled():
+            return func(*plain[0], **plain[1])
+        with torch.no_grad():
+            out = func(*plain[0], **plain[1])
+        asked = asks_for_gradients(args, kwargs)
+        weights = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Guarded)]
+        held = {weight.plain.untyped_storage().data_ptr() for weight in weights}
+        wanted = any(weight.requires_grad for weight in weights)
+
+        def guard(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value
+            if value.untyped_storage().data_ptr() in held:
+                return Guarded(value, wanted)
+            return refused(value) if asked else value
+
+        return tree_map(guard, out)
+
+
+def guarded(weight: torch.Tensor) -> torch.Tensor:
+    """The weight as it may be bound now: guarded where gradients are on."""
+    if type(weight) is not torch.Tensor or not torch.is_grad_enabled():
+        return weight
+    return Guarded(weight, weight.requires_grad)
+
+
+def _getter(func: Any) -> str:
+    return str(getattr(getattr(func, "__self__", None), "__name__", ""))
+
+
+def _plain(value: Any) -> Any:
+    return value.plain if isinstance(value, Guarded) else value

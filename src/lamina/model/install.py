@@ -1,0 +1,107 @@
+"""What stands between a user and methods of the model that would go around the stream."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from lamina.errors import UnsupportedError
+from lamina.model.engine import Engine
+
+NO_GRAPH = "weights that stream, or may come to it, are other tensors in each pass"
+
+
+def in_place_of(method: Any, replacement: Any) -> Any:
+    """A function that stands for a bound method: same name, documentation and signature."""
+
+    @functools.wraps(method)
+    def standing(*args: Any, **kwargs: Any) -> Any:
+        return replacement(*args, **kwargs)
+
+    return standing
+
+
+def eagerly(forward: Any) -> Any:
+    """A forward that torch.compile leaves alone, with everything that it calls."""
+    disabled: Any = torch.compiler.disable(forward, reason=NO_GRAPH)  # type: ignore[no-untyped-call]
+    return disabled
+
+
+def install(model: PreTrainedModel, engine: Engine) -> None:
+    """Have casts, moves, copies, loading a state dict and compiling answered with the stream in mind."""
+    model._apply = in_place_of(model._apply, functools.partial(_apply, model, engine))
+    model.load_state_dict = in_place_of(model.load_state_dict, functools.partial(_load_state_dict, model, engine))
+    model.compile = in_place_of(model.compile, functools.partial(_compile, model))
+    model.__deepcopy__ = _copied
+    model.__reduce_ex__ = _pickled
+
+
+def _apply(model: Any, engine: Engine, fn: Any, recurse: bool = True) -> Any:
+    """`Module._apply`, which is what `to`, `half`, `cuda` and the like come to.
+
+    Raises:
+        UnsupportedError: weights that stream or are packed would be cast or moved.
+        BudgetError: what is in memory would no longer fit.
+    """
+    weights = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
+    changed = [parameter for parameter in weights if not _keeps(fn, parameter)]
+    bound = [parameter for parameter in changed if getattr(parameter, "home", None) is not None]
+    if bound:
+        target = _probe(fn, bound[0])
+        raise UnsupportedError(
+            f"weights that stream or are packed stay {_word(bound[0].dtype)} on {engine.device}: load the model "
+            f"again with dtype={_word(target.dtype)!r}, device={str(target.device)!r}"
+        )
+    grown = sum(_probe(fn, p).element_size() * p.numel() - p.numel() * p.element_size() for p in changed)
+    if grown > 0:
+        engine.spend(grown, without=())
+    return type(model)._apply(model, fn, recurse)
+
+
+def _keeps(fn: Any, parameter: torch.Tensor) -> bool:
+    made = _probe(fn, parameter)
+    return made.dtype == parameter.dtype and made.device == parameter.device
+
+
+@functools.cache
+def _empty(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.empty(0, dtype=dtype, device=device)
+
+
+def _probe(fn: Any, parameter: torch.Tensor) -> torch.Tensor:
+    """What becomes of the dtype and device of a parameter, seen on a tensor without elements."""
+    made: torch.Tensor = fn(_empty(parameter.dtype, parameter.device))
+    return made
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _load_state_dict(model: Any, engine: Engine, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+    """`load_state_dict`, which keeps what it loads in memory where the weights stream or are packed.
+
+    Raises:
+        BudgetError: there is no room for it; nothing was loaded.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    homes = {name: home for name, p in named.items() if (home := getattr(p, "home", None)) is not None}
+    new = {homes[n].name for n in homes if n in state_dict and getattr(state_dict[n], "home", None) is not homes[n]}
+    engine.overrides.make_room(sorted(new))
+    return type(model).load_state_dict(model, state_dict, *args, **kwargs)
+
+
+def _compile(model: Any, *args: Any, **kwargs: Any) -> None:
+    """`Module.compile`: a model of Lamina runs as it is, for its weights may be other tensors in each pass."""
+    model.lamina.fallbacks.say(f"the model runs without torch.compile: {NO_GRAPH}")
+
+
+def _copied(memo: Any) -> Any:
+    raise UnsupportedError("a model of Lamina cannot be copied: load it a second time, with memory of its own")
+
+
+def _pickled(protocol: Any) -> Any:
+    raise UnsupportedError("a model of Lamina cannot be pickled: model.save_pretrained(folder) saves it as it streams")

@@ -1,0 +1,161 @@
+"""Weights that somebody wrote to: they stay in memory from then on, in place of what is on disk.
+
+Merging an adapter, loading a state dict, initialising a layer anew: all of it writes to weights. What was written is
+kept whole, as an ordinary parameter, and counts against the budget: other weights give way to it, or it is refused. A
+multiplication by a number needs no memory: it is done again whenever the weight arrives.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lamina.errors import UnsupportedError
+from lamina.plan.schedule import Convert
+
+if TYPE_CHECKING:
+    from lamina.model.engine import Engine
+
+Scaling = Callable[..., Any]
+
+
+class Overrides:
+    """The written weights of one engine.
+
+    Attributes:
+        held: by name, what stands in the modules.
+        scaled: by name, what is done to a weight whenever it arrives: in-place operations and their numbers.
+        outdated: the plan still streams weights that are held.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.held: dict[str, nn.Parameter] = {}
+        self.scaled: dict[str, list[tuple[Scaling, float]]] = defaultdict(list)
+        self.outdated = False
+
+    def written(self, name: str) -> torch.Tensor:
+        """The memory of a weight, to be written to.
+
+        Raises:
+            BudgetError: there is no room for it.
+            UnsupportedError: a pass is under way.
+        """
+        with self._engine.lock:
+            if name not in self.held:
+                self.make_room([name])
+                self._hold(name, self._engine.read(name))
+            return self.held[name].detach()
+
+    def replace(self, name: str, data: torch.Tensor) -> None:
+        """Let `data` be the weight, in whatever shape and dtype.
+
+        Raises:
+            BudgetError: there is no room for it.
+            UnsupportedError: a pass is under way.
+        """
+        with self._engine.lock:
+            if name in self.held:
+                self.held[name].data = data
+                return
+            self.make_room([name], data.numel() * data.element_size())
+            self._hold(name, data)
+
+    def scale(self, name: str, func: Scaling, number: float) -> bool:
+        """Multiply or divide a weight by a number each time it arrives; False where it has to be held instead."""
+        with self._engine.lock:
+            weight = self._engine.schedule[name]
+            if name in self.held or weight.convert is Convert.DECODE:
+                return False
+            if not self._engine.placeholder(name).is_floating_point():
+                return False
+            if number != 1:
+                self.scaled[name].append((func, number))
+            return True
+
+    def arrived(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """A weight, or rows of it, as it should be by now; written in place."""
+        for func, number in self.scaled.get(name, ()):
+            func(weight, number)
+        return weight
+
+    def make_room(self, names: Collection[str], nbytes: int | None = None) -> None:
+        """Have memory for weights that are about to be held.
+
+        Args:
+            names: of weights; those that are held already need none.
+            nbytes: of all of them, where it is not what they have.
+
+        Raises:
+            BudgetError: not even the smallest plan leaves so much.
+            UnsupportedError: a pass is under way.
+        """
+        engine = self._engine
+        new = [name for name in names if name not in self.held]
+        if not new:
+            return
+        if engine.in_pass:
+            raise UnsupportedError(
+                f"{new[0]} streams and was written to while the model runs: what is on disk would come back with the "
+                f"next pass; write to it before, or give enough memory for it to stay"
+            )
+        if nbytes is None:
+            nbytes = sum(engine.schedule[name].nbytes for name in new)
+        engine.spend(nbytes, without=new)
+        self.outdated = True
+
+    def keep(self, name: str, weight: torch.Tensor) -> None:
+        """Hold what stands in the modules of a resident weight already."""
+        self.held[name] = weight  # type: ignore[assignment]
+
+    def adopt(self) -> None:
+        """Keep what stands in modules in place of the weights that stream: somebody put it there.
+
+        Raises:
+            BudgetError: there is no room for it.
+        """
+        counted: set[int] = set()
+        for name, tensor in self._engine.replaced():
+            nbytes = 0 if id(tensor) in counted else tensor.numel() * tensor.element_size()
+            counted.add(id(tensor))
+            self._engine.spend(nbytes, without=())
+            if not self._engine.stands(name):
+                self.held[name] = tensor  # type: ignore[assignment]
+                self.outdated = True
+
+    def _hold(self, name: str, data: torch.Tensor) -> None:
+        self.scaled.pop(name, None)  # `data` has been scaled
+        asked = self._engine.placeholder(name).requires_grad and (data.is_floating_point() or data.is_complex())
+        self.held[name] = parameter = nn.Parameter(data, requires_grad=asked)
+        self._engine.bind(name, parameter)
+
+
+class Home:
+    """Where the data of one weight of an engine is; see `lamina.model.disk_tensor.Home`."""
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self._engine, self.name = engine, name
+
+    def read(self) -> torch.Tensor:
+        return self._engine.current(self.name)
+
+    def gather(self, ids: torch.Tensor) -> torch.Tensor | None:
+        return self._engine.rows(self.name, ids)
+
+    def part(self, first: int, count: int) -> torch.Tensor:
+        return self._engine.part(self.name, first, count)
+
+    def written(self) -> torch.Tensor:
+        return self._engine.overrides.written(self.name)
+
+    def scale(self, func: Scaling, number: float) -> bool:
+        return self._engine.overrides.scale(self.name, func, number)
+
+    def replace(self, data: torch.Tensor) -> None:
+        if getattr(data, "home", None) is self:  # what it holds already
+            return
+        self._engine.overrides.replace(self.name, data)
