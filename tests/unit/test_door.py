@@ -1,10 +1,8 @@
-"""What is taken from inside transformers is still there; which calls decode as they always did; what goes around."""
+"""Which calls decode as they always did, which may have a draft, and what goes around transformers' own loop."""
 
 from __future__ import annotations
 
-import inspect
 import string
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +10,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
-    Cache,
-    DynamicCache,
     GenerationConfig,
-    GenerationMixin,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     StoppingCriteriaList,
 )
-from transformers.cache_utils import DynamicLayer
-from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StopStringCriteria
+from transformers.generation import LogitsProcessorList, StopStringCriteria
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 from families import tiny_config
@@ -33,38 +27,6 @@ from lamina.decode.pace import Pace
 
 LETTERS = string.ascii_letters + string.digits + "+/"
 IDS = torch.tensor([[5, 9, 23, 17, 5, 9, 23]])
-
-# what the package lamina.decode uses that transformers' documentation does not promise, and with which parameters
-INTERNALS: dict[str, tuple[Callable[..., Any] | None, str]] = {
-    "GenerationMixin._prefill": (
-        getattr(GenerationMixin, "_prefill", None),
-        "input_ids generation_config model_kwargs is_first_iteration",
-    ),
-    "GenerationMixin._sample": (
-        getattr(GenerationMixin, "_sample", None),
-        "input_ids logits_processor stopping_criteria generation_config streamer model_kwargs",
-    ),
-    "GenerationMixin._update_model_kwargs_for_generation": (
-        getattr(GenerationMixin, "_update_model_kwargs_for_generation", None),
-        "outputs model_kwargs num_new_tokens",
-    ),
-    "GenerationMixin._prepare_generation_config": (
-        getattr(GenerationMixin, "_prepare_generation_config", None),
-        "generation_config kwargs",
-    ),
-    "GenerationMixin.prepare_inputs_for_generation": (
-        GenerationMixin.prepare_inputs_for_generation,
-        "input_ids next_sequence_length kwargs",
-    ),
-    "GenerationMixin.generate": (
-        GenerationMixin.generate,
-        "inputs generation_config stopping_criteria streamer custom_generate kwargs",
-    ),
-    "GenerationConfig.get_generation_mode": (GenerationConfig.get_generation_mode, "assistant_model"),
-    "Cache.crop": (getattr(Cache, "crop", None), "tokens_to_remove"),
-    "Cache.activate_past_recording": (getattr(Cache, "activate_past_recording", None), ""),
-    "GenerateDecoderOnlyOutput": (GenerateDecoderOnlyOutput, "sequences scores logits past_key_values"),
-}
 
 
 class Streamer:
@@ -125,52 +87,7 @@ def model(folder: Path) -> PreTrainedModel:
     return AutoModel.from_pretrained(str(folder), device="cpu", context=64, draft="lookup")
 
 
-# -- what a new version of transformers may move
-
-
-@pytest.mark.parametrize("name", INTERNALS)
-def test_the_internals_are_where_they_were(name: str) -> None:
-    found, wanted = INTERNALS[name]
-    assert found is not None, f"transformers has no {name} any more: lamina.decode must find another way"
-    missing = set(wanted.split()) - set(inspect.signature(found).parameters)
-    assert not missing, f"{name} of transformers does not take {sorted(missing)} any more: see lamina/decode/door.py"
-
-
-def test_a_cache_says_whether_it_can_forget() -> None:
-    cache = DynamicCache()
-    for attribute in ("is_croppable", "activate_past_recording", "is_linear"):
-        assert hasattr(cache, attribute), f"a cache of transformers has no {attribute} any more: see lamina/decode"
-    assert cache.is_croppable
-    cache.update(torch.zeros(1, 1, 5, 2), torch.zeros(1, 1, 5, 2), 0)
-    assert isinstance(cache.layers[0], DynamicLayer)
-    cache.crop(-2)
-    assert cache.get_seq_length() == 3, "crop with a negative number no longer takes off from the end"
-
-
-def test_the_generation_config_has_the_ends_as_a_tensor(model: PreTrainedModel) -> None:
-    seen: list[Any] = []
-
-    def look(model: Any, input_ids: torch.Tensor, generation_config: GenerationConfig, **_: Any) -> torch.Tensor:
-        seen.append(generation_config)
-        return input_ids
-
-    model.generate(IDS, max_new_tokens=3, eos_token_id=[7, 8], custom_generate=look, draft=None)
-    (config,) = seen
-    assert config._eos_token_tensor.tolist() == [7, 8]
-    assert config.max_length == IDS.shape[1] + 3
-
-
-def test_custom_generate_is_given_what_the_loop_needs(model: PreTrainedModel) -> None:
-    seen: dict[str, Any] = {}
-
-    def look(model: Any, input_ids: torch.Tensor, **given: Any) -> torch.Tensor:
-        seen.update(given)
-        return input_ids
-
-    model.generate(IDS, max_new_tokens=3, do_sample=True, top_k=7, custom_generate=look, draft=None)
-    assert isinstance(seen["logits_processor"], LogitsProcessorList)
-    assert isinstance(seen["past_key_values"], DynamicCache)
-    assert any(isinstance(each, MaxLengthCriteria) for each in seen["stopping_criteria"])
+# -- the processors that a draft follows
 
 
 REQUESTS: dict[str, Any] = {
