@@ -20,7 +20,7 @@ from lamina.codec import ByRows, Quick, codec_for
 from lamina.errors import UnsupportedError
 from lamina.model.blocks import METADATA, is_number, linear_arguments
 from lamina.model.disk_tensor import SET_DATA, DiskTensor, Home, materialize, views, write
-from lamina.model.guard import asks_for_gradients, refused
+from lamina.model.guard import asking, refused
 from lamina.plan.cut import ROW_MULTIPLE
 from lamina.plan.schedule import Span
 
@@ -264,8 +264,7 @@ class Encoded(torch.Tensor):
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             answer = _answered(func, args, kwargs)
         if answer is not None:
-            asked = not isinstance(answer, Encoded) and asks_for_gradients(args, kwargs)
-            return refused(answer) if asked else answer
+            return answer if isinstance(answer, Encoded) else refused(answer, asking(args, kwargs))
         if func in SEEN and isinstance(args[0], Encoded) and args[0].home is not None:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)

@@ -269,7 +269,9 @@ class Engine:
             return
         self.overrides.adopt()
         if self.overrides.outdated:
-            self.replan(self.plan.budget)
+            self.overrides.outdated = False
+            with contextlib.suppress(BudgetError):  # then what is held is streamed as well, and left alone
+                self.replan(self.plan.budget)
             if not self.plan.streams:
                 return
         if self._pid != os.getpid():
@@ -441,7 +443,7 @@ class Engine:
             for placed in held.item.layout.placed:
                 if placed.part.weight not in self.overrides.held:
                     weight = self.finish(placed, held.memory)
-                    self.bind(placed.part.weight, guarded(weight.requires_grad_(self._asked(placed.part.weight))))
+                    self.bind(placed.part.weight, guarded(weight))
 
         return enter
 
@@ -465,7 +467,8 @@ class Engine:
         """Put the placeholder back; False where what was bound has been written to."""
         if name in self.overrides.held or not self._sites[name]:
             return True
-        unwritten = self.bound(name)._version == 0
+        bound = self.bound(name)
+        unwritten = bound.is_inference() or bound._version == 0
         self.bind(name, self._disk[name])
         return unwritten
 
@@ -556,7 +559,7 @@ class Engine:
             self._convert(weight, memory[placed.stored_at : placed.stored_at + placed.stored_nbytes], final)
         final = self.overrides.arrived(weight.name, final).data  # counts from now on what is written to it
         # torch picks kernels by this flag even under no_grad (matmul folds): plain transformers has it set
-        return final.requires_grad_(_differentiable(final))
+        return final.requires_grad_(self._asked(weight.name) and _differentiable(final))
 
     def _convert(self, weight: Weight, stored: torch.Tensor, final: torch.Tensor) -> None:
         if weight.convert is Convert.CAST:

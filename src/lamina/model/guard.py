@@ -7,7 +7,7 @@ themselves, make every such backward pass one error: however the forward pass wa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,10 +26,10 @@ _PLAIN_GETTERS = frozenset(
 
 
 class _Refused(torch.autograd.Function):
-    """Its results look like any that have a gradient; asking for that is an error."""
+    """Its result looks like one that depends on `sources`; asking for a gradient of any of them is an error."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, value: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
         return value.view_as(value)
 
     @staticmethod
@@ -37,34 +37,28 @@ class _Refused(torch.autograd.Function):
         raise UnsupportedError(WHY)
 
 
-def refused(value: torch.Tensor) -> torch.Tensor:
-    """The same numbers, whose gradient is refused with an UnsupportedError."""
-    if not (value.is_floating_point() or value.is_complex()):
-        return value
-    with torch.enable_grad():
-        anchor = torch.zeros((), requires_grad=True)
-        made: torch.Tensor = _Refused.apply(anchor, value.detach())  # type: ignore[no-untyped-call]
-        return made
+def asking(*values: Any) -> list[torch.Tensor]:
+    """The tensors among these for which autograd would keep what is computed from them now."""
+    if not torch.is_grad_enabled():
+        return []
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
 
 
-def refused_results(out: Any) -> Any:
-    """What a module gave, with every gradient refused; caches and other objects are left as they are."""
+def refused(out: Any, sources: Sequence[torch.Tensor]) -> Any:
+    """What was computed from `sources`, with every gradient refused; caches and other objects are left as they are."""
+    if not sources:
+        return out
     if isinstance(out, torch.Tensor):
-        return refused(out)
+        if not (out.is_floating_point() or out.is_complex()):
+            return out
+        return _Refused.apply(out.detach(), *sources)  # type: ignore[no-untyped-call]
     if type(out) in (tuple, list):
-        return type(out)(refused_results(each) for each in out)
+        return type(out)(refused(each, sources) for each in out)
     if isinstance(out, Mapping):  # transformers' outputs
         for key in list(out):
             if isinstance(out[key], torch.Tensor) or type(out[key]) in (tuple, list):
-                out[key] = refused_results(out[key])  # type: ignore[index]
+                out[key] = refused(out[key], sources)  # type: ignore[index]
     return out
-
-
-def asks_for_gradients(*values: Any) -> bool:
-    """Whether something that is computed from these now would have a gradient."""
-    if not torch.is_grad_enabled():
-        return False
-    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_leaves(values))
 
 
 def without_gradient(compute: Callable[[], torch.Tensor], *inputs: Any) -> torch.Tensor:
@@ -73,7 +67,8 @@ def without_gradient(compute: Callable[[], torch.Tensor], *inputs: Any) -> torch
         return compute()
     with torch.no_grad():
         out = compute()
-    return refused(out) if asks_for_gradients(*inputs) else out
+    answer: torch.Tensor = refused(out, asking(*inputs))
+    return answer
 
 
 class Guarded(torch.Tensor):
@@ -102,7 +97,7 @@ class Guarded(torch.Tensor):
             return func(*plain[0], **plain[1])
         with torch.no_grad():
             out = func(*plain[0], **plain[1])
-        asked = asks_for_gradients(args, kwargs)
+        asked = asking(args, kwargs)
         weights = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Guarded)]
         held = {weight.plain.untyped_storage().data_ptr() for weight in weights}
         wanted = any(weight.requires_grad for weight in weights)
@@ -112,7 +107,7 @@ class Guarded(torch.Tensor):
                 return value
             if value.untyped_storage().data_ptr() in held:
                 return Guarded(value, wanted)
-            return refused(value) if asked else value
+            return refused(value, asked)
 
         return tree_map(guard, out)
 

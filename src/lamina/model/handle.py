@@ -24,7 +24,7 @@ from lamina.hf.internals import batched_tokens, cache_of, cached_tokens
 from lamina.model.batching import batching_config
 from lamina.model.engine import Engine
 from lamina.model.even_rows import even_rows
-from lamina.model.guard import asks_for_gradients, refused_results
+from lamina.model.guard import asking, refused
 from lamina.model.install import eagerly, in_place_of, install
 from lamina.model.record import Record
 from lamina.model.stats import Stats
@@ -161,15 +161,13 @@ class Lamina:
             return type(module).forward(module, *args, **kwargs)
         if engine.device.type != "cpu":
             args, kwargs = tree_map(lambda value: _to(value, engine.device), (args, kwargs))
-        watched = (
-            torch.is_grad_enabled() and engine.plan.streams and asks_for_gradients(args, kwargs, *module.parameters())
-        )
+        sources = asking(args, kwargs, *module.parameters()) if engine.plan.streams else []
         with self.a_pass(args, kwargs):
             out = type(module).forward(module, *args, **kwargs)
         if self._generate_began is None:
             self._new_tokens += (given := batched_tokens(kwargs))
             self._passes_in_generate += bool(given)
-        return refused_results(out) if watched else out
+        return refused(out, sources)
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate`, counting the tokens that it gives."""

@@ -37,6 +37,7 @@ class Overrides:
         self.held: dict[str, nn.Parameter] = {}
         self.scaled: dict[str, list[tuple[Scaling, float]]] = defaultdict(list)
         self.outdated = False
+        self._reserved: set[str] = set()  # there is room for them already
 
     def written(self, name: str) -> torch.Tensor:
         """The memory of a weight, to be written to.
@@ -95,7 +96,7 @@ class Overrides:
             UnsupportedError: a pass is under way.
         """
         engine = self._engine
-        new = [name for name in names if name not in self.held]
+        new = [name for name in names if name not in self.held and name not in self._reserved]
         if not new:
             return
         if engine.in_pass:
@@ -106,6 +107,7 @@ class Overrides:
         if nbytes is None:
             nbytes = sum(engine.schedule[name].nbytes for name in new)
         engine.spend(nbytes, without=new)
+        self._reserved.update(new)
         self.outdated = True
 
     def keep(self, name: str, weight: torch.Tensor) -> None:
@@ -129,7 +131,10 @@ class Overrides:
 
     def _hold(self, name: str, data: torch.Tensor) -> None:
         self.scaled.pop(name, None)  # `data` has been scaled
+        if data.is_inference():
+            data = data.clone()
         asked = self._engine.placeholder(name).requires_grad and (data.is_floating_point() or data.is_complex())
+        self._reserved.discard(name)
         self.held[name] = parameter = nn.Parameter(data, requires_grad=asked)
         self._engine.bind(name, parameter)
 

@@ -144,7 +144,7 @@ def _second_ways(
 
 def cache_by_config(config: Any, tokens: int) -> int:
     """Bytes of a key-value cache as a config tells: every layer keeps keys and values of every token."""
-    text = config.get_text_config()
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
 
     def number(*names: str) -> int:
         return next((int(value) for name in names if isinstance(value := getattr(text, name, None), int)), 0)
