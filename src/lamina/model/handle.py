@@ -224,11 +224,22 @@ class Lamina:
         """
         if not nbytes:
             return
-        engine = self._engine
-        budget = dataclasses.replace(engine.plan.budget, draft_bytes=engine.plan.budget.draft_bytes + nbytes)
-        with engine.lock:
-            plan = make_plan(engine.weights.schedule, budget, engine.plan.hardware, engine.plan.resident)
-            engine.follow(self.model, plan)
+        with self._engine.lock:
+            self._engine.follow(self.model, self._plan_with(nbytes))
+
+    def check_room(self, nbytes: int) -> None:
+        """Refuse what `give_room` would refuse, and let go of nothing.
+
+        Raises:
+            BudgetError: not even the smallest plan leaves so much.
+        """
+        with self._engine.lock:
+            self._plan_with(nbytes)
+
+    def _plan_with(self, nbytes: int) -> Plan:
+        plan = self._engine.plan
+        budget = dataclasses.replace(plan.budget, draft_bytes=plan.budget.draft_bytes + nbytes)
+        return make_plan(self._engine.weights.schedule, budget, plan.hardware, plan.resident)
 
     def _make_room(self, model: Any, tokens: int, cached: int) -> None:
         """Keep the budget when a pass brings more tokens than were planned for: fewer weights stay resident.
