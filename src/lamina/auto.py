@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 import lamina.model
 from lamina.decode.speculator import AUTO, NONE, draft_name
-from lamina.drafting import SOURCE, Drafting
+from lamina.drafting import SOURCE, Drafting, announced
 from lamina.errors import RequestError
+from lamina.model.auto import Encode
 from lamina.model.install import in_place_of
 from lamina.plan.plan import Plan
 from lamina.store import as_if_split, default_folder, is_store_of, split
@@ -76,7 +77,8 @@ class AutoModel:
             exact: verify a draft with the kernels that one token alone would have, which costs more: in 16 bits the
                 others round otherwise, and where two tokens are nearly as likely the second may come. None: only
                 with draft="auto". `generate` takes it too.
-            progress: told ("download", "split", "verify" or "load", bytes done, bytes in all).
+            progress: told ("download", "split", "verify" or "load", bytes done, bytes in all). Before a store is
+                written, the logger "lamina" is told where, how large it will be and about how long it takes (INFO).
             transformers_kwargs: `dtype`, `revision`, `cache_dir`, `token`, `trust_remote_code`,
                 `attn_implementation`, and whatever else the model's config takes.
 
@@ -85,7 +87,7 @@ class AutoModel:
 
         Raises:
             ModelNotFoundError: no such model.
-            BudgetError: the memory is too small; the error carries `minimum_bytes`.
+            BudgetError: the memory is too small; the error carries `minimum_bytes`. No store for a draft was written.
             CheckpointError: the checkpoint is damaged or incomplete.
             RequestError: a wrong argument.
             UnsupportedError: it cannot be streamed.
@@ -96,16 +98,34 @@ class AutoModel:
         source = {key: transformers_kwargs[key] for key in SOURCE if transformers_kwargs.get(key) is not None}
         drafting = Drafting(draft, model, source, transformers_kwargs, (memory, device_memory, context), progress)
         stored = compression is not None or layer_shards_saving_path is not None or delete_original
-        if stored and not is_store_of(model, compression or PLAIN):
+        stored = stored and not is_store_of(model, compression or PLAIN)
+        if drafting.writes:  # not before the memory is known to be enough for all there will be
+            folder, encode = _as_it_will_be(model, compression, source, layer_shards_saving_path)
+            lamina.model.check_memory(
+                folder,
+                memory=memory,
+                device_memory=device_memory,
+                device=device,
+                context=context,
+                progress=progress,
+                encode=encode,
+                beside=drafting.beside,
+                **_for(folder, model, transformers_kwargs),
+            )
+            drafting.check_disk()
+        if stored:
+            words = "anew" if compression is None else f"with compression {compression}"
             model = split(
                 model,
                 compression=compression,
                 layer_shards_saving_path=layer_shards_saving_path,
                 delete_original=delete_original,
                 progress=progress,
+                announce=announced(f"the model {words}"),
                 **source,
             ).folder
             _without(transformers_kwargs, "subfolder", "variant")
+        drafting.write()
         loaded = lamina.model.load_model(
             model,
             memory=memory,
@@ -147,20 +167,13 @@ def plan_model(
     Arguments and errors are those of `AutoModel.from_pretrained`.
 
     With a compression, and no store of it yet, it is the plan of the store that would be written; a copy for drafting
-    that is not written yet is counted as large as it may become.
+    that is not written yet is counted as it will be.
     """
     source = {key: transformers_kwargs[key] for key in SOURCE if transformers_kwargs.get(key) is not None}
     drafting = Drafting(draft, model, source, transformers_kwargs, (memory, device_memory, context), progress, False)
-    encode = None
-    if compression is not None and not is_store_of(model, compression):
-        folder = default_folder(model, compression, **{key: source[key] for key in source if key != "variant"})
-        if is_store_of(folder, compression):
-            model = folder
-            _without(transformers_kwargs, "subfolder", "variant")
-        else:
-            encode = functools.partial(as_if_split, compression=compression)
+    folder, encode = _as_it_will_be(model, compression, source)
     planned = lamina.model.plan_model(
-        model,
+        folder,
         memory=memory,
         device_memory=device_memory,
         device=device,
@@ -168,7 +181,7 @@ def plan_model(
         progress=progress,
         encode=encode,
         beside=drafting.beside,
-        **transformers_kwargs,
+        **_for(folder, model, transformers_kwargs),
     )
     return drafting.told(planned)
 
@@ -181,6 +194,24 @@ def bench_model(model: str, *, draft: str | None = None, **request: Any) -> dict
     """
     draft = NONE if draft_name(draft) == AUTO else draft
     return lamina.model.bench_model(model, load=AutoModel.from_pretrained, draft=draft, **request)
+
+
+def _as_it_will_be(
+    model: str, compression: str | None, source: dict[str, Any], saving_path: str | None = None
+) -> tuple[str, Encode | None]:
+    """What to open for a model with a compression: its store, or the model and what makes it as if it were one."""
+    if compression is None or is_store_of(model, compression):
+        return model, None
+    options = {key: value for key, value in source.items() if key != "variant"}
+    folder = default_folder(model, compression, saving_path, **options)
+    if is_store_of(folder, compression):
+        return folder, None
+    return model, functools.partial(as_if_split, compression=compression)
+
+
+def _for(folder: str, model: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options for a store of a model in place of the model itself."""
+    return {key: value for key, value in options.items() if folder == model or key not in ("subfolder", "variant")}
 
 
 def _without(options: dict[str, Any], *names: str) -> None:

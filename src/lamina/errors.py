@@ -75,7 +75,15 @@ class ChangedError(CheckpointError):
 
 
 class WriteError(LaminaError):
-    """The operating system refused a write, or there is too little room for what is to be written."""
+    """The operating system refused a write, or there is too little room for what is to be written.
+
+    Attributes:
+        fact: what was refused, without what to do about it, which depends on what it was for.
+    """
+
+    def __init__(self, fact: str, advice: str = "") -> None:
+        super().__init__(f"{fact}: {advice}" if advice else fact)
+        self.fact = fact
 
 
 class ReadError(LaminaError):

@@ -48,6 +48,16 @@ def format_size(nbytes: float) -> str:
     return f"{size:.{digits}f} {unit}"
 
 
+def format_seconds(seconds: float) -> str:
+    """`95` as `"1 min 35 s"`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
 def format_rate(bytes_per_second: float) -> str:
     """`1.2e9` as `"1.20 GB/s"`."""
     return f"{format_size(bytes_per_second)}/s"

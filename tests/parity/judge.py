@@ -69,7 +69,7 @@ def steady() -> Iterator[None]:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(layout, "GAP", 0)
-            patch.setattr(budget, "overhead_bytes", lambda: budget.BASE)
+            patch.setattr(budget, "already_held", lambda: 0)
             yield
     finally:
         gc.unfreeze()

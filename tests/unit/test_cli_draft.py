@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -173,6 +175,32 @@ def test_a_plan_before_a_copy_is_written(run: Run, folder: Path) -> None:
     assert without["draft_bytes"] == 0
     assert plan["minimum_memory_bytes"] == without["minimum_memory_bytes"] + plan["draft_bytes"]
     assert [each.name for each in folder.parent.iterdir()] == ["tiny"]
+
+
+def test_a_copy_is_announced_in_a_line(run: Run, folder: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(folder, tmp_path / "model"))
+    result = run("run", *asked(model, "--draft", "self", "--json"))
+    assert done(result)["stats"]["draft"] == "self"
+    first = result.err.splitlines()[0]
+    assert first.startswith(f"lamina: writing a copy of the model in 4 bits for drafting: {model}-4bit, ")
+    assert ", about " in first and first.endswith(" s")
+    assert "writing" not in run("run", *asked(model, "--draft", "self", "--json")).err
+    shutil.rmtree(f"{model}-4bit")
+    assert "writing" not in run("run", *asked(model, "--draft", "self", "--json", "--quiet")).err
+
+
+def test_a_copy_is_refused_in_a_line_and_nothing_is_left(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Path(shutil.copytree(folder, tmp_path / "model"))
+    result = run("run", *asked(model, "--draft", "self", "--memory", "1MB"))
+    assert result.code == 2
+    assert "needs at least" in one_line(result)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
+    result = run("run", *asked(model, "--draft", "self"))
+    assert result.code == 1
+    assert "--draft on the command line" in one_line(result)
+    assert [each.name for each in tmp_path.iterdir()] == ["model"]
 
 
 # -- the lines themselves

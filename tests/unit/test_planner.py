@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections import Counter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lamina.cli.report import plan_table
 from lamina.errors import BudgetError
+from lamina.model import budget
 from lamina.plan.cut import widest_window
 from lamina.plan.experts import KNOWN
 from lamina.plan.plan import Budget, Plan
@@ -279,3 +282,40 @@ def test_the_same_question_gets_the_same_plan() -> None:
     schedule, _ = llama(8, 1024, 4096, 256, 32000)
     budget = Budget(smallest(schedule) + 20_000_000)
     assert make_plan(schedule, budget) == make_plan(schedule, budget)
+
+
+# -- what a process holds besides
+
+
+def test_what_a_process_holds_besides_is_spoken_for_and_said() -> None:
+    schedule, _ = llama(4, 64, 128, 32, 256)
+    alone = Budget(1, overhead_bytes=1000)
+    beside = Budget(1, overhead_bytes=1000, already_held_bytes=500_000_000)
+    with pytest.raises(BudgetError) as fresh:
+        make_plan(schedule, alone)
+    with pytest.raises(BudgetError) as full:
+        make_plan(schedule, beside)
+    least = fresh.value.minimum_bytes
+    assert full.value.minimum_bytes == least + 500_000_000
+    assert "already holds" not in str(fresh.value)
+    assert "of which 500 MB are for what this process already holds besides (other libraries or data)" in str(
+        full.value
+    )
+    assert f"a process without it needs {least} bytes" in str(full.value)
+    plan = make_plan(schedule, Budget(10**10, already_held_bytes=500_000_000)).as_dict()
+    assert plan["already_held_bytes"] == 500_000_000
+    assert re.search(r"held by this process besides +500 MB", plan_table(plan))
+    assert "held by" not in plan_table({**plan, "already_held_bytes": 0})
+
+
+@pytest.mark.parametrize(
+    ("resident", "held"),
+    [((370, 380, 460), (0, 0, 0)), ((437, 470), (32, 32)), ((670, 690, 400), (256, 256, 0)), ((370, 670), (0, 256))],
+)
+def test_what_is_held_is_one_number_until_it_is_clearly_another(
+    monkeypatch: pytest.MonkeyPatch, resident: tuple[int, ...], held: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(budget, "_last_held", None)
+    for now, expected in zip(resident, held, strict=True):
+        monkeypatch.setattr(budget, "resident_bytes", lambda now=now: now * 1_000_000)
+        assert budget.already_held() == expected * 1_000_000

@@ -14,7 +14,7 @@ import typer
 
 from lamina.cli import engine, report
 from lamina.cli.generation import Notes, encode_chat, generate
-from lamina.cli.live import Terminal, stdio
+from lamina.cli.live import Terminal, stdio, telling
 from lamina.cli.options import ModelArgument, ModelOptions, Sampling, Verbosity
 from lamina.cli.progress import Progress
 from lamina.cli.report import one_line
@@ -47,7 +47,7 @@ def chat(
     terminal = stdio(json=False, quiet=verbosity.quiet)
     progress = Progress(max_new_tokens)
     with ExitStack() as stack:
-        with terminal.showing(progress.describe):
+        with terminal.showing(progress.describe), telling(terminal, quiet=verbosity.quiet):
             loaded = stack.enter_context(engine.opened(model, options, progress.report))
         progress.watch(loaded)
         talk = Conversation(loaded, model, system, sampling, max_new_tokens)

@@ -11,7 +11,7 @@ import typer
 
 from lamina.cli import engine, report
 from lamina.cli.generation import Notes, encode, encode_chat, generate, read_prompt
-from lamina.cli.live import stdio
+from lamina.cli.live import stdio, telling
 from lamina.cli.options import ModelArgument, ModelOptions, Sampling, Verbosity, parse_prompt_ids
 from lamina.cli.progress import Progress
 from lamina.errors import RequestError
@@ -50,7 +50,11 @@ def run(
     terminal = stdio(json=json, quiet=verbosity.quiet)
     progress = Progress(max_new_tokens)
     notes = Notes(None if verbosity.quiet else terminal.note)
-    with _stdout_for_the_result(json), terminal.showing(progress.describe):
+    with (
+        _stdout_for_the_result(json),
+        terminal.showing(progress.describe),
+        telling(terminal, quiet=verbosity.quiet),
+    ):
         with engine.opened(model, options, progress.report) as loaded:
             progress.watch(loaded)
             if chat:
@@ -134,8 +138,12 @@ def bench(
     asked: dict[str, Any] = {"profile": True} if profile else {}
     if trace is not None:
         asked["trace"] = trace
-    progress = Progress(new_tokens)
-    with _stdout_for_the_result(True), stdio(json=True, quiet=verbosity.quiet).showing(progress.describe):
+    progress, terminal = Progress(new_tokens), stdio(json=True, quiet=verbosity.quiet)
+    with (
+        _stdout_for_the_result(True),
+        terminal.showing(progress.describe),
+        telling(terminal, quiet=verbosity.quiet),
+    ):
         result = engine.bench(
             model, options, progress.report, prompt_tokens=prompt_tokens, new_tokens=new_tokens, prompt_ids=ids, **asked
         )

@@ -6,6 +6,7 @@ on the current row, and both go through one lock. Without a terminal on stderr n
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
@@ -109,6 +110,30 @@ def fit(parts: list[str], width: int, column: int) -> str:
             return line
         parts = parts[:-1]
     return ""
+
+
+class _Telling(logging.Handler):
+    def __init__(self, terminal: Terminal) -> None:
+        super().__init__(logging.INFO)
+        self._terminal = terminal
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._terminal.note(f"lamina: {record.getMessage()}")
+
+
+@contextmanager
+def telling(terminal: Terminal, *, quiet: bool) -> Iterator[None]:
+    """While the block runs, what the library has to tell (such as what it is about to write) is shown as lines."""
+    log, handler = logging.getLogger("lamina"), _Telling(terminal)
+    level = log.level
+    if not quiet:
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def _is_terminal(stream: IO[str]) -> bool:

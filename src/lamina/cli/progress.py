@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lamina.cli.live import now
-from lamina.sizes import format_rate, format_size
+from lamina.sizes import format_rate, format_seconds, format_size
 
 _STAGES = {
     "download": "downloading",
@@ -85,13 +85,3 @@ def _share(name: str, done: int, total: int) -> str:
 
 def _rate(done: int, elapsed: float) -> list[str]:
     return [format_rate(done / elapsed)] if done > 0 and elapsed > 0.5 else []
-
-
-def format_seconds(seconds: float) -> str:
-    """`95` as `"1 min 35 s"`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -129,6 +129,7 @@ _PLAN_ROWS = {
     "draft_bytes": "draft, and verifying it",
     "activation_bytes": "activations",
     "overhead_bytes": "Python and its libraries",
+    "already_held_bytes": "held by this process besides",
     "bytes_read_per_pass": "read for each pass",
     "units": "units moved as one",
     "predicted_seconds_per_token": "predicted time a token",
@@ -232,8 +233,9 @@ def trace_line(trace: Mapping[str, Any]) -> str:
 
 def _rows(record: Mapping[str, Any], labels: Mapping[str, str]) -> dict[str, str]:
     shown = {key: label for key, label in labels.items() if record.get(key) is not None}
-    if not record.get("draft_bytes"):
-        shown.pop("draft_bytes", None)
+    for key in ("draft_bytes", "already_held_bytes"):
+        if not record.get(key):
+            shown.pop(key, None)
     if record.get("draft") == "none":
         shown = {key: label for key, label in shown.items() if "draft" not in key and not key.startswith("accepted")}
     if not record.get("experts") and record.get("expert_hit_rate") is None:  # no row about what there is none of

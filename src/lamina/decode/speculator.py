@@ -30,7 +30,9 @@ ROW_OF_COMPUTE = 0.02  # of the products of a pass, what one more row adds to th
 ROW_OF_EXPERTS = 0.7  # of the experts that a token needs, those that the tokens before it in the pass did not
 EXACT_ROW = 0.9  # of the products of a pass, where each row has its own: measured, docs/speculation.md
 
-Load = Callable[[str], Companion]
+Fits = Callable[[Companion], None]
+Load = Callable[[str, Fits], Companion]
+"""(name of a draft, what refuses one that there is no room for, before it is written) -> its model, not read yet"""
 
 
 def draft_name(draft: str | None) -> str:
@@ -136,8 +138,12 @@ class Speculator:
             lamina.give_room(room)
             self._drafts[name] = Lookup(), self._pace(exact)
             return self._drafts[name]
-        companion = self._load(name)
-        room += companion_bytes(companion, name, budget.context_tokens, budget.activation_bytes)
+
+        def needed(companion: Companion) -> int:
+            return room + companion_bytes(companion, name, budget.context_tokens, budget.activation_bytes)
+
+        companion = self._load(name, lambda meant: lamina.check_room(needed(meant)))
+        room = needed(companion)
         lamina.give_room(room)
         try:
             self.add(name, companion)

@@ -143,6 +143,27 @@ def plan_model(
     return dataclasses.replace(prepared.plan, hardware=hardware, fallbacks=fallbacks)
 
 
+def check_memory(
+    model: str,
+    *,
+    memory: int | str | None = None,
+    device_memory: int | str | None = None,
+    device: str | torch.device = "auto",
+    context: int | None = None,
+    progress: Progress | None = None,
+    encode: Encode | None = None,
+    beside: Beside | None = None,
+    **transformers_kwargs: Any,
+) -> None:
+    """Refuse what `load_model` would refuse for its memory, before a store is written.
+
+    Raises:
+        BudgetError: the memory is too small, as for `load_model`.
+    """
+    options = dict(transformers_kwargs)
+    _prepare(model, memory, device_memory, device, context, options, progress, True, encode, beside)
+
+
 def _found(prepared: Prepared, not_written: bool) -> tuple[Hardware, tuple[str, ...]]:
     """For a plan that nobody executes: rates, of the weights or of made-up ones where these are not here; fallbacks."""
     weights, plan, there = prepared.weights, prepared.plan, prepared.there

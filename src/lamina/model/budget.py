@@ -9,28 +9,34 @@ import torch
 from lamina.model.trace import Trace
 from lamina.plan.plan import Budget
 from lamina.sizes import parse_size
-from lamina.stream.probe import free_memory, resident_bytes
+from lamina.stream.probe import free_memory, release_freed, resident_bytes
 from lamina.stream.readers import BOUNCE, THREADS
 
 MB = 1_000_000
 BASE = 512 * MB  # Python, torch, transformers and a tokenizer, with room for a forward's own workspace
 TOKENIZER = 100 * MB  # of BASE
-STEP = 128 * MB
-WORKSPACE = 80 * MB  # on top of what is resident when the plan is made
+WORKSPACE = 80 * MB  # of BASE: on top of what is resident when the plan is made
+STEP = 32 * MB
+LEFT = 40 * MB  # of WORKSPACE: what a model that was here before has taken of it for good (tokenizer, kernels' code)
 DEFAULT_CONTEXT = 2048  # tokens, where nobody says how many
 SHORTEST_CONTEXT = 256  # tokens, where nobody says how many and the memory is short
 SHARE_OF_FREE = 0.9  # of free memory, where nobody says how much
 
-_last_overhead = 0
+_last_held: int | None = None
 
 
-def overhead_bytes() -> int:
-    """What the process needs without any weights, in coarse steps: a number that does not flicker from call to call."""
-    global _last_overhead
-    now = resident_bytes() + WORKSPACE + THREADS * BOUNCE
-    if not now <= _last_overhead <= now + 2 * STEP:
-        _last_overhead = max(BASE, -(-now // STEP) * STEP)
-    return _last_overhead
+def already_held() -> int:
+    """What this process holds that `BASE` has no room for: other libraries, data, another model.
+
+    In coarse steps, and the same number again until it is clearly another one, so that a plan that is made twice asks
+    for the same memory. What the allocator keeps of freed memory is not held: it is given back first.
+    """
+    global _last_held
+    release_freed()
+    beyond = resident_bytes() + WORKSPACE + THREADS * BOUNCE - BASE
+    if _last_held is None or not beyond - LEFT <= _last_held <= beyond + 2 * STEP:
+        _last_held = max(0, -(-beyond // STEP) * STEP)
+    return _last_held
 
 
 def make_budget(
@@ -61,7 +67,8 @@ def make_budget(
         on_device = _device_bytes(device_memory, device)
     return Budget(
         memory_bytes=given,
-        overhead_bytes=overhead_bytes() + max(tokenizer_bytes - TOKENIZER, 0),
+        overhead_bytes=BASE + max(tokenizer_bytes - TOKENIZER, 0),
+        already_held_bytes=already_held(),
         activation_bytes=trace.activations(max(context, SHORTEST_CONTEXT)),  # kernels' workspace does not shrink on
         kv_cache_bytes=trace.cache(context),
         context_tokens=context,

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lamina.errors import CheckpointError
-from lamina.model.auto import Described, Progress, describe_model
+from lamina.model.auto import Described, Encode, Progress, describe_model
 from lamina.model.encoded import Encoded
 from lamina.model.engine import Engine
 from lamina.plan.plan import Budget, Plan
@@ -30,6 +30,7 @@ class Companion:
         shares: it is a copy of the model that it accompanies, which lends it what both have alike: what is small and
             always there (norms, biases), and a table that is only looked up.
         weights_wanted: they will be read; else the headers are enough.
+        encode: gives the checkpoint that is meant in place of the one that is there; `load` is then not for it.
         options: of `from_pretrained`.
 
     Attributes:
@@ -43,9 +44,10 @@ class Companion:
         shares: bool = False,
         progress: Progress | None = None,
         weights_wanted: bool = True,
+        encode: Encode | None = None,
         **options: Any,
     ) -> None:
-        self.described: Described = describe_model(model, dict(options), progress, weights_wanted)
+        self.described: Described = describe_model(model, dict(options), progress, weights_wanted, encode)
         self.model: PreTrainedModel = self.described.model
         weights = self.described.weights.schedule.weights
         buffers = {name for name, _ in self.model.named_buffers()}

@@ -111,6 +111,19 @@ class Engine:
         """Whether the model is running."""
         return self._in_pass
 
+    def plan_for(self, budget: Budget, without: Collection[str] = ()) -> Plan:
+        """A plan for another budget that holds nothing in memory but what is there now.
+
+        Args:
+            without: weights that are held in place of what is on disk, beside those that are already.
+
+        Raises:
+            BudgetError: not even the smallest plan keeps that budget.
+        """
+        gone = {*self.overrides.held, *without}
+        schedule = self.weights.schedule.without(gone)
+        return make_plan(schedule, budget, self.plan.hardware, self.plan.resident - gone)
+
     def replan(self, budget: Budget, without: Collection[str] = ()) -> None:
         """Go over to a plan for another budget, with less resident.
 
@@ -122,19 +135,18 @@ class Engine:
         Raises:
             BudgetError: not even the smallest plan keeps that budget.
         """
-        gone = {*self.overrides.held, *without}
+        kept: dict[str, torch.Tensor] = {}
         while True:
-            plan = make_plan(self.weights.schedule.without(gone), budget, self.plan.hardware, self.plan.resident - gone)
-            written = [
-                n for n in self.plan.resident - plan.resident - gone if n in self._bound and self._was_written(n)
-            ]
+            plan = self.plan_for(budget, {*without, *kept})
+            dropped = (self.plan.resident & self._bound.keys()) - plan.resident - kept.keys() - set(without)
+            written = {name: self._bound[name] for name in sorted(dropped) if self._was_written(name)}
             if not written:
                 break
-            for name in written:
-                self.overrides.keep(name, self._bound[name])
-                gone.add(name)
-            nbytes = sum(self._bound[name].nbytes for name in written)
+            kept |= written
+            nbytes = sum(weight.nbytes for weight in written.values())
             budget = replace(budget, override_bytes=budget.override_bytes + nbytes)
+        for name, weight in kept.items():
+            self.overrides.keep(name, weight)
         self._follow(plan)
 
     def spend(self, nbytes: int, without: Collection[str]) -> None:

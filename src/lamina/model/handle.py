@@ -29,7 +29,7 @@ from lamina.model.install import eagerly, in_place_of, install
 from lamina.model.record import Record
 from lamina.model.stats import Stats
 from lamina.model.trace import Trace
-from lamina.plan.plan import Plan
+from lamina.plan.plan import Budget, Plan
 from lamina.stream.experts import Counts
 from lamina.stream.probe import peak_resident_bytes
 
@@ -243,9 +243,21 @@ class Lamina:
         if not nbytes:
             return
         engine = self._engine
-        budget = dataclasses.replace(engine.plan.budget, draft_bytes=engine.plan.budget.draft_bytes + nbytes)
         with engine.lock:
-            engine.replan(budget)
+            engine.replan(self._with_draft(nbytes))
+
+    def check_room(self, nbytes: int) -> None:
+        """Refuse what `give_room` would refuse, and let go of nothing.
+
+        Raises:
+            BudgetError: not even the smallest plan leaves so much.
+        """
+        with self._engine.lock:
+            self._engine.plan_for(self._with_draft(nbytes))
+
+    def _with_draft(self, nbytes: int) -> Budget:
+        budget = self._engine.plan.budget
+        return dataclasses.replace(budget, draft_bytes=budget.draft_bytes + nbytes)
 
     def _make_room(self, tokens: int, cached: int) -> None:
         """Keep the budget when a pass brings more tokens than were planned for: fewer weights stay resident.

@@ -57,7 +57,7 @@ def measure(engine: Engine, checkpoint: Checkpoint, seconds: float = DRIVE_SECON
         seconds: to read the drive for, where anything streams.
     """
     plan = engine.plan
-    room = plan.budget.memory_bytes - plan.budget.overhead_bytes
+    room = plan.budget.memory_bytes - plan.budget.of_the_process
     if plan.budget.device_memory_bytes is not None:
         room = min(room, plan.budget.device_memory_bytes)
     sample = max(min(SAMPLE, int(room * SAMPLE_SHARE)), 1)

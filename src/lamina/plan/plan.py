@@ -20,6 +20,7 @@ class Budget:
     Attributes:
         memory_bytes: peak resident memory of the process.
         overhead_bytes: Python, torch, buffers: what is there whatever the model.
+        already_held_bytes: what the process holds besides, for other libraries or data; none in a fresh one.
         activation_bytes: the largest set of activations alive at once, for `context_tokens`.
         kv_cache_bytes: the cache after `context_tokens`.
         context_tokens: prompt and answer together.
@@ -38,6 +39,7 @@ class Budget:
     scratch_bytes: int = 0
     draft_bytes: int = 0
     override_bytes: int = 0
+    already_held_bytes: int = 0
 
     @property
     def on_device(self) -> bool:
@@ -46,7 +48,12 @@ class Budget:
     @property
     def spoken_for(self) -> int:
         """Bytes of `memory_bytes` that no weight may have."""
-        return self.overhead_bytes + (0 if self.on_device else self.spoken_for_on_device)
+        return self.of_the_process + (0 if self.on_device else self.spoken_for_on_device)
+
+    @property
+    def of_the_process(self) -> int:
+        """Bytes that are taken whatever the model is."""
+        return self.overhead_bytes + self.already_held_bytes
 
     @property
     def spoken_for_on_device(self) -> int:

@@ -195,8 +195,8 @@ class _Planner:
         if budget.memory_bytes < minimum:
             raise BudgetError(
                 f"memory={format_size(budget.memory_bytes)} is too small: this model with a context of "
-                f"{budget.context_tokens} tokens{draft} needs at least {minimum} bytes ({format_size(minimum)}); "
-                f"give that much, or {less}",
+                f"{budget.context_tokens} tokens{draft} needs at least {minimum} bytes ({format_size(minimum)})"
+                f"{_held(budget, minimum)}; give that much, or {less}",
                 minimum,
             )
         if budget.device_memory_bytes is not None and budget.device_memory_bytes < minimum_device:
@@ -306,6 +306,18 @@ class _Planner:
             expert_count=sum(module.count for module in self.experts),
             expert_bytes=sum(module.stored_bytes for module in self.experts),
         )
+
+
+def _held(budget: Budget, minimum: int) -> str:
+    """Which part of the least memory is not this model's."""
+    if not budget.already_held_bytes:
+        return ""
+    others = "other libraries, data, the accelerator's driver" if budget.on_device else "other libraries or data"
+    without = minimum - budget.already_held_bytes
+    return (
+        f", of which {format_size(budget.already_held_bytes)} are for what this process already holds besides "
+        f"({others}): a process without it needs {without} bytes ({format_size(without)})"
+    )
 
 
 def _evenly(

@@ -10,11 +10,21 @@ from typing import TYPE_CHECKING, Any
 from lamina.store.verify import Fault, Verification, verify
 
 if TYPE_CHECKING:
-    from lamina.store.forecast import as_if_split
+    from lamina.store.forecast import as_if_split, check_disk
     from lamina.store.place import default_folder, is_store_of
     from lamina.store.splitting import SplitResult, split
 
-__all__ = ["Fault", "SplitResult", "Verification", "as_if_split", "default_folder", "is_store_of", "split", "verify"]
+__all__ = [
+    "Fault",
+    "SplitResult",
+    "Verification",
+    "as_if_split",
+    "check_disk",
+    "default_folder",
+    "is_store_of",
+    "split",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -23,10 +33,10 @@ def __getattr__(name: str) -> Any:
         from lamina.store import place
 
         return getattr(place, name)
-    if name == "as_if_split":
+    if name in ("as_if_split", "check_disk"):
         from lamina.store import forecast
 
-        return forecast.as_if_split
+        return getattr(forecast, name)
     if name in ("SplitResult", "split"):
         from lamina.store import splitting
 

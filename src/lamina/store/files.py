@@ -27,12 +27,12 @@ def refusals(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = error.strerror or str(error)
+        what, advice = error.strerror or str(error), ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             what += "; what is finished is kept: make room and run it again, it goes on where it stopped"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            what += "; choose another place with --to (layer_shards_saving_path)"
-        raise WriteError(f"cannot write {path}: {what}") from error
+            advice = "choose another place with --to (layer_shards_saving_path)"
+        raise WriteError(f"cannot write {path}: {what}", advice) from error
 
 
 class NewFile:
@@ -165,6 +165,6 @@ def check_room(folder: str, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if needed > free:
         raise WriteError(
-            f"{folder} needs {format_size(needed)} more, {format_size(free)} are free there: "
-            "make room, or choose another place with --to"
+            f"{folder} needs {format_size(needed)} more, {format_size(free)} are free there",
+            "make room, or choose another place with --to",
         )

@@ -16,6 +16,7 @@ import torch
 from lamina.checkpoint import Checkpoint, TensorEntry
 from lamina.checkpoint.store import PLAIN
 from lamina.codec import AFFINE, LOSSLESS
+from lamina.errors import UnsupportedError
 from lamina.model.disk_tensor import Box, Computed, DiskTensor, sources_of
 from lamina.model.experts import experts_by_config
 from lamina.model.trace import Trace, weight_names
@@ -79,6 +80,19 @@ def make_runs(model: Any, checkpoint: Checkpoint, traced: Trace, weights: Weight
     runs += [Run("", (_stored(checkpoint.tensors[name], {}),)) for name in left]
     runs = [run for run in runs if run.tensors]
     return tuple(_fit_head(runs, coded, uses) if compression == "4bit" else runs)
+
+
+def check_coded(runs: Iterable[Run], root: str, compression: str) -> None:
+    """Refuse a store of fewer bytes that would have as many.
+
+    Raises:
+        UnsupportedError: no tensor gets a codec.
+    """
+    if compression != PLAIN and all(each.codec == PLAIN for run in runs for each in run.tensors):
+        raise UnsupportedError(
+            f"nothing in {root} can be stored as {compression}: its weights are quantised already, or used in ways "
+            "that no codec knows; use it as it is"
+        )
 
 
 def _uses(model: Any, traced: Trace, weights: Weights) -> Iterator[_Use]:

@@ -68,14 +68,23 @@ def open_source(
     checkpoint = open_checkpoint(
         found, variant=variant, subfolder=hub.get("subfolder") or "", read_pickled=read_pickled
     )
+    check_not_encoded(model, checkpoint)
+    commit = SNAPSHOT.search(os.path.abspath(found))
+    return Source(_name(path) if is_local else model, commit[1] if commit else None, checkpoint)
+
+
+def check_not_encoded(model: str, checkpoint: Checkpoint) -> None:
+    """Refuse what is in few bits already.
+
+    Raises:
+        UnsupportedError: a tensor is encoded.
+    """
     for entry in checkpoint.tensors.values():
         if entry.encoding is not None:
             raise UnsupportedError(
                 f"{model} is stored as {entry.encoding.codec} already (tensor {entry.name!r}): "
                 "split the checkpoint that it was made from"
             )
-    commit = SNAPSHOT.search(os.path.abspath(found))
-    return Source(_name(path) if is_local else model, commit[1] if commit else None, checkpoint)
 
 
 def local_root(path: str) -> str:

@@ -15,7 +15,7 @@ from lamina.store.files import Progress
 from lamina.store.original import IN_CACHE, Deletion, delete_original_files
 from lamina.store.place import check_place, default_folder
 from lamina.store.source import explain_age, local_root, open_source
-from lamina.store.work import Work, finished_store, is_whole, made_from_another, tidy
+from lamina.store.work import Announce, Work, finished_store, is_whole, made_from_another, tidy
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ def split(
     trust_remote_code: bool = False,
     variant: str | None = None,
     progress: Progress | None = None,
+    announce: Announce | None = None,
     **hub: Any,
 ) -> SplitResult:
     """Write a checkpoint again, unit by unit, as a folder that streams better or is smaller.
@@ -75,6 +76,7 @@ def split(
         trust_remote_code: build a model whose code comes with it.
         variant: as transformers has it.
         progress: told the stage (`download`, `wait`, `check`, `split`, `verify`), bytes done and bytes in all.
+        announce: told the folder, the bytes and about the seconds, before a byte is written; not where all is there.
         hub: `revision`, `cache_dir`, `token`, `local_files_only`, `subfolder`; None where not given.
 
     Raises:
@@ -102,7 +104,7 @@ def split(
     if manifest is None or not is_whole(folder):
         source = open_source(model, trust_remote_code=trust_remote_code, variant=variant, progress=progress, **hub)
         check_place(folder, source.checkpoint.root)
-        manifest, kept = Work(folder, compression, source, trust_remote_code, progress).run()
+        manifest, kept = Work(folder, compression, source, trust_remote_code, progress, announce).run()
     else:
         kept = len(manifest.files) - 1
     deletion = Deletion()

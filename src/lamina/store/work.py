@@ -6,13 +6,13 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import lamina
 from lamina.checkpoint import open_checkpoint
 from lamina.checkpoint.choose import INDEX_FILE, small_files
 from lamina.checkpoint.store import JOURNAL, MANIFEST, PLAIN, Manifest, ManifestFile, manifest_text, read_manifest
-from lamina.errors import ChangedError, CheckpointError, RequestError, UnsupportedError
+from lamina.errors import ChangedError, CheckpointError, RequestError
 from lamina.model.build import Request, build
 from lamina.model.trace import trace
 from lamina.model.weights import describe
@@ -20,24 +20,33 @@ from lamina.store.files import Progress, check_room, checksum, is_part, refusals
 from lamina.store.journal import Finished, Journal, remove_journal
 from lamina.store.layout import StoreFile, make_files
 from lamina.store.lock import LOCK, locked
-from lamina.store.recipe import make_runs
-from lamina.store.size import estimate
+from lamina.store.recipe import check_coded, make_runs
+from lamina.store.size import estimate, seconds_of
 from lamina.store.source import Source, explain_change
 from lamina.store.writer import write_file
 
 DEEPEST = 2  # folders in folders, in which code that comes with a model may be
 SPARE_BYTES = 1 << 20  # for the journal and what the file system needs for itself
 
+Announce = Callable[[str, int, float], None]
+"""Told once, before a byte is written: the folder, how many bytes will be, and about how many seconds that takes."""
+
 
 class Work:
     """One split on its way."""
 
     def __init__(
-        self, folder: str, compression: str, source: Source, trust_remote_code: bool, report: Progress | None
+        self,
+        folder: str,
+        compression: str,
+        source: Source,
+        trust_remote_code: bool,
+        report: Progress | None,
+        announce: Announce | None = None,
     ) -> None:
         self.folder, self.compression, self.report = folder, compression, report or _nowhere
         self.checkpoint, self.identity = source.checkpoint, source.identity()
-        self.trust = trust_remote_code
+        self.trust, self.announce = trust_remote_code, announce
 
     def run(self) -> tuple[Manifest, int]:
         """Write what is missing; the manifest, and how many files were there from before."""
@@ -54,7 +63,11 @@ class Work:
                 remove_parts(self.folder)
             journal = self._journal(files, found)
             kept = self._check_kept(files, journal)
-            check_room(self.folder, self._needed(files, kept))
+            needed = self._needed(files, kept)
+            check_room(self.folder, needed)
+            left = [file for file in files if file.name not in kept]
+            if left and self.announce is not None:
+                self.announce(self.folder, needed - SPARE_BYTES, seconds_of(left))
             journal.begin()
             if found is not None:
                 with refusals(found.path):
@@ -68,11 +81,7 @@ class Work:
         traced = trace(model)
         weights = describe(model, self.checkpoint, traced)
         runs = make_runs(model, self.checkpoint, traced, weights, self.compression)
-        if self.compression != PLAIN and all(each.codec == PLAIN for run in runs for each in run.tensors):
-            raise UnsupportedError(
-                f"nothing in {self.checkpoint.root} can be stored as {self.compression}: its weights are quantised "
-                "already, or used in ways that no codec knows; use it as it is"
-            )
+        check_coded(runs, self.checkpoint.root, self.compression)
         return make_files(runs, padded=self.compression != PLAIN)
 
     def _journal(self, files: Sequence[StoreFile], found: Manifest | None) -> Journal:
