@@ -66,7 +66,8 @@ def drafting(stats: Mapping[str, Any]) -> str:
 
 def nothing_drafted(stats: Mapping[str, Any]) -> str:
     """Why nothing was drafted, in one line, where a draft was there; empty where something was."""
-    if stats.get("drafted_tokens") or stats.get("draft", "none") == "none":
+    asked = stats.get("draft", "none") != "none" and str(stats.get("draft_reason", "")).startswith("asked for")
+    if stats.get("drafted_tokens") or not asked:
         return ""
     return f"draft: {stats['draft']} proposed nothing · {stats['draft_reason']}"
 

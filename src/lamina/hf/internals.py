@@ -82,8 +82,13 @@ def has_length(cache: Any) -> bool:
 
 
 def cached_tokens(cache: Any) -> int:
-    """Tokens that a cache holds, of each of its texts; 0 for anything else."""
-    return int(cache.get_seq_length()) if has_length(cache) else 0
+    """Tokens that a cache holds, of each of its texts; 0 for a state of one size, and for anything else."""
+    if not has_length(cache):
+        return 0
+    states = list(getattr(cache, "is_linear", ()))
+    if states and all(states):
+        return 0
+    return int(cache.get_seq_length())
 
 
 def can_crop(cache: Any) -> bool:

@@ -87,4 +87,6 @@ def load_tokenizer(folder: str, trust_remote_code: bool, **options: Any) -> PreT
         raise RequestError(
             f"no usable tokenizer in {folder}: {text[:200]}; pass token ids instead (--prompt-ids on the command line)"
         ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes such a one where there are no files
+        raise RequestError(f"no tokenizer in {folder}: pass token ids instead (--prompt-ids on the command line)")
     return tokenizer
