@@ -489,7 +489,7 @@ def test_a_tensor_of_another_shape(copy: Path) -> None:
 def test_no_tokenizer(tmp_path: Path) -> None:
     write_tiny("llama", tmp_path)
     with _opened(tmp_path) as model:
-        with pytest.raises(RequestError, match="no (usable )?tokenizer"):
+        with pytest.raises(RequestError, match=r"no (usable )?tokenizer"):
             model.tokenizer("text")
         assert model.generate(IDS, max_new_tokens=2, pad_token_id=0).shape[1] == IDS.shape[1] + 2
 

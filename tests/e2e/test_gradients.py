@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+import lamina.store
 from families import write_tiny
 from lamina import UnsupportedError
 from parity.judge import minimum_of, plain_model, steady, streamed_model
@@ -152,6 +153,20 @@ def test_a_model_that_is_all_in_memory_trains_as_plain_transformers(folder: Path
         found.append({name: p.grad for name, p in each.named_parameters() if p.grad is not None})
     assert found[0].keys() == found[1].keys() and found[0]
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[1])
+
+
+@pytest.mark.parametrize("budget", ["minimum", "resident"])
+def test_packed_weights_have_no_gradient_either(folder: Path, tmp_path: Path, budget: str) -> None:
+    store = Path(lamina.store.split(str(folder), to=str(tmp_path / "store"), compression="8bit").folder)
+    model = streamed_model(store, minimum_of(store) + (0 if budget == "minimum" else 300_000_000), draft=None)
+    with torch.no_grad():
+        wanted = model(IDS).logits
+    assert torch.equal(model(IDS).logits.detach(), wanted), "a pass with gradients on is the same pass"
+    for way in (by_call, by_class, by_parts):
+        loss = way(adapted(model))
+        with pytest.raises(UnsupportedError, match="gradient was asked for"):
+            loss.backward()
+        model = model if way is by_parts else streamed_model(store, model.lamina.plan.budget.memory_bytes, draft=None)
 
 
 def test_a_weight_that_is_read_for_itself_has_its_right_gradient(folder: Path) -> None:

@@ -14,8 +14,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.utils import prune
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+import lamina.store
 from families import FAMILIES, input_ids, write_tiny
 from lamina import AutoModel, BudgetError, LaminaError, UnsupportedError
 from parity.judge import CONTEXT, minimum_of, plain_model, steady, streamed_model
@@ -249,6 +251,28 @@ def test_an_adapter_is_merged_as_in_plain_transformers(folder: Path, how: str) -
         assert torch.equal(answer(lamina.model), wanted)
 
 
+@pytest.mark.parametrize("budget", ["minimum", "resident"])
+def test_an_adapter_is_merged_into_packed_weights(folder: Path, tmp_path: Path, budget: str) -> None:
+    """A store in 4 bits: what is merged into is unpacked and stays in memory, as exact as its dtype."""
+    store = lamina.store.split(str(folder), to=str(tmp_path / "store"), compression="8bit").folder
+    room = 160_000 if budget == "minimum" else 300_000_000
+    model = streamed_model(Path(store), minimum_of(Path(store)) + room, draft=None)
+    model.save_pretrained(tmp_path / "unpacked")
+    plain = plain_model(tmp_path / "unpacked")
+    with torch.no_grad():
+        assert torch.equal(attention(model).q_proj.weight + 0, attention(plain).q_proj.weight)
+    before = logits(model)
+    merged = [adapted(each).merge_and_unload() for each in (model, plain)]
+    with torch.no_grad():
+        for name in ("q_proj", "k_proj"):
+            ours, theirs = (getattr(attention(each), name).weight for each in merged)
+            assert torch.equal(ours + 0, theirs), name
+    assert not torch.equal(logits(merged[0]), before)
+    assert torch.allclose(
+        logits(merged[0]), logits(merged[1]), atol=0.1, rtol=0.1
+    )  # products of packed rows add up otherwise
+
+
 def test_modules_to_save_are_copies_of_their_own(folder: Path) -> None:
     plain, model = (adapted(each, modules_to_save=["lm_head"]) for each in (plain_model(folder), streamed(folder)))
     for each in (plain, model):
@@ -261,6 +285,24 @@ def test_modules_to_save_are_copies_of_their_own(folder: Path) -> None:
 
 
 # -- other sizes, other dtypes
+
+
+def test_pruning_masks_what_is_read(folder: Path) -> None:
+    """torch's pruning moves a parameter to another name and computes the weight anew in each call."""
+    plain, model = plain_model(folder), streamed(folder)
+    for each in (plain, model):
+        mask = (torch.arange(64 * 64).view(64, 64) % 3 != 0).to(each.dtype)
+        prune.custom_from_mask(attention(each).q_proj, "weight", mask)  # type: ignore[no-untyped-call]
+    assert torch.equal(logits(model), logits(plain))
+    assert torch.equal(logits(model), logits(plain))
+    assert set(attention(model).q_proj._parameters) == set(attention(plain).q_proj._parameters)
+
+
+def test_a_state_dict_loaded_through_a_wrapper_fits_or_is_refused(deep: Path) -> None:
+    wrapper = adapted(streamed(deep, 0))
+    state = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in wrapper.state_dict().items()}
+    with pytest.raises(BudgetError, match="written to"):
+        wrapper.load_state_dict(state)
 
 
 def test_more_tokens(folder: Path) -> None:

@@ -120,7 +120,7 @@ class Engine:
         Raises:
             BudgetError: not even the smallest plan keeps that budget.
         """
-        gone = {*self.overrides.held, *without}
+        gone = {*self.overrides.held, *self.overrides.gone, *without}
         schedule = self.weights.schedule.without(gone)
         return make_plan(schedule, budget, self.plan.hardware, self.plan.resident - gone)
 
@@ -198,16 +198,16 @@ class Engine:
         """Whether a weight still has a place in the model."""
         return bool(self._sites[name])
 
-    def replaced(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Streamed weights in whose place somebody put another tensor; each place is theirs from then on."""
+    def replaced(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """Streamed weights in whose place somebody put another tensor, or nothing; it is theirs from then on."""
         for name, sites in self._sites.items():
-            if name in self.plan.resident or name in self.overrides.held:
+            if name in self.plan.resident or name in self.overrides.held or name in self.overrides.gone:
                 continue
             disk, stand_in = self._disk[name], self._stand_ins.get(name)
             for site in tuple(sites):
                 module, attribute, is_buffer = site
-                found = (module._buffers if is_buffer else module._parameters).get(attribute, disk)
-                if found is disk or found is stand_in or found is None:
+                found = (module._buffers if is_buffer else module._parameters).get(attribute)
+                if found is disk or (found is not None and found is stand_in):
                     continue
                 sites.remove(site)
                 yield name, found

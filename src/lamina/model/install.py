@@ -33,7 +33,8 @@ def eagerly(forward: Any) -> Any:
 def install(model: PreTrainedModel, engine: Engine) -> None:
     """Have casts, moves, copies, loading a state dict and compiling answered with the stream in mind."""
     model._apply = in_place_of(model._apply, functools.partial(_apply, model, engine))
-    model.load_state_dict = in_place_of(model.load_state_dict, functools.partial(_load_state_dict, model, engine))
+    loading = functools.partial(_load_from_state_dict, model, engine)
+    model._load_from_state_dict = in_place_of(model._load_from_state_dict, loading)
     model.compile = in_place_of(model.compile, functools.partial(_compile, model))
     model.__deepcopy__ = _copied
     model.__reduce_ex__ = _pickled
@@ -81,17 +82,17 @@ def _word(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _load_state_dict(model: Any, engine: Engine, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-    """`load_state_dict`, which keeps what it loads in memory where the weights stream or are packed.
+def _load_from_state_dict(model: Any, engine: Engine, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> Any:
+    """What `load_state_dict` of the model, or of one around it, begins with: room for what it is about to write.
 
     Raises:
         BudgetError: there is no room for it; nothing was loaded.
     """
-    named = dict(model.named_parameters(remove_duplicate=False))
+    named = {f"{prefix}{name}": p for name, p in model.named_parameters(remove_duplicate=False)}
     homes = {name: home for name, p in named.items() if (home := getattr(p, "home", None)) is not None}
     new = {homes[n].name for n in homes if n in state_dict and getattr(state_dict[n], "home", None) is not homes[n]}
     engine.overrides.make_room(sorted(new))
-    return type(model).load_state_dict(model, state_dict, *args, **kwargs)
+    return type(model)._load_from_state_dict(model, state_dict, prefix, *args, **kwargs)
 
 
 def _compile(model: Any, *args: Any, **kwargs: Any) -> None:

@@ -29,13 +29,15 @@ class Overrides:
     Attributes:
         held: by name, what stands in the modules.
         scaled: by name, what is done to a weight whenever it arrives: in-place operations and their numbers.
-        outdated: the plan still streams weights that are held.
+        gone: names of weights that no module holds any more; whoever has the placeholder reads them.
+        outdated: the plan still streams weights that are held or gone.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.held: dict[str, nn.Parameter] = {}
         self.scaled: dict[str, list[tuple[Scaling, float]]] = defaultdict(list)
+        self.gone: set[str] = set()
         self.outdated = False
         self._reserved: set[str] = set()  # there is room for them already
 
@@ -122,12 +124,15 @@ class Overrides:
         """
         counted: set[int] = set()
         for name, tensor in self._engine.replaced():
-            nbytes = 0 if id(tensor) in counted else tensor.numel() * tensor.element_size()
-            counted.add(id(tensor))
-            self._engine.spend(nbytes, without=())
+            if tensor is not None and id(tensor) not in counted:
+                counted.add(id(tensor))
+                self._engine.spend(tensor.numel() * tensor.element_size(), without=())
             if not self._engine.stands(name):
-                self.held[name] = tensor  # type: ignore[assignment]
                 self.outdated = True
+                if tensor is None:
+                    self.gone.add(name)
+                else:
+                    self.held[name] = tensor  # type: ignore[assignment]
 
     def _hold(self, name: str, data: torch.Tensor) -> None:
         self.scaled.pop(name, None)  # `data` has been scaled

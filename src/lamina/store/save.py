@@ -51,7 +51,8 @@ def save_pretrained(
         WriteError: the operating system refused, or there is too little room.
     """
     folder = os.fspath(save_directory)
-    if state_dict is not None or internals.has_adapters(model) or options.get("distributed_checkpoint"):
+    here = state_dict is not None and not any(getattr(each, "home", None) for each in state_dict.values())
+    if here or internals.has_adapters(model) or options.get("distributed_checkpoint"):
         options |= {"state_dict": state_dict, "push_to_hub": push_to_hub, "max_shard_size": max_shard_size}
         options |= {"variant": variant, "save_original_format": save_original_format}
         plain(folder, is_main_process=is_main_process, **options)
@@ -64,20 +65,19 @@ def save_pretrained(
         plain(folder, is_main_process=is_main_process, state_dict={}, variant=variant, **options)
     if not is_main_process:
         return
-    leaves = _leaves(model)
+    leaves = _leaves(model, dict(state_dict or model.state_dict(keep_vars=True)))
     meant = _meant(model, leaves, save_original_format)
     _write(folder, meant, leaves, parse_size(max_shard_size, what="max_shard_size"), variant, model)
 
 
-def _leaves(model: Any) -> dict[str, torch.Tensor]:
+def _leaves(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What the model holds, by the names that are saved: of a tied weight the one that loading expects."""
-    state = dict(model.state_dict(keep_vars=True))
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
         state.pop(name, None)
     tied: set[str] = internals.tied_names(model)
     groups: dict[int, list[str]] = {}
     for name, tensor in state.items():
-        groups.setdefault(id(tensor), []).append(name)
+        groups.setdefault(id(getattr(tensor, "home", None) or tensor), []).append(name)
     for names in groups.values():
         others = [name for name in sorted(names) if any(re.search(pattern, name) for pattern in tied)]
         kept = next((name for name in names if name not in others), names[0])
