@@ -268,9 +268,8 @@ def test_an_adapter_is_merged_into_packed_weights(folder: Path, tmp_path: Path, 
             ours, theirs = (getattr(attention(each), name).weight for each in merged)
             assert torch.equal(ours + 0, theirs), name
     assert not torch.equal(logits(merged[0]), before)
-    assert torch.allclose(
-        logits(merged[0]), logits(merged[1]), atol=0.1, rtol=0.1
-    )  # products of packed rows add up otherwise
+    ours, theirs = (logits(each).float() for each in merged)  # packed rows are multiplied in float32, rounded once
+    assert (ours - theirs).norm() < 0.03 * theirs.norm()
 
 
 def test_modules_to_save_are_copies_of_their_own(folder: Path) -> None:
