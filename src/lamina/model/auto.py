@@ -172,6 +172,8 @@ def _found(prepared: Prepared, not_written: bool) -> tuple[Hardware, tuple[str, 
         return assume(weights.schedule, there, plan.streams, prepared.device), _fallbacks(prepared, None)
     with contextlib.closing(Readers(fingerprints=there.fingerprints)) as readers:
         hardware = measure(Engine(prepared.model, weights, plan, prepared.device, readers), there, LONG)
+        if there.tensors:
+            readers.look(next(iter(there.tensors.values())).extent.file)
         return hardware, _fallbacks(prepared, readers)
 
 

@@ -191,6 +191,12 @@ class Encoded(torch.Tensor):
         seen.quick = self.quick
         return seen
 
+    def _again(self) -> Encoded:
+        """The same weight in another tensor: torch wants one of a view."""
+        again = Encoded(self.shape, self.dtype, self.memory, self.spans, self.scratch, self.whole, self.order)
+        again.quick, again.home = self.quick, self.home
+        return again
+
     def _panels(self, span: Span) -> torch.Tensor:
         return self.memory[span.at : span.at + span.panels * span.panel_bytes].view(span.panels, span.panel_bytes)
 
@@ -284,7 +290,7 @@ class Encoded(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func in (aten.detach.default, aten.alias.default):
-            return args[0]
+            return args[0]._again()
         if func is aten.embedding.default and isinstance(args[0], Encoded) and not isinstance(args[1], Encoded):
             return args[0].gather(args[1])
         if func._schema.is_mutable:

@@ -187,6 +187,10 @@ class Readers:
     def bytes_read(self) -> int:
         return self._shared.bytes_read
 
+    def look(self, path: str) -> None:
+        """Open a file, if it is not open, and so see how it can be read."""
+        self._shared.file(path)
+
     @property
     def fallbacks(self) -> list[str]:
         """Second ways of reading that were taken so far, each with its reason."""
