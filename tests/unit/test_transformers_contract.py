@@ -30,6 +30,9 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation import GenerateDecoderOnlyOutput, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
+from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
+from transformers.generation.continuous_batching.requests import RequestState
 from transformers.integrations import moe
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -88,6 +91,10 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any] | None, str]] = {
         getattr(LlamaForCausalLM, "init_continuous_batching", None),
         "generation_config continuous_batching_config",
     ),
+    "infer_max_single_request_tokens": (infer_max_single_request_tokens, "cache"),
+    "ContinuousBatchingManager.stop": (ContinuousBatchingManager.stop, "block timeout keep_for_next_session"),
+    "OutputRouter.fail_and_deliver": (OutputRouter.fail_and_deliver, "state error"),
+    "RequestState": (RequestState, "initial_tokens max_new_tokens"),
     "generate_batch": (getattr(LlamaForCausalLM, "generate_batch", None), "inputs generation_config"),
 }
 
@@ -96,7 +103,8 @@ INSIDE = (
     "past_key_values cache_params get_seq_length is_croppable activate_past_recording is_linear _is_stateful "
     "_experts_implementation _attn_implementation _prepare_generation_config _eos_token_tensor _prefill _sample "
     "_update_model_kwargs_for_generation prepare_inputs_for_generation logits_indices _hf_peft_config_loaded "
-    "revert_weight_conversion _get_tied_weight_keys get_gguf_hf_weights_map TENSOR_PROCESSORS"
+    "revert_weight_conversion _get_tied_weight_keys get_gguf_hf_weights_map TENSOR_PROCESSORS _new_tokens_limit "
+    "input_queue output_router batch_processor read_cache_limit _cached_continuous_batching_manager"
 ).split()
 # Modules of transformers whose names are in its documentation.
 DOCUMENTED = {"transformers", "transformers.generation", "transformers.utils"}

@@ -8,6 +8,7 @@ of Lamina against this rule. docs/compatibility.md says how the supported range 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Container, Mapping
 from functools import cache
 from typing import Any
@@ -74,6 +75,71 @@ def batched_tokens(kwargs: Mapping[str, Any]) -> int:
     """Tokens that a pass of a continuous batch gives; 0 for any other pass."""
     indices = kwargs.get("logits_indices")
     return int(indices.shape[-1]) if isinstance(indices, torch.Tensor) else 0
+
+
+def refuse_too_long(
+    manager: Any, too_long: Callable[[int, int], str], shortened: Callable[[int, int, int], None]
+) -> None:
+    """Let a request that the cache of a continuous batch can never hold fail alone, and end one that would outgrow it.
+
+    transformers ends every request of the batch where one of them finds no room.
+
+    Args:
+        manager: of the batch, not started.
+        too_long: (tokens of a prompt, tokens that the cache holds) -> what the request's error says.
+        shortened: told (tokens of a prompt, tokens that were asked for, tokens that there is room for).
+    """
+    from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens  # 15 ms
+
+    queue, plain = manager.input_queue, manager.input_queue.get_nowait
+    found: list[int] = []
+
+    def room() -> int:
+        if not found:  # the first request: the cache is there, and empty
+            paged = manager.batch_processor.cache
+            windowed = paged.read_cache_limit is not None  # no layer keeps more than its window
+            found.append(sys.maxsize if windowed else infer_max_single_request_tokens(paged))
+        return found[0]
+
+    def get_nowait() -> Any:
+        while True:
+            state = plain()
+            if state is None or manager.batch_processor is None:
+                return state
+            prompt, left = len(state.initial_tokens), room() - len(state.initial_tokens)
+            if left > 0:
+                if state._new_tokens_limit > left:
+                    if state.max_new_tokens is not None:
+                        shortened(prompt, state.max_new_tokens, left)
+                    state.max_new_tokens = state._new_tokens_limit = left
+                return state
+            manager.output_router.fail_and_deliver(state, MemoryError(too_long(prompt, room())))
+
+    queue.get_nowait = get_nowait
+
+
+def keeps_scores(config: Any) -> bool:
+    """Whether a model's attention makes the scores of every row and key at once."""
+    return "eager" in str(config._attn_implementation)
+
+
+def managed_already(model: Any) -> bool:
+    """Whether a model kept the manager of its continuous batches, which is then used again."""
+    return getattr(model, "_cached_continuous_batching_manager", None) is not None
+
+
+def when_stopped(manager: Any, then: Callable[[], None]) -> None:
+    """Call `then` when the cache of a continuous batch is gone."""
+    stop = manager.stop
+
+    def stopped(*args: Any, **kwargs: Any) -> None:
+        try:
+            stop(*args, **kwargs)
+        finally:
+            if manager.batch_processor is None:
+                then()
+
+    manager.stop = stopped
 
 
 def has_length(cache: Any) -> bool:

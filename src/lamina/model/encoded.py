@@ -20,6 +20,7 @@ from lamina.codec import ByRows, Quick, codec_for
 from lamina.errors import UnsupportedError
 from lamina.model.blocks import METADATA, is_number, linear_arguments
 from lamina.model.disk_tensor import SET_DATA, DiskTensor, Home, materialize, views, write
+from lamina.model.even_rows import product
 from lamina.model.guard import asking, refused
 from lamina.plan.cut import ROW_MULTIPLE
 from lamina.plan.schedule import Span
@@ -253,7 +254,7 @@ class Encoded(torch.Tensor):
             block = self.scratch.rows(rows, columns, self.dtype, self.device)
             self._decode(span, first, rows, block)
             own = None if bias is None else bias[first : first + rows]
-            out[..., first : first + rows] = torch.nn.functional.linear(x, block.requires_grad_(), own)
+            out[..., first : first + rows] = product(x, block.requires_grad_(), own)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

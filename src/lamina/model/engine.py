@@ -25,6 +25,7 @@ from lamina.errors import BudgetError, UnsupportedError
 from lamina.model.blocks import Blocks
 from lamina.model.disk_tensor import DiskTensor
 from lamina.model.encoded import Encoded, Scratch
+from lamina.model.even_rows import product
 from lamina.model.expert_hooks import ExpertHooks
 from lamina.model.guard import guarded
 from lamina.model.overrides import Home, Overrides
@@ -525,7 +526,7 @@ class Engine:
                 rows = slice(part.first, part.first + part.count)
                 held = self._acquire(module, item.block)
                 block = self._block(item) if held is None else self.finish(held.item.layout.placed[0], held.memory)
-                out[..., rows] = nn.functional.linear(x, block, None if bias is None else bias[rows])
+                out[..., rows] = product(x, block, None if bias is None else bias[rows])
                 if held is not None:
                     assert self.stream is not None
                     self.stream.release(held)

@@ -16,12 +16,30 @@ from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
-from transformers import PreTrainedModel
+from transformers import ContinuousBatchingConfig, PreTrainedModel
 
 from lamina.errors import BudgetError
 from lamina.fallbacks import Fallbacks
-from lamina.hf.internals import batched_tokens, cache_of, cached_tokens
-from lamina.model.batching import batching_config
+from lamina.hf.internals import (
+    batched_tokens,
+    cache_of,
+    cached_tokens,
+    managed_already,
+    refuse_too_long,
+    when_stopped,
+)
+from lamina.model.batching import (
+    PAGE,
+    Need,
+    Size,
+    config_on_device,
+    filled_in,
+    need_of,
+    room_for_batches,
+    shorter,
+    size_for,
+    size_of,
+)
 from lamina.model.engine import Engine
 from lamina.model.even_rows import even_rows
 from lamina.model.guard import asking, refused
@@ -30,6 +48,7 @@ from lamina.model.record import Record
 from lamina.model.stats import Stats
 from lamina.model.trace import Trace
 from lamina.plan.plan import Budget, Plan
+from lamina.sizes import format_size
 from lamina.stream.experts import Counts
 from lamina.stream.probe import peak_resident_bytes
 
@@ -68,6 +87,7 @@ class Lamina:
         self.fallbacks = Fallbacks()
         self.record = Record()
         self.decoder: Decoder | None = None  # what stands between a call of `generate` and transformers'
+        self._batches: dict[int, int] = {}  # bytes that each continuous batch has of the room for caches
         self._closer = weakref.finalize(model, engine.readers.close)  # also when the interpreter ends
 
     @property
@@ -193,10 +213,82 @@ class Lamina:
     def _init_batching(
         self, generation_config: Any = None, continuous_batching_config: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """`init_continuous_batching`, with a cache that fits the budget unless the caller says how large it is."""
-        chosen = continuous_batching_config or batching_config(self.plan, self._trace)
-        model = self.model
-        return type(model).init_continuous_batching(model, generation_config, chosen, *args, **kwargs)
+        """`init_continuous_batching`, with a cache and passes that fit the budget unless the caller says how large.
+
+        Raises:
+            BudgetError: not even one request at a time fits.
+        """
+        plan, model = self.plan, self.model
+        cached = managed_already(model)
+        if cached or plan.budget.on_device:
+            chosen = continuous_batching_config
+            if chosen is None and not cached:
+                chosen = config_on_device(plan.budget, plan, self._trace)
+            return type(model).init_continuous_batching(model, generation_config, chosen, *args, **kwargs)
+        said = continuous_batching_config or ContinuousBatchingConfig(page_size=PAGE)
+        sampled = getattr(generation_config or model.generation_config, "do_sample", False) or said.return_logprobs
+        with self._engine.lock:
+            plan = self.plan
+            weights = self._engine.schedule.values()
+            need = need_of(model, plan, weights, self._trace, bool(sampled), said.page_size)
+            room = room_for_batches(plan) - sum(self._batches.values())
+            size = size_for(need, room, plan.budget.context_tokens)
+            chosen = filled_in(said, size)
+            try:
+                self._set_aside(need, size_of(chosen))
+            except BudgetError as error:
+                least = shorter(need, size, need.of(size) - (error.minimum_bytes - plan.budget.memory_bytes))
+                if least is None or size_of(chosen) != size:
+                    raise
+                chosen = filled_in(said, least)
+                self._set_aside(need, least)
+            size = size_of(chosen)
+            manager = type(model).init_continuous_batching(model, generation_config, chosen, *args, **kwargs)
+            key = id(manager)
+            self._batches[key] = need.beside(size)
+        batches = self._batches
+
+        def forget() -> None:
+            batches.pop(key, None)
+
+        when_stopped(manager, forget)
+        weakref.finalize(manager, forget)
+        refuse_too_long(manager, self._too_long, self._shortened)
+        return manager
+
+    def _too_long(self, prompt: int, room: int) -> str:
+        return (
+            f"a prompt of {prompt} tokens does not fit: memory={format_size(self.plan.budget.memory_bytes)} leaves a "
+            f"batch a cache of {room} tokens; give more memory, or a larger context when the model is loaded"
+        )
+
+    def _shortened(self, prompt: int, wanted: int, left: int) -> None:
+        self.fallbacks.say(
+            f"a request of a batch ends after {left} new tokens in place of {wanted}: the cache has room for "
+            f"{prompt + left} tokens in all"
+        )
+
+    def _set_aside(self, need: Need, size: Size) -> None:
+        """Keep room for a batch on top of those that are there.
+
+        Raises:
+            BudgetError: not even the smallest plan leaves so much.
+        """
+        budget = self.plan.budget
+        wanted = need.of(size) + sum(self._batches.values())
+        if wanted <= budget.activation_bytes + budget.kv_cache_bytes:
+            return
+        activations = need.activations(size)
+        larger = dataclasses.replace(budget, activation_bytes=activations, kv_cache_bytes=wanted - activations)
+        try:
+            self._engine.replan(larger)
+        except BudgetError as error:
+            raise BudgetError(
+                f"memory={format_size(budget.memory_bytes)} is too small for a continuous batch of {size.requests} at "
+                f"a time with a cache of {size.cache_tokens} tokens: it needs at least {error.minimum_bytes} bytes "
+                f"({format_size(error.minimum_bytes)}); give that much, or a shorter context",
+                error.minimum_bytes,
+            ) from error
 
     @contextmanager
     def _generating(self) -> Iterator[None]:
@@ -215,9 +307,10 @@ class Lamina:
             self._pass_began, self._pass_of = time.perf_counter(), threading.get_ident()
             try:
                 tokens, cached = _tokens(args, kwargs)
-                self._make_room(tokens, cached)
+                batched = bool(batched_tokens(kwargs))
+                self._make_room(tokens, cached, batched)
                 engine.begin_pass()
-                with even_rows(tokens, engine.device):
+                with even_rows(tokens, engine.device, batched):
                     yield
                 self._ended()
             finally:
@@ -259,17 +352,19 @@ class Lamina:
         budget = self._engine.plan.budget
         return dataclasses.replace(budget, draft_bytes=budget.draft_bytes + nbytes)
 
-    def _make_room(self, tokens: int, cached: int) -> None:
+    def _make_room(self, tokens: int, cached: int, batched: bool = False) -> None:
         """Keep the budget when a pass brings more tokens than were planned for: fewer weights stay resident.
 
         Raises:
             BudgetError: not even the smallest plan has room for them.
         """
         budget = self._engine.plan.budget
-        activations, cache = self._trace.activations(tokens), self._trace.cache(cached + tokens)
+        others = sum(self._batches.values())
+        activations = self._trace.activations(tokens)
+        cache = others if batched and others else others + self._trace.cache(cached + tokens)
         if activations + cache <= budget.activation_bytes + budget.kv_cache_bytes:
             return
-        grown = self._trace.cache(int((cached + tokens) * GROWTH))
+        grown = others + self._trace.cache(int((cached + tokens) * GROWTH))
         for wanted in (grown, cache):
             larger = dataclasses.replace(
                 budget, activation_bytes=activations, kv_cache_bytes=wanted, context_tokens=cached + tokens
