@@ -53,6 +53,7 @@ from lamina.stream.experts import Counts
 from lamina.stream.probe import peak_resident_bytes
 
 GROWTH = 1.5  # of the cache, when it outgrows the plan: so that a long answer replans a few times, not every token
+BATCH_SLACK = 16_000_000  # bytes: at its minimum a fresh process stays 100 MB below it (docs/log.md)
 REMEMBERED = 4096  # passes whose times are kept
 
 
@@ -269,7 +270,7 @@ class Lamina:
         )
 
     def _set_aside(self, need: Need, size: Size) -> None:
-        """Keep room for a batch on top of those that are there.
+        """Keep room for a batch on top of those that are there; a little more is within what every process is given.
 
         Raises:
             BudgetError: not even the smallest plan leaves so much.
@@ -283,6 +284,8 @@ class Lamina:
         try:
             self._engine.replan(larger)
         except BudgetError as error:
+            if error.minimum_bytes - budget.memory_bytes <= BATCH_SLACK:
+                return
             raise BudgetError(
                 f"memory={format_size(budget.memory_bytes)} is too small for a continuous batch of {size.requests} at "
                 f"a time with a cache of {size.cache_tokens} tokens: it needs at least {error.minimum_bytes} bytes "
