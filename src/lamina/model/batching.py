@@ -79,11 +79,15 @@ class Need:
     def beside(self, size: Size) -> int:
         """Bytes beside the activations."""
         rows, keys = size.batch_tokens, int(self.readable * size.cache_tokens) + size.batch_tokens
-        cache = self.token_bytes * (size.cache_tokens + self.spare_tokens)
+        cache = self.cache(size)
         attention = keys * (self.read_bytes + INDEX) + rows * keys * (self.mask_bytes + self.score_bytes)
         logits = (rows if self.logits_of_all else min(size.requests, rows)) * self.logit_bytes
         code = self.shapes * sum(number <= rows for number in BATCHED_SIZES) * CODE_BYTES
         return int(cache + attention + logits + code)
+
+    def cache(self, size: Size) -> int:
+        """Bytes of keys and values."""
+        return int(self.token_bytes * (size.cache_tokens + self.spare_tokens))
 
     def of(self, size: Size) -> int:
         return self.activations(size) + self.beside(size)
@@ -186,12 +190,13 @@ def _pages(tokens: int) -> int:
 def filled_in(config: ContinuousBatchingConfig, size: Size) -> ContinuousBatchingConfig:
     """The configuration of a batch, with what the caller has not said."""
     config = copy.copy(config)
+    requests = size.requests if config.num_blocks is None else max(size.requests, FEW_REQUESTS)
     if config.num_blocks is None:
         config.num_blocks = max(size.cache_tokens // config.page_size, 1)
     if config.max_batch_tokens is None:
         config.max_batch_tokens = size.batch_tokens
     if config.max_requests_per_batch is None:
-        config.max_requests_per_batch = size.requests
+        config.max_requests_per_batch = requests
     return config
 
 

@@ -89,6 +89,7 @@ class Lamina:
         self.record = Record()
         self.decoder: Decoder | None = None  # what stands between a call of `generate` and transformers'
         self._batches: dict[int, int] = {}  # bytes that each continuous batch has of the room for caches
+        self._lent = 0  # of what every process is given, to batches
         self._closer = weakref.finalize(model, engine.readers.close)  # also when the interpreter ends
 
     @property
@@ -236,7 +237,7 @@ class Lamina:
             size = size_for(need, room, plan.budget.context_tokens)
             chosen = filled_in(said, size)
             try:
-                self._set_aside(need, size_of(chosen))
+                self._set_aside(need, size_of(chosen), asked=said.num_blocks is not None)
             except BudgetError as error:
                 least = shorter(need, size, need.of(size) - (error.minimum_bytes - plan.budget.memory_bytes))
                 if least is None or size_of(chosen) != size:
@@ -269,8 +270,10 @@ class Lamina:
             f"{prompt + left} tokens in all"
         )
 
-    def _set_aside(self, need: Need, size: Size) -> None:
+    def _set_aside(self, need: Need, size: Size, asked: bool = False) -> None:
         """Keep room for a batch on top of those that are there; a little more is within what every process is given.
+
+        A cache of a size that was asked for must fit; that its attention does not, when it is full, is said.
 
         Raises:
             BudgetError: not even the smallest plan leaves so much.
@@ -284,7 +287,17 @@ class Lamina:
         try:
             self._engine.replan(larger)
         except BudgetError as error:
-            if error.minimum_bytes - budget.memory_bytes <= BATCH_SLACK:
+            short = error.minimum_bytes - budget.memory_bytes
+            within = self._lent + short <= BATCH_SLACK
+            if not within and asked and self._cache_fits(need, size):
+                self.fallbacks.say(
+                    f"a continuous batch of the size that was asked for may take {format_size(short)} more than "
+                    f"memory={format_size(budget.memory_bytes)} when its cache of {size.cache_tokens} tokens is full"
+                )
+                within = True
+            if within:
+                self._engine.replan(dataclasses.replace(larger, overhead_bytes=larger.overhead_bytes - short))
+                self._lent += short
                 return
             raise BudgetError(
                 f"memory={format_size(budget.memory_bytes)} is too small for a continuous batch of {size.requests} at "
@@ -292,6 +305,16 @@ class Lamina:
                 f"({format_size(error.minimum_bytes)}); give that much, or a shorter context",
                 error.minimum_bytes,
             ) from error
+
+    def _cache_fits(self, need: Need, size: Size) -> bool:
+        """Whether a batch's cache alone is within the budget."""
+        budget = self.plan.budget
+        cache = sum(self._batches.values()) + need.cache(size)
+        try:
+            self._engine.plan_for(dataclasses.replace(budget, kv_cache_bytes=max(budget.kv_cache_bytes, cache)))
+        except BudgetError as error:
+            return error.minimum_bytes - budget.memory_bytes <= BATCH_SLACK
+        return True
 
     @contextmanager
     def _generating(self) -> Iterator[None]:
