@@ -1,5 +1,6 @@
 # Sourced by the other scripts: makes or reuses .venv in the repository and leaves its interpreter in $VENV_PYTHON.
-# Call it as `lamina_environment EXTRA`, EXTRA being a group of [project.optional-dependencies].
+# Call it as `lamina_environment EXTRA`, EXTRA being a group of [project.optional-dependencies]. .venv has the newest
+# transformers that pyproject.toml allows; `lamina_environment EXTRA oldest` makes .venv-oldest, with the oldest.
 
 TORCH="torch==2.13.0"
 
@@ -32,19 +33,34 @@ except PackageNotFoundError:
 PYTHON
 }
 
+# transformers==VERSION, of the lower bound in pyproject.toml: the range is stated nowhere else.
+oldest_transformers() {
+    local version
+    version=$(sed -n 's/^ *"transformers>=\([0-9][0-9.]*\),.*/\1/p' pyproject.toml)
+    if [ -z "$version" ]; then
+        say "pyproject.toml has no line \"transformers>=VERSION,<VERSION\""
+        return 1
+    fi
+    printf '%s\n' "transformers==$version"
+}
+
 lamina_environment() {
-    local extra=$1 stamp wanted python
-    VENV_PYTHON=$PWD/.venv/bin/python
+    local extra=$1 end=${2:-newest} venv=.venv transformers=transformers stamp wanted python
+    if [ "$end" = oldest ]; then
+        venv=.venv-oldest
+        transformers=$(oldest_transformers)
+    fi
+    VENV_PYTHON=$PWD/$venv/bin/python
     # The stamp is written last, so an environment whose making was interrupted is completed, not trusted.
-    stamp=.venv/.lamina-$extra
+    stamp=$venv/.lamina-$extra
     wanted="$PWD $TORCH $(cksum < pyproject.toml)"
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && "$VENV_PYTHON" -c '' 2>/dev/null; then
         return
     fi
     if ! "$VENV_PYTHON" -c '' 2>/dev/null; then
         python=$(find_python)
-        say "making .venv with $("$python" --version)"
-        "$python" -m venv --clear .venv || {
+        say "making $venv with $("$python" --version)"
+        "$python" -m venv --clear "$venv" || {
             say "'$python -m venv' failed (on Debian and Ubuntu: apt install python3-venv)"
             return 1
         }
@@ -52,10 +68,11 @@ lamina_environment() {
     # First and pinned, so that a CPU-only build (2.13.0+cpu) wins wherever pip is told of one, by PIP_FIND_LINKS or
     # PIP_EXTRA_INDEX_URL; the plain name would take the newest from PyPI, with gigabytes of CUDA libraries.
     if ! installed "$TORCH"; then
-        say "installing $TORCH into .venv (once; some minutes on a slow line)"
+        say "installing $TORCH into $venv (once; some minutes on a slow line)"
         pip_install "$TORCH"
     fi
-    say "installing lamina[$extra]"
-    pip_install -e ".[$extra]"
+    say "installing lamina[$extra] with the $end $transformers"
+    # Named, so that one which is there already and still allowed gives way to the newest; of the rest, what is needed.
+    pip_install --upgrade --upgrade-strategy only-if-needed -e ".[$extra]" "$transformers"
     printf '%s\n' "$wanted" > "$stamp"
 }

@@ -281,7 +281,8 @@ def _enliven(model: PreTrainedModel, generator: torch.Generator) -> None:
     biases = [
         (name, buffer) for name, buffer in model.named_buffers() if name.endswith(_LEARNED_BUFFERS) and name in saved
     ]
-    for name, tensor in (*model.named_parameters(), *biases):
+    named = sorted((*model.named_parameters(), *biases), key=lambda each: each[0])  # whatever order defines them
+    for name, tensor in named:
         noise = torch.randn(tensor.shape, generator=generator)
         start = tensor.float()
         if not start.isfinite().all():

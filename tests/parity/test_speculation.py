@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from always import Always
 from families import input_ids, tiny_config, write_tiny
 from lamina import AutoModel
-from lamina.decode.draft import GoOn, Pick, Proposal
 from lamina.decode.speculator import MOST
 from parity.judge import minimum_of, plain_model, steady
+from wavering import Wavering
 
 # full attention, windows shorter than the text, alibi, learnt positions, latent attention, experts, shared caches
 FAMILIES = """llama gemma2 gemma3_text gemma3n_text mistral gpt_oss olmo3 cohere2 bloom falcon gpt2 opt phi3
@@ -23,23 +23,6 @@ FAMILIES = """llama gemma2 gemma3_text gemma3n_text mistral gpt_oss olmo3 cohere
 STATEFUL = "mamba2 jamba falcon_h1 qwen3_next rwkv xlstm zamba2 bamba minimax".split()
 COPIED = "llama gemma2 gpt_oss gpt2 falcon deepseek_v3 bloom".split()
 NEW = 26
-
-
-class Wavering:
-    """Knows the answer and is wrong at every fifth token, in drafts of changing length."""
-
-    name = "oracle"
-
-    def __init__(self, answer: list[int]) -> None:
-        self.answer = answer
-
-    def begin(self, prompt: list[int], cache: Any) -> str | None:
-        return None
-
-    def propose(self, text: list[int], most: int, go_on: GoOn, pick: Pick) -> Proposal:
-        count = 1 + len(text) % 7
-        tokens = [self.answer[i] ^ (i % 5 == 0) for i in range(len(text), min(len(text) + count, len(self.answer)))]
-        return Proposal(tokens[:most], [0.99] * len(tokens[:most]))
 
 
 @pytest.fixture(scope="module", autouse=True)
