@@ -13,6 +13,8 @@ import pytest
 import typer.main
 
 import lamina
+from compat.differences import DIFFERENCES
+from compat.fallbacks import FALLBACKS
 from lamina.cli.main import app
 
 ROOT = Path(__file__).parents[2]
@@ -70,3 +72,17 @@ def test_the_dependencies_page_names_every_dependency_and_its_range() -> None:
         assert f"| {name} | {lower}, {upper} |" in page, requirement
     for extra in project["optional-dependencies"]:
         assert f"| `{extra}` |" in page
+
+
+def test_the_page_on_versions_has_the_tables_that_the_tests_have() -> None:
+    page = (ROOT / "docs" / "compatibility.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    for family, reasons in FALLBACKS.items():
+        said = " ".join(row for row in rows if family in re.split(r"[ |,]+", row))
+        assert all(words.removeprefix("is off: ") in said for words in reasons if "no cache that can" not in words), (
+            family
+        )
+    for family, difference in DIFFERENCES.items():
+        (row,) = [row for row in rows if row.startswith(f"| {family} | {', '.join(difference.figures)} |")]
+        assert difference.because in row
+    assert f"The other {66 - len(FALLBACKS)} of the 66 families take none" in page

@@ -42,6 +42,7 @@ from families import tiny_config
 from lamina.hf import internals
 from lamina.hf.internals import CACHE
 
+pytestmark = pytest.mark.compat
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "src" / "lamina").rglob("*.py"))
 EDGE = ROOT / "src" / "lamina" / "hf" / "internals.py"
