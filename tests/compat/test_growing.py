@@ -55,7 +55,6 @@ def grown(folder: Path, more: int) -> dict[str, Any]:
 
 def test_a_cache_for_which_there_is_no_room_is_refused(folder: Path) -> None:
     result = grown(folder, WHOLE // 4)
-    print(result)
     assert result["peak"] <= result["budget"], result
     assert CHUNK < result["tokens"] < MOST
     assert "needs at least" in result["refused"]
@@ -63,6 +62,5 @@ def test_a_cache_for_which_there_is_no_room_is_refused(folder: Path) -> None:
 
 def test_a_cache_for_which_there_is_room_grows(folder: Path) -> None:
     result = grown(folder, WHOLE + WHOLE // 2)
-    print(result)
     assert result["peak"] <= result["budget"], result
     assert (result["tokens"], result["refused"]) == (MOST, "")
