@@ -69,7 +69,10 @@ def test_families(family: str, dtype: torch.dtype, attention: str | None) -> Non
     model = tiny(family, dtype)
     if attention:
         model.set_attn_implementation(attention)
-    assert covers(model) is None
+    why = covers(model)
+    if why is not None and (dtype, attention) == (torch.float16, "eager") and "AVX512-FP16" in why:
+        pytest.skip(why)
+    assert why is None
     for count, prompt in LENGTHS:
         singly, at_once = singly_and_at_once(model, count, prompt, rows=count)
         assert torch.equal(singly, at_once), f"off by {(singly - at_once).abs().max().item():.3g}"

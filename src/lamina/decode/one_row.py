@@ -24,7 +24,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,9 +110,20 @@ def covers(model: PreTrainedModel) -> str | None:
     attention = attention_implementation(config)
     if attention not in (None, "eager", "sdpa"):
         return f"attention is computed by {attention!r}: set attn_implementation='sdpa' or 'eager'"
+    if attention == "eager" and model.dtype is torch.float16 and _rounds_by_shape():
+        return "this processor's float16 products (AVX512-FP16) round by their shape: set attn_implementation='sdpa'"
     if _rope_types(config) & set(LENGTH_DEPENDENT):
         return "the rotary angles depend on the length of the text"
     return None
+
+
+@cache
+def _rounds_by_shape() -> bool:
+    """Whether scores of eager attention in float16 have other bits beside more keys (bloom, docs/log.md)."""
+    try:
+        return "avx512_fp16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def _rope_types(config: Any) -> set[str]:
