@@ -179,7 +179,8 @@ class Lamina:
     def _forward(self, module: Any, /, *args: Any, **kwargs: Any) -> Any:
         """`forward` of the model, or of the model under its head, as a pass of the stream."""
         engine = self._engine
-        if self._pass_of == threading.get_ident():  # inside that of the whole model
+        # the whole model is never inside its own pass: what an interrupt left of the one before does not count
+        if module is not self.model and self._pass_of == threading.get_ident():  # inside that of the whole model
             return type(module).forward(module, *args, **kwargs)
         if engine.device.type != "cpu":
             args, kwargs = tree_map(lambda value: _to(value, engine.device), (args, kwargs))
@@ -330,8 +331,8 @@ class Lamina:
         engine = self._engine
         with engine.lock, torch.set_grad_enabled(torch.is_grad_enabled() and not engine.plan.streams):
             # a streamed weight is gone before a backward pass could use it
-            self._pass_began, self._pass_of = time.perf_counter(), threading.get_ident()
             try:
+                self._pass_began, self._pass_of = time.perf_counter(), threading.get_ident()
                 tokens, cached = _tokens(args, kwargs)
                 batched = bool(batched_tokens(kwargs))
                 self._make_room(tokens, cached, batched)
