@@ -85,6 +85,7 @@ class Engine:
         self._disk = {name: self._disk_tensor(name) for name in self._sites}
         self._bound: dict[str, torch.Tensor] = {}  # what stands in the modules of a resident weight
         self._stand_ins: dict[str, Blocks] = {}
+        self._given: dict[str, torch.Tensor | None] = {}  # bound last: an interrupt may have left it there
         self.overrides = Overrides(self)
 
     def start(self, model: PreTrainedModel, progress: Progress | None = None) -> None:
@@ -209,6 +210,10 @@ class Engine:
                 module, attribute, is_buffer = site
                 found = (module._buffers if is_buffer else module._parameters).get(attribute)
                 if found is disk or (found is not None and found is stand_in):
+                    continue
+                if found is not None and found is self._given.get(name):
+                    left: Any = disk if stand_in is None else stand_in
+                    (module._buffers if is_buffer else module._parameters)[attribute] = left
                     continue
                 sites.remove(site)
                 yield name, found
@@ -495,6 +500,7 @@ class Engine:
 
     def bind(self, name: str, tensor: torch.Tensor | None) -> None:
         """Give the modules of a weight this tensor."""
+        self._given[name] = tensor
         for module, attribute, _ in self._sites[name]:
             module._parameters[attribute] = tensor  # type: ignore[assignment]
 
