@@ -99,19 +99,11 @@ class AutoModel:
         drafting = Drafting(draft, model, source, transformers_kwargs, (memory, device_memory, context), progress)
         stored = compression is not None or layer_shards_saving_path is not None or delete_original
         stored = stored and not is_store_of(model, compression or PLAIN)
+        asked: dict[str, Any] = {"memory": memory, "device_memory": device_memory, "device": device, "context": context}
+        asked |= {"progress": progress, "beside": drafting.beside}
         if drafting.writes:  # not before the memory is known to be enough for all there will be
             folder, encode = _as_it_will_be(model, compression, source, layer_shards_saving_path)
-            lamina.model.check_memory(
-                folder,
-                memory=memory,
-                device_memory=device_memory,
-                device=device,
-                context=context,
-                progress=progress,
-                encode=encode,
-                beside=drafting.beside,
-                **_for(folder, model, transformers_kwargs),
-            )
+            lamina.model.check_memory(folder, encode=encode, **asked, **_for(folder, model, transformers_kwargs))
             drafting.check_disk()
         if stored:
             words = "anew" if compression is None else f"with compression {compression}"
@@ -126,17 +118,7 @@ class AutoModel:
             ).folder
             _without(transformers_kwargs, "subfolder", "variant")
         drafting.write()
-        loaded = lamina.model.load_model(
-            model,
-            memory=memory,
-            device_memory=device_memory,
-            device=device,
-            prefetching=prefetching,
-            context=context,
-            progress=progress,
-            beside=drafting.beside,
-            **transformers_kwargs,
-        )
+        loaded = lamina.model.load_model(model, prefetching=prefetching, **asked, **transformers_kwargs)
         try:
             loaded.save_pretrained = in_place_of(
                 loaded.save_pretrained, functools.partial(save_pretrained, loaded.save_pretrained, loaded)

@@ -263,13 +263,15 @@ def test_an_adapter_is_merged_into_packed_weights(folder: Path, tmp_path: Path, 
         assert torch.equal(attention(model).q_proj.weight + 0, attention(plain).q_proj.weight)
     before = logits(model)
     merged = [adapted(each).merge_and_unload() for each in (model, plain)]
+    written = [p for name, p in plain.named_parameters() if "q_proj" in name or "up_proj" in name]
+    assert model.lamina.plan.budget.override_bytes == sum(each.nbytes for each in written)
     with torch.no_grad():
         for name in ("q_proj", "k_proj"):
             ours, theirs = (getattr(attention(each), name).weight for each in merged)
             assert torch.equal(ours + 0, theirs), name
     assert not torch.equal(logits(merged[0]), before)
     ours, theirs = (logits(each).float() for each in merged)  # packed rows are multiplied in float32, rounded once
-    assert (ours - theirs).norm() < 0.03 * theirs.norm()
+    assert (ours - theirs).norm() < 0.05 * theirs.norm()
 
 
 def test_modules_to_save_are_copies_of_their_own(folder: Path) -> None:
@@ -295,6 +297,51 @@ def test_pruning_masks_what_is_read(folder: Path) -> None:
     assert torch.equal(logits(model), logits(plain))
     assert torch.equal(logits(model), logits(plain))
     assert set(attention(model).q_proj._parameters) == set(attention(plain).q_proj._parameters)
+
+
+def test_tensors_lent_for_one_call_are_given_back(folder: Path) -> None:
+    """torch.func puts tensors in the parameters' places, and the parameters back."""
+    plain, model = plain_model(folder), streamed(folder)
+    names = ["model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"]
+    lent = {name: torch.full_like(plain.get_parameter(name), 0.01).detach() for name in names}
+    before, ids = logits(plain), torch.arange(3, 12)[None]
+    for _ in range(2):
+        with torch.no_grad():
+            ours, theirs = (torch.func.functional_call(each, lent, (ids,)).logits for each in (model, plain))
+        assert torch.equal(ours, theirs) and not torch.equal(ours, before)
+        assert torch.equal(logits(model), before)
+        assert torch.equal(model.get_parameter(names[0]) + 0, plain.get_parameter(names[0]) + 0)
+        assert model.lamina.plan.budget.override_bytes == 0
+
+
+def test_what_is_put_in_place_and_does_not_fit_stays_refused(deep: Path) -> None:
+    model = streamed(deep, 0)
+    for layer in model.model.layers:
+        layer.mlp.up_proj.weight = nn.Parameter(torch.zeros(layer.mlp.up_proj.weight.shape))
+    for _ in range(2):
+        with pytest.raises(BudgetError, match="written to"):
+            logits(model)
+
+
+def test_an_interrupt_leaves_nothing_bound_that_counts_as_written(deep: Path) -> None:
+    """Wherever Ctrl-C cuts the unbinding of a weight, the next pass puts the placeholder back."""
+    plain, model = plain_model(deep), streamed(deep, 600_000)
+    engine = model.lamina.engine
+    seen: list[torch.Tensor | None] = []
+
+    def keep(module: nn.Module, args: Any, out: Any) -> None:
+        seen.append(module._parameters["weight"])
+
+    cut = {each.module for each in engine.plan.items if each.block}
+    name = next(each.module for each in engine.plan.items if each.module.endswith("proj") and each.module not in cut)
+    module = model.get_submodule(name)
+    handle = module.register_forward_hook(keep, prepend=True)
+    wanted = logits(plain)
+    assert torch.equal(logits(model), wanted)
+    handle.remove()
+    module._parameters["weight"] = seen[-1]  # as if `_unbind` had been cut off
+    assert torch.equal(logits(model), wanted)
+    assert model.lamina.plan.budget.override_bytes == 0
 
 
 def test_a_state_dict_loaded_through_a_wrapper_fits_or_is_refused(deep: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from homes import InMemory
 from lamina.checkpoint import open_checkpoint
 from lamina.model import weights as weights_module
 from lamina.model.disk_tensor import DiskTensor, recording, replay, sources_of
@@ -107,33 +108,6 @@ def test_sources_are_named_once_in_order_of_use() -> None:
         disk = _on_disk(_tensors((2, 2), (2, 2), (2, 2)))
         made = torch.cat([disk["c"], disk["a"], disk["c"]]) + 1
     assert sources_of(made.expression) == ["c", "a"]  # type: ignore[attr-defined]
-
-
-class InMemory:
-    """A home for a weight whose data is here.
-
-    Args:
-        whole: it may be read as a whole; else only rows of it.
-    """
-
-    def __init__(self, data: torch.Tensor, whole: bool = True) -> None:
-        self.data, self.whole = data, whole
-
-    def read(self) -> torch.Tensor:
-        assert self.whole
-        return self.data
-
-    def gather(self, ids: torch.Tensor) -> torch.Tensor | None:
-        return None if self.whole else self.data[ids]
-
-    def written(self) -> torch.Tensor:
-        return self.data
-
-    def scale(self, func: Any, number: float) -> bool:
-        return False
-
-    def replace(self, data: torch.Tensor) -> None:
-        self.data = data
 
 
 def test_outside_a_recording_the_data_is_read() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from homes import InMemory
 from lamina.model.blocks import Blocks
 from lamina.model.disk_tensor import DiskTensor
 from lamina.model.expert_hooks import ExpertHooks
@@ -99,28 +100,15 @@ class Asked:
 
     def __init__(self, *shape: int, count: int = 4, dtype: torch.dtype = torch.float32) -> None:
         self.experts: list[int] = []
-        self.whole = 0
         self.data = torch.arange(torch.Size(shape).numel()).reshape(shape).to(dtype)
         disk = DiskTensor.of("w", shape, dtype)
-        disk.home = self
+        disk.home = self.home = InMemory(self.data)
         self.weight = Blocks(disk)
         self.weight.experts, self.weight.expert = count, self._expert
 
-    def read(self) -> torch.Tensor:
-        self.whole += 1
-        return self.data
-
-    def gather(self, ids: torch.Tensor) -> None:
-        return None
-
-    def written(self) -> torch.Tensor:
-        return self.data
-
-    def scale(self, func: Any, number: float) -> bool:
-        return False
-
-    def replace(self, data: torch.Tensor) -> None:
-        self.data = data
+    @property
+    def whole(self) -> int:
+        return self.home.reads
 
     def _expert(self, index: int) -> torch.Tensor:
         self.experts.append(index)

@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin
 from transformers.core_model_loading import rename_source_key
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
@@ -120,7 +120,7 @@ def refuse_too_long(
 
 def keeps_scores(config: Any) -> bool:
     """Whether a model's attention makes the scores of every row and key at once."""
-    return "eager" in str(config._attn_implementation)
+    return "eager" in str(attention_implementation(config))
 
 
 def managed_already(model: Any) -> bool:
@@ -142,14 +142,9 @@ def when_stopped(manager: Any, then: Callable[[], None]) -> None:
     manager.stop = stopped
 
 
-def has_length(cache: Any) -> bool:
-    """Whether a cache can say how many tokens it holds."""
-    return hasattr(cache, "get_seq_length")
-
-
 def cached_tokens(cache: Any) -> int:
     """Tokens that a cache holds, of each of its texts; 0 for a state of one size, and for anything else."""
-    if not has_length(cache):
+    if not hasattr(cache, "get_seq_length"):
         return 0
     states = list(getattr(cache, "is_linear", ()))
     if states and all(states):
@@ -313,9 +308,3 @@ def gguf_names(names: Any, processor: Any, family: str | None) -> dict[str, str]
 
     mapped: dict[str, str] = get_gguf_hf_weights_map(names, processor, family)
     return mapped
-
-
-def text_model_class(config: Any, kind: type[PreTrainedModel]) -> bool:
-    """Whether a class takes the text part of a multimodal config, as AutoModelForCausalLM may choose."""
-    text = config.sub_configs.get("text_config")
-    return text is not None and getattr(kind, "config_class", None) is text

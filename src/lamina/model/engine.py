@@ -43,7 +43,9 @@ from lamina.stream.readers import Readers
 from lamina.stream.stream import Held, Stream
 
 Progress = Callable[[str, int, int], None]
-Sites = dict[str, list[tuple[nn.Module, str, bool]]]
+Site = tuple[nn.Module, str, bool]
+"""module, attribute, whether it is a buffer"""
+Sites = dict[str, list[Site]]
 
 
 class Engine:
@@ -95,10 +97,10 @@ class Engine:
             _move_buffers(model, self.device)
         for name, tensor in load_residents(resident, self.readers, self.finish, self.device, progress).items():
             parameter = tensor
-            if not isinstance(tensor, Encoded):
-                parameter = nn.Parameter(tensor, requires_grad=_differentiable(tensor))
             if isinstance(tensor, Encoded):
                 tensor.home = self._disk[name].home
+            else:
+                parameter = nn.Parameter(tensor, requires_grad=_differentiable(tensor))
             self._bound[name] = parameter
             for module, attribute, is_buffer in self._sites[name]:
                 if is_buffer:
@@ -174,9 +176,8 @@ class Engine:
         bound = self._bound[name]
         if isinstance(bound, Encoded):
             return False  # whoever writes to it has made it an override
-        for module, attribute, is_buffer in self._sites[name]:
-            if (module._buffers if is_buffer else module._parameters).get(attribute) is not bound:
-                return True
+        if any(standing(site) is not bound for site in self._sites[name]):
+            return True
         weight = self.schedule[name]
         if bound.shape != weight.shape or bound.dtype != _dtype(weight):
             return True
@@ -194,29 +195,44 @@ class Engine:
         layout = lay_out([(self.schedule[name], Part(name, first, count))])
         area = Area(layout.nbytes)
         self.readers.read(layout.reads, area)
-        return self.finish(layout.placed[0], area.tensor).detach().to(self.device)
+        tensor = self.finish(layout.placed[0], area.tensor)
+        tensor = tensor.decode() if isinstance(tensor, Encoded) else tensor
+        return tensor.detach().to(self.device)
 
-    def stands(self, name: str) -> bool:
-        """Whether a weight still has a place in the model."""
-        return bool(self._sites[name])
+    def foreign(self) -> Iterator[tuple[str, Site, torch.Tensor | None]]:
+        """Places of streamed weights where somebody put another tensor, or took the parameter away.
 
-    def replaced(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """Streamed weights in whose place somebody put another tensor, or nothing; it is theirs from then on."""
+        What the engine itself left there, because an interrupt came, or a caller put back, is made good on the way.
+        """
         for name, sites in self._sites.items():
-            if name in self.plan.resident or name in self.overrides.held or name in self.overrides.gone:
+            if name in self.plan.resident or name in self.overrides.held:  # buffers are always resident
                 continue
             disk, stand_in = self._disk[name], self._stand_ins.get(name)
             for site in tuple(sites):
-                module, attribute, is_buffer = site
-                found = (module._buffers if is_buffer else module._parameters).get(attribute)
+                found = standing(site)
                 if found is disk or (found is not None and found is stand_in):
                     continue
-                if found is not None and found is self._given.get(name):
-                    left: Any = disk if stand_in is None else stand_in
-                    (module._buffers if is_buffer else module._parameters)[attribute] = left
+                ours = getattr(found, "home", None) is disk.home
+                if found is not None and (ours or found is self._given.get(name)):
+                    site[0]._parameters[site[1]] = disk if stand_in is None else stand_in  # type: ignore[assignment]
                     continue
-                sites.remove(site)
-                yield name, found
+                yield name, site, found
+
+    def leave(self, name: str, site: Site) -> None:
+        """Bind a weight there no more."""
+        self._sites[name].remove(site)
+
+    def occupy(self, name: str, site: Site) -> None:
+        """Bind a weight there again."""
+        self._sites[name].append(site)
+
+    def is_back(self, name: str, site: Site) -> bool:
+        """Whether a weight's placeholder stands there again."""
+        return getattr(standing(site), "home", None) is self._disk[name].home
+
+    def stands(self, name: str) -> bool:
+        """Whether a weight has a place in the model."""
+        return bool(self._sites[name])
 
     def _follow(self, plan: Plan) -> None:
         """Go over to a plan with less resident, between two passes: what it drops is read every pass from now on."""
@@ -234,6 +250,7 @@ class Engine:
             if name not in plan.resident and name not in self.overrides.held:
                 self._bound.pop(name, None)
                 self.bind(name, self._disk[name])
+        self._given.clear()  # else the old ring stays
         self.overrides.outdated = False
         told = self.plan
         self.plan = replace(
@@ -316,14 +333,7 @@ class Engine:
 
     def read(self, name: str) -> torch.Tensor:
         """A weight, whole, read now."""
-        weight = self.schedule[name]
-        part = Part(name, 0, weight.rows)
-        layout = lay_out([(weight, part)])
-        area = Area(layout.nbytes)
-        self.readers.read(layout.reads, area)
-        tensor = self.finish(layout.placed[0], area.tensor)
-        tensor = tensor.decode() if isinstance(tensor, Encoded) else tensor
-        return tensor.detach().to(self.device)
+        return self._rows(name, 0, self.schedule[name].rows)
 
     def current(self, name: str) -> torch.Tensor:
         """A weight as it is now, wherever it is; what is in memory is given as it is there."""
@@ -349,8 +359,7 @@ class Engine:
         if name in self.overrides.held or not weight.shape or (bound is None and not weight.by_rows):
             return self.current(name)[first : first + count] if weight.shape else self.current(name)
         if bound is None:
-            found = self._rows(name, first, count)
-            return found.decode() if isinstance(found, Encoded) else found
+            return self._rows(name, first, count)
         return bound.part(first, count) if isinstance(bound, Encoded) else bound.detach()[first : first + count]
 
     def placeholder(self, name: str) -> DiskTensor:
@@ -500,7 +509,8 @@ class Engine:
 
     def bind(self, name: str, tensor: torch.Tensor | None) -> None:
         """Give the modules of a weight this tensor."""
-        self._given[name] = tensor
+        if tensor is not self._disk[name]:
+            self._given[name] = tensor
         for module, attribute, _ in self._sites[name]:
             module._parameters[attribute] = tensor  # type: ignore[assignment]
 
@@ -605,6 +615,12 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
         for name, buffer in module._buffers.items():
             if isinstance(buffer, torch.Tensor) and not isinstance(buffer, DiskTensor):
                 module._buffers[name] = buffer.to(device)
+
+
+def standing(site: Site) -> torch.Tensor | None:
+    """What a module holds there now; None where it has no such parameter any more."""
+    module, attribute, is_buffer = site
+    return (module._buffers if is_buffer else module._parameters).get(attribute)
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lamina.errors import UnsupportedError
+from lamina.errors import BudgetError, UnsupportedError
 from lamina.plan.schedule import Convert
 
 if TYPE_CHECKING:
-    from lamina.model.engine import Engine
+    from lamina.model.engine import Engine, Site
 
 Scaling = Callable[..., Any]
 
@@ -40,6 +40,7 @@ class Overrides:
         self.gone: set[str] = set()
         self.outdated = False
         self._reserved: set[str] = set()  # there is room for them already
+        self._left: list[tuple[str, Site, int]] = []  # places that are somebody else's, and bytes of what is there
 
     def written(self, name: str) -> torch.Tensor:
         """The memory of a weight, to be written to.
@@ -51,7 +52,7 @@ class Overrides:
         with self._engine.lock:
             if name not in self.held:
                 self.make_room([name])
-                self._hold(name, self._engine.read(name))
+                self._hold(name, self._engine.current(name))
             return self.held[name].detach()
 
     def replace(self, name: str, data: torch.Tensor) -> None:
@@ -63,9 +64,10 @@ class Overrides:
         """
         with self._engine.lock:
             if name in self.held:
+                self._engine.spend(data.nbytes - self.held[name].nbytes, without=())
                 self.held[name].data = data
                 return
-            self.make_room([name], data.numel() * data.element_size())
+            self.make_room([name], data.nbytes)
             self._hold(name, data)
 
     def scale(self, name: str, func: Scaling, number: float) -> bool:
@@ -107,7 +109,7 @@ class Overrides:
                 f"next pass; write to it before, or give enough memory for it to stay"
             )
         if nbytes is None:
-            nbytes = sum(engine.schedule[name].nbytes for name in new)
+            nbytes = sum(engine.schedule[name].decoded_nbytes for name in new)
         engine.spend(nbytes, without=new)
         self._reserved.update(new)
         self.outdated = True
@@ -117,22 +119,34 @@ class Overrides:
         self.held[name] = weight  # type: ignore[assignment]
 
     def adopt(self) -> None:
-        """Keep what stands in modules in place of the weights that stream: somebody put it there.
+        """Leave alone what somebody put in place of a streamed weight, and count it; take back what was put back.
 
         Raises:
             BudgetError: there is no room for it.
         """
-        counted: set[int] = set()
-        for name, tensor in self._engine.replaced():
-            if tensor is not None and id(tensor) not in counted:
-                counted.add(id(tensor))
-                self._engine.spend(tensor.numel() * tensor.element_size(), without=())
-            if not self._engine.stands(name):
+        engine = self._engine
+        for name, site, nbytes in tuple(self._left):
+            if engine.is_back(name, site):
+                engine.occupy(name, site)
+                self._left.remove((name, site, nbytes))
+                self.gone.discard(name)
+                engine.spend(-nbytes, without=())
                 self.outdated = True
-                if tensor is None:
-                    self.gone.add(name)
-                else:
-                    self.held[name] = tensor  # type: ignore[assignment]
+        found = list(engine.foreign())
+        memory = {id(each): each.nbytes for _, _, each in found if each is not None and not hasattr(each, "home")}
+        for name, site, _ in found:  # before a plan is made anew, which would bind there again
+            engine.leave(name, site)
+        try:
+            engine.spend(sum(memory.values()), without=())
+        except BudgetError:
+            for name, site, _ in found:
+                engine.occupy(name, site)
+            raise
+        for name, site, each in found:
+            self._left.append((name, site, memory.pop(id(each), 0)))
+            if not engine.stands(name):
+                self.gone.add(name)
+                self.outdated = True
 
     def _hold(self, name: str, data: torch.Tensor) -> None:
         self.scaled.pop(name, None)  # `data` has been scaled
