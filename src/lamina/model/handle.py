@@ -184,7 +184,8 @@ class Lamina:
             return type(module).forward(module, *args, **kwargs)
         if engine.device.type != "cpu":
             args, kwargs = tree_map(lambda value: _to(value, engine.device), (args, kwargs))
-        sources = asking(args, kwargs, *module.parameters()) if engine.plan.streams else []
+        guarded = engine.plan.streams and torch.is_grad_enabled()
+        sources = asking(args, kwargs, *module.parameters()) if guarded else []
         with self.a_pass(args, kwargs):
             out = type(module).forward(module, *args, **kwargs)
         if self._generate_began is None:
