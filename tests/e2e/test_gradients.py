@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,12 @@ from transformers import PreTrainedModel
 
 import lamina.store
 from families import write_tiny
+from gguf_files import write_model
 from lamina import UnsupportedError
+from lamina.decode.one_row import one_row
+from lamina.model.encoded import Encoded
 from parity.judge import minimum_of, plain_model, steady, streamed_model
+from quantize import fp8, write_quantized
 
 IDS = torch.arange(3, 40)[None]
 WHY = "gradient was asked for that needs weights which stream"
@@ -167,6 +172,56 @@ def test_packed_weights_have_no_gradient_either(folder: Path, tmp_path: Path, bu
         with pytest.raises(UnsupportedError, match="gradient was asked for"):
             loss.backward()
         model = model if way is by_parts else streamed_model(store, model.lamina.plan.budget.memory_bytes, draft=None)
+
+
+def of_store(folder: Path, compression: str) -> Path:
+    write_tiny("qwen2", folder / "plain", dtype=torch.bfloat16)
+    store = lamina.store.split(str(folder / "plain"), to=str(folder / "store"), compression=compression)
+    return Path(store.folder)
+
+
+def of_fp8(folder: Path) -> Path:
+    write_tiny("qwen2", folder / "plain", dtype=torch.bfloat16)
+    config = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+    write_quantized(folder / "plain", folder / "fp8", fp8((32, 32)), config)
+    return folder / "fp8"
+
+
+WITH_BIAS: dict[str, Callable[[Path], Path]] = {
+    "8bit": lambda folder: of_store(folder, "8bit"),
+    "4bit": lambda folder: of_store(folder, "4bit"),
+    "lossless": lambda folder: of_store(folder, "lossless"),
+    "gguf": lambda folder: write_model(folder, "qwen2moe", ["Q4_K", "Q8_0"]),
+    "fp8": of_fp8,
+}
+
+
+@pytest.mark.parametrize("encoding", WITH_BIAS)
+def test_packed_weights_with_biases_take_a_pass_with_gradients_on(encoding: str, tmp_path: Path) -> None:
+    """All of it in memory: the pass is the same, its result looks as of plain weights, a backward pass is refused."""
+    packed = WITH_BIAS[encoding](tmp_path)
+    model = streamed_model(packed, 2_000_000_000, draft=None)
+    assert not model.lamina.plan.streams
+    assert any(isinstance(parameter, Encoded) for parameter in model.parameters())
+    ways = (nullcontext(), IDS), (nullcontext(), IDS[:, :5]), (one_row(5, model.device), IDS[:, :5])
+    for around, ids in ways:
+        with around:
+            logits = model(ids).logits
+            with torch.no_grad():
+                wanted = model(ids).logits
+        assert logits.requires_grad and not wanted.requires_grad and torch.equal(logits.detach(), wanted)
+        with pytest.raises(UnsupportedError, match="a gradient was asked for that needs packed weights"):
+            logits.float().sum().backward()
+
+
+def test_a_quick_product_is_no_way_around(tmp_path: Path) -> None:
+    """That of a draft, should somebody call it with gradients on."""
+    model = streamed_model(of_store(tmp_path, "4bit"), 2_000_000_000, draft=None)
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.weight.quick = True
+    x = torch.ones(1, 64, dtype=model.dtype, requires_grad=True)
+    with pytest.raises(UnsupportedError, match="packed weights"):
+        layer(x).float().sum().backward()
 
 
 def test_a_weight_that_is_read_for_itself_has_its_right_gradient(folder: Path) -> None:

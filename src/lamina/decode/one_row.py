@@ -46,6 +46,7 @@ from lamina.model.blocks import Blocks, linear_arguments
 from lamina.model.encoded import Encoded
 from lamina.model.even_rows import rows_as_they_are
 from lamina.model.experts import experts_by_config
+from lamina.model.guard import PACKED, without_gradient
 from lamina.plan.cut import ROW_MULTIPLE
 
 BLOCK = 8 << 20  # bytes of weight rows that all tokens are multiplied with before the next ones
@@ -158,8 +159,9 @@ class _OneRow(TorchFunctionMode):
 
     def _linear(self, x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
         if isinstance(weight, Blocks) and weight.linear is not None:
+            linear = weight.linear
             with self:  # it passes by once: with all rows, and its blocks come back here
-                return weight.linear(x, bias)
+                return without_gradient(lambda: linear(x, bias), x, weight, bias)
         pieces = _pieces(x, self.rows)
         if len(pieces) < 2:
             return functional.linear(x, weight, bias)
@@ -177,9 +179,13 @@ class _OneRow(TorchFunctionMode):
         if weight.dim() != 2 or x.dtype != weight.dtype:
             return _linear(x, pieces, weight.decode(), bias)
         flat = x.reshape(-1, x.shape[-1])
+
+        def compute() -> torch.Tensor:
+            return torch.cat([weight.linear(some, bias) for some in torch.split(flat, most or len(flat))])
+
         with self:
-            out = [weight.linear(some, bias) for some in torch.split(flat, most or len(flat))]
-        return torch.cat(out).view(*x.shape[:-1], weight.shape[0])
+            out = without_gradient(compute, x, bias, why=PACKED)
+        return out.view(*x.shape[:-1], weight.shape[0])
 
     def _by_token(self, func: Any, args: Any, kwargs: Any) -> Any:
         x = args[0] if args else None

@@ -21,7 +21,7 @@ from lamina.errors import UnsupportedError
 from lamina.model.blocks import METADATA, is_number, linear_arguments
 from lamina.model.disk_tensor import SET_DATA, DiskTensor, Home, materialize, views, write
 from lamina.model.even_rows import product
-from lamina.model.guard import asking, refused
+from lamina.model.guard import PACKED, asking, refused
 from lamina.plan.cut import ROW_MULTIPLE
 from lamina.plan.schedule import Span
 
@@ -259,7 +259,7 @@ class Encoded(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.linear and not kwargs and type(args[1]) is Encoded and args[1].quick:
-            quick = args[1]._linear_quick(args[0], *args[2:])
+            quick = None if torch.is_grad_enabled() else args[1]._linear_quick(args[0], *args[2:])
             if quick is not None:
                 return quick
         kwargs = kwargs or {}
@@ -271,7 +271,7 @@ class Encoded(torch.Tensor):
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             answer = _answered(func, args, kwargs)
         if answer is not None:
-            return answer if isinstance(answer, Encoded) else refused(answer, asking(args, kwargs))
+            return answer if isinstance(answer, Encoded) else refused(answer, asking(args, kwargs), PACKED)
         if func in SEEN and isinstance(args[0], Encoded) and args[0].home is not None:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)

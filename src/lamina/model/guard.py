@@ -19,6 +19,11 @@ WHY = (
     "a gradient was asked for that needs weights which stream: they are gone when the backward pass comes; give enough "
     "memory for all weights to stay (lamina plan says how much), or compute under torch.no_grad()"
 )
+PACKED = (
+    "a gradient was asked for that needs packed weights, which are decoded for a moment only: load a checkpoint that "
+    "is not packed (no GGUF file, no quantised one, no store in a codec) with memory for all of it, or compute under "
+    "torch.no_grad()"
+)
 _PLAIN_GETTERS = frozenset(
     "shape dtype device requires_grad is_leaf grad ndim layout itemsize nbytes names is_sparse is_quantized is_meta "
     "is_nested is_cpu is_cuda is_mps is_xpu grad_fn output_nr _version _base _backward_hooks".split()
@@ -29,12 +34,13 @@ class _Refused(torch.autograd.Function):
     """Its result looks like one that depends on `sources`; asking for a gradient of any of them is an error."""
 
     @staticmethod
-    def forward(ctx: Any, value: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, why: str, value: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
+        ctx.why = why
         return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise UnsupportedError(WHY)
+        raise UnsupportedError(ctx.why)
 
 
 def asking(*values: Any) -> list[torch.Tensor]:
@@ -44,30 +50,30 @@ def asking(*values: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
 
 
-def refused(out: Any, sources: Sequence[torch.Tensor]) -> Any:
+def refused(out: Any, sources: Sequence[torch.Tensor], why: str = WHY) -> Any:
     """What was computed from `sources`, with every gradient refused; caches and other objects are left as they are."""
     if not sources:
         return out
     if isinstance(out, torch.Tensor):
         if not (out.is_floating_point() or out.is_complex()):
             return out
-        return _Refused.apply(out.detach(), *sources)  # type: ignore[no-untyped-call]
+        return _Refused.apply(why, out.detach(), *sources)  # type: ignore[no-untyped-call]
     if type(out) in (tuple, list):
-        return type(out)(refused(each, sources) for each in out)
+        return type(out)(refused(each, sources, why) for each in out)
     if isinstance(out, Mapping):  # transformers' outputs
         for key in list(out):
             if isinstance(out[key], torch.Tensor) or type(out[key]) in (tuple, list):
-                out[key] = refused(out[key], sources)  # type: ignore[index]
+                out[key] = refused(out[key], sources, why)  # type: ignore[index]
     return out
 
 
-def without_gradient(compute: Callable[[], torch.Tensor], *inputs: Any) -> torch.Tensor:
+def without_gradient(compute: Callable[[], torch.Tensor], *inputs: Any, why: str = WHY) -> torch.Tensor:
     """What `compute` gives, with a gradient that is refused where torch would have kept one."""
     if not torch.is_grad_enabled():
         return compute()
     with torch.no_grad():
         out = compute()
-    answer: torch.Tensor = refused(out, asking(*inputs))
+    answer: torch.Tensor = refused(out, asking(*inputs), why)
     return answer
 
 
