@@ -1,6 +1,8 @@
 """The kernels in C: compiled by the system's compiler when first wanted, and kept in the user's cache folder.
 
-No wheel has to be built for each processor that way, and the code uses all that this one can. Where there is no
+No wheel has to be built for each processor that way, and the code uses all that this one can. A kept library has the
+SHA-256 of its bytes in its name and is loaded only if it still has them: what a power cut or a bad disk left of one is
+compiled again. Where nothing can be kept each process compiles for itself, in two seconds. Where there is no
 compiler everything works in torch alone, slower and to the same bits; `missing` says why.
 """
 
@@ -8,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import os
 import platform
+import secrets
 import shutil
 import stat
 import subprocess
@@ -28,6 +32,14 @@ COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 # Apple's compiler has no OpenMP, older ones for ARM no -march=native.
 VARIANTS = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
+RELEASE = Path("/etc/os-release")
+INSTALL = {  # by the names that os-release has
+    **dict.fromkeys(("debian", "ubuntu"), "apt install gcc libc6-dev"),
+    **dict.fromkeys(("fedora", "rhel", "centos", "amzn"), "dnf install gcc"),
+    **dict.fromkeys(("suse", "opensuse", "sles"), "zypper install gcc"),
+    "arch": "pacman -S gcc",
+    "alpine": "apk add gcc musl-dev",
+}
 SECONDS = 120  # a compiler that takes longer is taken for broken; the usual time is two seconds
 
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # as in kernels.c
@@ -102,20 +114,84 @@ def _load() -> ctypes.CDLL:
         raise _NotLoadedError(f"the kernels are not built on {platform.system()}")
     compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
     if compiler is None:
-        raise _NotLoadedError(f"no C compiler: none of {', '.join(COMPILERS)} is installed")
-    name = f"{_fingerprint(compiler)}.so"
-    folder = _cache_folder()
-    if folder is not None:
-        if not _is_mine(folder / name):
-            _compile(compiler, folder / name)
-        try:
-            return _open(folder / name)
-        except OSError:
-            (folder / name).unlink(missing_ok=True)  # half a file of a full disk, say: the next process makes another
+        raise _NotLoadedError(f"no C compiler: none of {', '.join(COMPILERS)} is installed ({how_to_install()})")
+    fingerprint, folder = _fingerprint(compiler), _cache_folder()
+    for kept in [] if folder is None else _kept(folder, fingerprint):
+        if _is_whole(kept):
+            with contextlib.suppress(OSError, _NotLoadedError):  # a folder from which nothing may be run, say
+                return _open(kept)
+        else:
+            with contextlib.suppress(OSError):
+                kept.unlink()
+    try:
+        return _build(compiler, None, folder, fingerprint)
+    except OSError as error:  # no room for temporary files, or none may be run: the cache's disk may be another
+        if folder is None:
             raise
-    with tempfile.TemporaryDirectory(prefix="lamina-") as private:  # what is loaded stays loaded without its file
-        _compile(compiler, Path(private) / name)
-        return _open(Path(private) / name)
+        with contextlib.suppress(OSError):
+            return _build(compiler, folder, folder, fingerprint)
+        raise error
+
+
+def _build(compiler: str, base: Path | None, folder: Path | None, fingerprint: str) -> ctypes.CDLL:
+    """Compile in a private folder below `base`, load the result, and keep it in `folder` if that can be."""
+    with tempfile.TemporaryDirectory(prefix="lamina-", dir=base) as private:  # what is loaded stays without its file
+        built = Path(private) / "kernels.so"
+        _compile(compiler, built)
+        kernels = _open(built)
+        if folder is not None:
+            with contextlib.suppress(OSError):  # a full or read-only disk: then every process compiles for itself
+                _keep(built, folder, fingerprint)
+        return kernels
+
+
+def _keep(built: Path, folder: Path, fingerprint: str) -> None:
+    """Copy a library to the cache under the checksum of its bytes: they are on the disk before the name is."""
+    content = built.read_bytes()
+    target = folder / f"{fingerprint}-{hashlib.sha256(content).hexdigest()}.so"
+    beside = folder / f"{target.stem}.{secrets.token_hex(8)}.tmp"
+    try:
+        with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o700), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(target)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _kept(folder: Path, fingerprint: str) -> list[Path]:
+    """What the cache has under this fingerprint: one file, unless somebody tampered with it."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return []
+    return [folder / name for name in names if name.startswith(f"{fingerprint}-") and name.endswith(".so")]
+
+
+def _is_whole(path: Path) -> bool:
+    """Nobody else can write to it, and it has the bytes that its name says: loading half a library is a crash."""
+    try:
+        return _is_mine(path) and path.stem.endswith(f"-{hashlib.sha256(path.read_bytes()).hexdigest()}")
+    except OSError:
+        return False
+
+
+def how_to_install() -> str:
+    """How a C compiler with its headers is installed here."""
+    if platform.system() == "Darwin":
+        return "install one: xcode-select --install"
+    known = ""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        lines = RELEASE.read_text().splitlines()
+        known = " ".join(line.partition("=")[2].strip('"') for line in lines if line.startswith(("ID=", "ID_LIKE=")))
+    command = next((INSTALL[name] for name in known.split() if name in INSTALL), "")
+    return f"install one: {command}" if command else "install one: the package is called gcc"
 
 
 def _fingerprint(compiler: str) -> str:
@@ -136,7 +212,10 @@ def _processor() -> str:
 
 
 def _cache_folder() -> Path | None:
-    """The folder to keep the kernels in; None where there is none that only this user can write to."""
+    """The folder to keep the kernels in; None where there is none that only this user can write to.
+
+    It may be one that cannot be written to at all: what it holds is used all the same.
+    """
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         if not base.is_absolute():
@@ -148,7 +227,7 @@ def _cache_folder() -> Path | None:
     except (OSError, RuntimeError):
         return None
     trusted = all(_is_mine(each) for each in (folder.parent, folder)) and _is_mine(base, or_root=True)
-    return folder if trusted and os.access(folder, os.W_OK | os.X_OK) else None
+    return folder if trusted else None
 
 
 def _is_mine(path: Path, or_root: bool = False) -> bool:
@@ -162,26 +241,37 @@ def _is_mine(path: Path, or_root: bool = False) -> bool:
 
 
 def _compile(compiler: str, target: Path) -> None:
-    """Compile beside the target and rename, so that nobody loads half a file."""
-    beside = target.with_name(f"{target.stem}.{os.getpid()}.{threading.get_ident()}.tmp")
+    """Compile to `target`; what a compiler writes on the way goes to the same folder."""
     said = ""
-    try:
-        for variant in VARIANTS:
-            command = [compiler, *FLAGS, *variant, "-o", str(beside), str(SOURCE), "-lm"]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, stdin=subprocess.DEVNULL)
-            if done.returncode == 0:
-                beside.chmod(0o700)
-                beside.replace(target)
-                return
-            said = said or next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
-    finally:
-        beside.unlink(missing_ok=True)
-    raise _NotLoadedError(f"{compiler} could not compile the kernels: {said}")
+    for variant in VARIANTS:
+        command = [compiler, *FLAGS, *variant, "-o", str(target), str(SOURCE), "-lm"]
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=SECONDS,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "TMPDIR": str(target.parent)},
+        )
+        if done.returncode == 0:
+            target.chmod(0o700)
+            return
+        if os.strerror(errno.ENOSPC) in done.stderr:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target.parent))
+        said = said or next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
+    lacking = "No such file" in said or "not found" in said  # a compiler without the headers of the C library
+    advice = f" ({how_to_install()})" if lacking else ""
+    raise _NotLoadedError(f"{compiler} could not compile the kernels: {said}{advice}")
 
 
 def _open(path: Path) -> ctypes.CDLL:
     kernels = ctypes.CDLL(str(path))
-    if kernels.lamina_kernels_version() != VERSION:
+    try:
+        version = kernels.lamina_kernels_version()
+    except AttributeError:
+        raise _NotLoadedError(f"{path} holds no kernels: what compiled it is no C compiler") from None
+    if version != VERSION:
         raise _NotLoadedError(f"{path} holds other kernels than this version of lamina wants: delete it")
     pointer, long, short = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     kernels.lamina_affine_decode.argtypes = [pointer, long, long, short, short, pointer, short]
