@@ -6,6 +6,12 @@
 #define REACH 8191.0f /* as in fitting.py */
 #define TINY 1e-33f
 
+/* A number no less than `least` and no more than `most`; `least` where it is none, which has no integer. */
+INLINE float within(float value, float least, float most) {
+    value = value > least ? value : least;
+    return value < most ? value : most;
+}
+
 typedef struct {
     float number[LANES], squares[LANES], products[LANES];
 } sums_t;
@@ -16,8 +22,7 @@ INLINE sums_t sum_codes(float x[GROUP][LANES], float step, float origin, int bit
     for (int i = 0; i < GROUP; i++)
         for (int g = 0; g < LANES; g++) {
             float code = rintf((x[i][g] - origin) * factor);
-            code = code > most ? most : code;
-            code = code < -most - 1 ? -most - 1 : code;
+            code = within(code, -most - 1, most);
             sums.number[g] += code;
             sums.squares[g] += code * code;
             sums.products[g] += code * x[i][g];
@@ -60,8 +65,7 @@ static void pack_group(const float *x, float scale, float centre, int bits, uint
     uint64_t top = 0;
     for (int i = 0; i < GROUP; i++) {
         float code = rintf((x[i] - centre) * factor);
-        code = code > half - 1 ? half - 1 : code;
-        code = code < -half ? -half : code;
+        code = within(code, -half, half - 1);
         codes[i] = (uint8_t)(int32_t)(code + half);
     }
     for (int i = 0; i < 16; i++) low[i] = (uint8_t)((codes[i] & 15) | codes[16 + i] << 4);
@@ -104,12 +108,12 @@ static int encode_blocks(const float *x, int64_t blocks, uint8_t *row) {
         int8_t *codes = (int8_t *)row + 2 * blocks + BLOCK * block;
         float low, high, scale, factor;
         finite &= extremes(x, BLOCK, &low, &high);
+        if (!finite) return 0;
         scale = up_to_bf16((fabsf(high) > fabsf(low) ? fabsf(high) : fabsf(low)) / 127);
         factor = scale > TINY ? 1 / scale : 0;
         for (int i = 0; i < BLOCK; i++) {
-            float code = rintf(x[i] * factor);
-            code = code > 127 ? 127 : code;
-            codes[i] = (int8_t)(int32_t)(code < -127 ? -127 : code);
+            float code = within(rintf(x[i] * factor), -127, 127);
+            codes[i] = (int8_t)(int32_t)code;
         }
         uint16_t unit = (uint16_t)(bits_of(scale) >> 16);
         memcpy(row + 2 * block, &unit, 2);
@@ -133,6 +137,7 @@ static int fit_row(const fit_t *it, int64_t groups, int bits, const float *range
         it->half[g] = high / 2 - low / 2;
         it->factor[g] = it->half[g] > TINY ? 1 / it->half[g] * REACH : 0;
     }
+    if (!finite) return 0; /* whole numbers of what follows would be none */
     memset(it->found, 0, (size_t)groups * 16);
     for (int64_t first = 0; first < groups; first += LANES)
         search_lanes(it->x, it->middle, it->factor, ranges, it->found, groups, first, tries, bits);
@@ -160,9 +165,8 @@ static void write_groups(const fit_t *it, int64_t groups, int bits, uint8_t *row
     memcpy(row, units, 4);
     for (int64_t g = 0; g < groups; g++, high += 4 * (bits - 4)) {
         float s = rintf(it->scale[g] / (d > 0 ? d : 1)), c = rintf(it->centre[g] / (m > 0 ? m : 1));
-        s = s > 255 ? 255 : s;
-        s = s < 1 && it->scale[g] > 0 ? 1 : s;
-        c = c > 127 ? 127 : c < -127 ? -127 : c;
+        s = within(s, it->scale[g] > 0 ? 1 : 0, 255);
+        c = within(c, -127, 127);
         scales[g] = (uint8_t)(int32_t)s;
         centres[g] = (uint8_t)(int32_t)c;
         pack_group(it->x + GROUP * g, d * s, m * c, bits, low + 16 * g, high);

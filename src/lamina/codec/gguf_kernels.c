@@ -185,7 +185,7 @@ static int32_t book_given[BOOKS];
 
 /* 0, or 1 where there is no such book. */
 int32_t lamina_gguf_book(int32_t book, const int8_t *points, int64_t count) {
-    if (book < 0 || book >= BOOKS || count > (int64_t)sizeof books[0]) return 1;
+    if (book < 0 || book >= BOOKS || count < 0 || count > (int64_t)sizeof books[0]) return 1;
     memcpy(books[book], points, (size_t)count);
     book_given[book] = 1;
     return 0;

@@ -38,6 +38,7 @@ INLINE place_t find_chunk(const panel_t *it, int64_t chunk) {
     place_t place = {0, 0, load16(it->counts + 4 * chunk), load16(it->counts + 4 * chunk + 2)};
     for (int64_t i = 0; i < chunk; i++)
         place.second += load16(it->counts + 4 * i), place.escape += load16(it->counts + 4 * i + 2);
+    place.escape = SMALLER(place.escape, it->end - it->escapes); /* so that no address is beyond the panel's */
     return place;
 }
 
@@ -285,7 +286,7 @@ int64_t lamina_bf16z_encode(const uint16_t *bits, int64_t elements, int64_t pane
     for (int64_t index = 0; index < panels; index++) {
         const uint16_t *from = bits + index * panel_elements;
         int64_t own = SMALLER(panel_elements, elements - index * panel_elements), counts[256], seconds = own, need;
-        uint8_t ranked[FIRST + SECOND], *panel = out + index * panel_bytes;
+        uint8_t ranked[FIRST + SECOND], *panel = out ? out + index * panel_bytes : NULL;
         count_exponents(from, own, counts);
         need = rank_exponents(counts, own, ranked);
         most = need > most ? need : most;
