@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lamina.checkpoint import Checkpoint, open_checkpoint
+from lamina.checkpoint import Checkpoint, Fingerprint, open_checkpoint
 from lamina.checkpoint.choose import choose_weights, small_files
 from unit.make_safetensors import vector, write, write_sharded
 
@@ -132,7 +132,7 @@ def test_unchanged_files_pass(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(write_sharded(tmp_path, SHARDS)))
     checkpoint.verify_unchanged()
     status = os.stat(checkpoint.files[0])
-    assert checkpoint.fingerprints[checkpoint.files[0]] == (status.st_size, status.st_mtime_ns)
+    assert checkpoint.fingerprints[checkpoint.files[0]] == Fingerprint.of(status)
 
 
 def test_only_numbered_shards_of_the_right_layout_are_chosen() -> None:

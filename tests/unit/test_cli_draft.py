@@ -221,6 +221,7 @@ def test_the_summary_counts_what_was_right() -> None:
     assert "4.00 tokens a pass" in line
     assert "45 of 50 drafted were right (self), 25% of the time drafting" in line
     assert "drafted" not in report.summary({**STATS, "drafted_tokens": 0}, 60)
+    assert "tried again" not in line and "2 reads were refused" in report.summary({**STATS, "read_retries": 2}, 60)
 
 
 def test_the_line_about_the_draft() -> None:

@@ -67,7 +67,7 @@ class Checkpoint:
         return sum(entry.extent.length for entry in self.tensors.values())
 
     def verify_unchanged(self) -> None:
-        """Looks whether each file still has the size and the time it was opened with.
+        """Looks whether each file still has the size and the times it was opened with.
 
         Raises:
             ChangedError: one has not, or is gone.
@@ -77,7 +77,13 @@ class Checkpoint:
                 status = os.stat(file)
             except OSError:
                 raise ChangedError(f"{file} is gone since it was opened: load the model again") from None
-            opened.verify(Fingerprint(status.st_size, status.st_mtime_ns), file)
+            now = Fingerprint.of(status)
+            opened.verify(now, file)
+            if opened.touched(now) and now.place == opened.place:
+                raise ChangedError(
+                    f"{file} was written to, renamed, linked or had its rights changed since it was opened, and which "
+                    f"of these cannot be told: load the model again"
+                )
 
 
 def open_checkpoint(

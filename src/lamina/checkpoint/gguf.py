@@ -197,7 +197,7 @@ def _read(file: str) -> _Part:
         with open(file, "rb", buffering=0) as handle:
             status = os.fstat(handle.fileno())
             cursor = _Cursor(handle.fileno(), status.st_size, os.path.basename(file))
-            return _Part(*_parse(cursor, file), Fingerprint(status.st_size, status.st_mtime_ns))
+            return _Part(*_parse(cursor, file), Fingerprint.of(status))
     except FileNotFoundError:
         raise MissingShardError(missing_file(file)) from None
     except PermissionError:

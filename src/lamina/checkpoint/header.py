@@ -25,20 +25,39 @@ _MAX_INT = 2**63 - 1
 
 
 class Fingerprint(NamedTuple):
-    """What tells that a file is still the one that was opened: bytes, and time of change in nanoseconds."""
+    """What tells that a file is still the one that was opened.
+
+    Attributes:
+        size: bytes.
+        mtime_ns: time of the last write, in nanoseconds. Copying tools put it back, also over other contents.
+        ctime_ns: time of the last change of anything, a new name or owner included; 0 where it is not known.
+        place: device and inode; two files have two.
+    """
 
     size: int
     mtime_ns: int
+    ctime_ns: int = 0
+    place: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Fingerprint:
+        """Of a file that was asked for its status. (What Windows calls ctime never changes.)"""
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, (status.st_dev, status.st_ino))
+
+    def touched(self, now: Fingerprint) -> bool:
+        """Whether something happened to a file that need not be a write: only its contents can tell."""
+        other_time = 0 not in (self.ctime_ns, now.ctime_ns) and self.ctime_ns != now.ctime_ns
+        return other_time or (self.place != now.place and (0, 0) not in (self.place, now.place))
 
     def verify(self, now: Fingerprint, file: str) -> None:
-        """Compare with what `file` is now.
+        """Compare size and time of writing with those of `file` now.
 
         Raises:
             ChangedError: it was written to.
         """
         if now.size != self.size:
             change = f"had {self.size} bytes when it was opened and has {now.size} now"
-        elif now != self:
+        elif now.mtime_ns != self.mtime_ns:
             change = "was written to since it was opened"
         else:
             return
@@ -86,7 +105,7 @@ def read_header_and_fingerprint(path: str | os.PathLike[str]) -> tuple[dict[str,
         raise CheckpointError(f"{file} may not be read by this user: change its permissions") from None
     except (OSError, ValueError) as exc:
         raise CheckpointError(f"{file} cannot be read: {getattr(exc, 'strerror', None) or exc}") from exc
-    return parse_header(raw, status.st_size, file), Fingerprint(status.st_size, status.st_mtime_ns)
+    return parse_header(raw, status.st_size, file), Fingerprint.of(status)
 
 
 def missing_file(file: str) -> str:

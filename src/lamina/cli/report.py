@@ -47,6 +47,8 @@ def summary(stats: Mapping[str, Any], tokens: int) -> str:
     if (rate := stats.get("read_bytes_per_second")) and stats.get("bytes_read"):
         parts.append(format_rate(rate))
         parts.append(f"{stats.get('seconds_waiting_for_disk') or 0:.1f} s waiting for the disk")
+    if retries := stats.get("read_retries"):
+        parts.append(f"{retries} reads were refused at first and tried again: look at the drive")
     if routed := stats.get("experts_routed"):
         foreseen = f", {stats['experts_foreseen'] / routed:.0%} foreseen" if stats.get("experts_foreseen") else ""
         parts.append(f"{stats['expert_hits'] / routed:.0%} of the experts were there{foreseen}")

@@ -69,6 +69,7 @@ def load_model(
         engine.plan = dataclasses.replace(engine.plan, hardware=measure(engine, prepared.checkpoint))
         engine.start(prepared.model, progress)
         engine.plan = dataclasses.replace(engine.plan, fallbacks=_fallbacks(prepared, readers))
+        readers.remember()
         prepared.checkpoint.verify_unchanged()  # while it was loaded, or since its headers were read
     except BaseException:
         engine.close()

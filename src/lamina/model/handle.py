@@ -147,6 +147,7 @@ class Lamina:
             accepted_by_position=self.record.accepted_by_position,
             draft_share_of_time=self.record.draft_share_of_time,
             fallbacks=tuple(self.fallbacks),
+            read_retries=engine.readers.retries,
         )
 
     def close(self) -> None:

@@ -52,7 +52,7 @@ def read_pickled(path: str | os.PathLike[str]) -> tuple[dict[str, TensorEntry], 
             raise CheckpointError(f"{file} is not a regular file, so its weights cannot be read in place")
         with open(file, "rb") as handle:
             status = os.fstat(handle.fileno())
-            return _read(handle, file, status.st_size), Fingerprint(status.st_size, status.st_mtime_ns)
+            return _read(handle, file, status.st_size), Fingerprint.of(status)
     except FileNotFoundError:
         raise MissingShardError(missing_file(file)) from None
     except PermissionError:

@@ -34,6 +34,7 @@ class Stats:
             before it were.
         draft_share_of_time: of the time after the first token of an answer, what proposing took.
         fallbacks: second ways that were taken so far, each with its reason.
+        read_retries: reads that the operating system refused, and that were tried once more.
     """
 
     passes: int
@@ -71,3 +72,4 @@ class Stats:
     accepted_by_position: tuple[float, ...]
     draft_share_of_time: float
     fallbacks: tuple[str, ...] = ()
+    read_retries: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -15,6 +16,7 @@ from lamina.checkpoint import Checkpoint, Extent, Fingerprint, open_checkpoint
 from lamina.errors import ChangedError, CheckpointError, ReadError, TruncatedError, UnsupportedError
 from lamina.model.pickled import read_pickled
 from lamina.store.files import Progress
+from lamina.stream.files import patiently
 
 SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})(?:/|$)")
 
@@ -174,7 +176,7 @@ class SourceFiles:
         try:
             file.seek(offset)
             while done < nbytes:
-                got = file.readinto(view[done:])
+                got = patiently(functools.partial(file.readinto, view[done:]))
                 if not got:
                     raise TruncatedError(f"{extent.file} ends at byte {offset + done}: it was cut while it was split")
                 done += got
@@ -201,7 +203,8 @@ class SourceFiles:
     def _check(self, file: io.FileIO) -> None:
         status = os.fstat(file.fileno())
         wanted = self._fingerprints.get(str(file.name))
-        if wanted is not None and wanted != (status.st_size, status.st_mtime_ns):
+        now = Fingerprint.of(status)
+        if wanted is not None and (wanted[:2] != now[:2] or (wanted.place == now.place and wanted.touched(now))):
             raise ChangedError(f"{file.name!s} was written to while it was split: run lamina split again")
 
     def close(self) -> None:

@@ -7,14 +7,49 @@ calls, and the cached pages are dropped behind the read.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import threading
-from typing import Protocol
+import time
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 from lamina.checkpoint import Fingerprint
 from lamina.errors import ChangedError, CheckpointError, ReadError, TruncatedError
 from lamina.plan.layout import ALIGNMENT
+
+T = TypeVar("T")
+
+
+PAUSES = (0.01, 0.05, 0.25)  # seconds before a read is tried again: a drive or network that hiccups
+_TRANSIENT = frozenset(
+    getattr(errno, name)
+    for name in "EAGAIN EINTR EIO EBUSY ETIMEDOUT ENOBUFS ENOMEM EREMOTEIO ESTALE ECONNRESET".split()
+    if hasattr(errno, name)
+)
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether what the operating system refused may succeed if it is asked again."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    return isinstance(cause, OSError) and cause.errno in _TRANSIENT
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """What `read` gives; where it is refused for a moment it is tried again.
+
+    Raises:
+        OSError: it is refused for longer.
+    """
+    for pause in PAUSES:
+        try:
+            return read()
+        except OSError as error:
+            if not is_transient(error):
+                raise
+        time.sleep(pause)
+    return read()
 
 
 class File(Protocol):
@@ -32,7 +67,7 @@ class File(Protocol):
         """
 
     def fingerprint(self) -> Fingerprint:
-        """Size and time of change of the open file, whatever its name leads to by now."""
+        """Size and times of the open file, whatever its name leads to by now."""
 
     def close(self) -> None: ...
 
@@ -96,8 +131,7 @@ class PosixFile:
             os.posix_fadvise(self._fd, offset, needed, os.POSIX_FADV_DONTNEED)
 
     def fingerprint(self) -> Fingerprint:
-        status = os.fstat(self._fd)
-        return Fingerprint(status.st_size, status.st_mtime_ns)
+        return Fingerprint.of(os.fstat(self._fd))
 
     def close(self) -> None:
         fd, self._fd = self._fd, -1
@@ -132,8 +166,7 @@ class PlainFile:
                 done += got
 
     def fingerprint(self) -> Fingerprint:
-        status = os.fstat(self._file.fileno())
-        return Fingerprint(status.st_size, status.st_mtime_ns)
+        return Fingerprint.of(os.fstat(self._file.fileno()))
 
     def close(self) -> None:
         self._file.close()

@@ -7,6 +7,7 @@ and places, no weights and no order: a `Ticket` counts the reads of one item and
 from __future__ import annotations
 
 import _thread
+import contextlib
 import ctypes
 import functools
 import os
@@ -19,10 +20,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, ParamSpec
 
 from lamina.checkpoint import Fingerprint
-from lamina.errors import ChangedError, ClosedError, ReadError
+from lamina.errors import ChangedError, CheckpointError, ClosedError, ReadError, TruncatedError
 from lamina.plan.layout import ALIGNMENT, Read, align
-from lamina.stream.files import File, open_file
+from lamina.stream.files import PAUSES, File, is_transient, open_file
 from lamina.stream.memory import Area
+from lamina.stream.samples import Samples
 
 THREADS = 8
 CHUNK = 8 << 20  # bytes of one read
@@ -75,6 +77,10 @@ class _Shared:
     files: dict[str, File] = field(default_factory=dict)
     buffered: set[str] = field(default_factory=set)  # folders whose files cannot be read past the page cache
     failed_files: list[File] = field(default_factory=list)  # another thread may still read them: closed later
+    accepted: dict[str, Fingerprint] = field(default_factory=dict)  # of files that were looked at since
+    samples: dict[str, Samples] = field(default_factory=dict)
+    retries: int = 0  # reads that were tried once more
+    hopeless: bool = False  # one was tried as often as it is worth: the others need not be
     threads: int = 0
     bytes_read: int = 0
     reading: int = 0
@@ -85,6 +91,7 @@ class _Shared:
     def __post_init__(self) -> None:
         self.changed = threading.Condition(self.lock)  # a ticket is done, or nothing is under way
         self.work = threading.Condition(self.lock)  # there may be something for a thread to do
+        self.closing = threading.Event()
 
     def next_job(self) -> _Job | None:
         """The next read, urgent ones first, as soon as there is one; None when it is time to stop."""
@@ -111,10 +118,45 @@ class _Shared:
             return self.files[path]
 
     def check(self, file: File) -> None:
-        """Raise ChangedError where an open file is not what its header was read from."""
-        known = self.fingerprints.get(file.path)
+        """Raise ChangedError where an open file is not what its header was read from.
+
+        One that was renamed, linked, or copied back has another ctime or inode, and so has one that was written over
+        and given its old time: then what was read of it before is compared with what is there now.
+        """
+        first = self.fingerprints.get(file.path)
+        if first is None:
+            return
+        known, now = self.accepted.get(file.path, first), file.fingerprint()
+        if now == known:
+            return
+        known.verify(now, file.path)
+        if known.touched(now) and not self.sampled(file.path, now.size).look(file) and known.place == now.place:
+            raise ChangedError(
+                f"{file.path} was written to, renamed, linked or had its rights changed before any of it was read, and "
+                f"which of these cannot be told: load the model again"
+            )
+        self.accepted[file.path] = now
+
+    def sampled(self, path: str, size: int) -> Samples:
+        """What is remembered of a file."""
+        found = self.samples.get(path)
+        return self.samples.setdefault(path, Samples(path, size)) if found is None else found
+
+    def compare(self, job: _Job) -> None:
+        """Raise ChangedError where what was read is not what was read there before."""
+        known = self.fingerprints.get(job.file)
         if known is not None:
-            known.verify(file.fingerprint(), file.path)
+            self.sampled(job.file, known.size).compare(job.offset, job.area.view[job.at : job.at + job.needed])
+
+    def waits(self, error: BaseException, tries: int) -> bool:
+        """Whether a read that failed is worth trying again; waits before it is."""
+        if tries >= len(PAUSES) or self.hopeless or not is_transient(error):
+            self.hopeless = self.hopeless or tries >= len(PAUSES)
+            return False
+        self.closing.wait(PAUSES[tries])
+        with self.lock:
+            self.retries += not self.closed
+            return not self.closed
 
     def forget_file(self, path: str) -> None:
         """After a failed read: the file is opened anew next time, for it may have been put back by then."""
@@ -135,6 +177,7 @@ class _Shared:
             file.close()
         self.failed_files.clear()
         self.files.clear()
+        self.hopeless = False
 
 
 P = ParamSpec("P")
@@ -191,6 +234,17 @@ class Readers:
         """Open a file, if it is not open, and so see how it can be read."""
         self._shared.file(path)
 
+    def remember(self) -> None:
+        """Read a few pages of every file of which nothing was read yet, so that it is known again.
+
+        Raises:
+            ChangedError: a file is not what its header was read from.
+        """
+        for path, known in self._shared.fingerprints.items():
+            file = self._shared.file(path)
+            with contextlib.suppress(ReadError, TruncatedError):  # told when it is needed
+                self._shared.sampled(path, known.size).begin(file)
+
     @property
     def fallbacks(self) -> list[str]:
         """Second ways of reading that were taken so far, each with its reason."""
@@ -199,6 +253,11 @@ class Readers:
             f"direct reads"
             for folder in sorted(self._shared.buffered)
         ]
+
+    @property
+    def retries(self) -> int:
+        """Reads that the operating system refused and that were tried once more."""
+        return self._shared.retries
 
     @property
     def closed(self) -> bool:
@@ -301,6 +360,7 @@ class Readers:
         shared = self._shared
         with shared.lock:
             shared.closed = True
+            shared.closing.set()
             shared.jobs.clear()
             shared.urgent.clear()
             shared.changed.notify_all()
@@ -327,7 +387,15 @@ class Readers:
         """After a fork: the child has the memory but no threads; begin again with none and nothing queued."""
         old = self._shared
         old.close_files()
-        self._shared = _Shared(old.opener, old.fingerprints, bytes_read=old.bytes_read, closed=old.closed)
+        self._shared = _Shared(
+            old.opener,
+            old.fingerprints,
+            accepted=old.accepted,
+            samples=old.samples,
+            retries=old.retries,
+            bytes_read=old.bytes_read,
+            closed=old.closed,
+        )
         self._pool = []
         self.generation += 1
 
@@ -388,13 +456,14 @@ def _work(shared: _Shared) -> None:
         error: BaseException | None = None
         began = time.perf_counter_ns()
         try:
-            _read(shared.file(job.file), job, bounce)
+            _read_patiently(shared, job, bounce)
         except BaseException as raised:  # handed to whoever waits, as itself
             error = raised
         with shared.lock:
             shared.reading -= 1
             if error is None:
                 shared.bytes_read += job.needed
+                shared.hopeless = False
                 if shared.on_read is not None:
                     shared.on_read(job.file, job.offset, job.needed, began)
             else:
@@ -408,6 +477,22 @@ def _work(shared: _Shared) -> None:
         shared.threads -= 1
         if not shared.threads:
             shared.close_files()
+
+
+def _read_patiently(shared: _Shared, job: _Job, bounce: list[Area]) -> None:
+    tries = 0
+    while True:
+        try:
+            _read(shared.file(job.file), job, bounce)
+            break
+        except (ReadError, CheckpointError) as error:
+            if not shared.waits(error, tries):
+                raise
+            tries += 1
+            if tries > 1:
+                with shared.lock:
+                    shared.forget_file(job.file)  # a network drive may be there again, under another handle
+    shared.compare(job)
 
 
 def _read(file: File, job: _Job, bounce: list[Area]) -> None:
