@@ -391,3 +391,82 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert tokens() == before
 """, written)  # fmt: skip
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_forked_while_another_thread_is_in_a_pass_says_so_and_ends(written: Path) -> None:
+    """It never hangs; its parent's pass goes on; it may load the model itself, close it and exit as usual."""
+    done = run("""
+import faulthandler, gc, threading
+from lamina.errors import UnsupportedError
+
+def load(memory):
+    return AutoModel.from_pretrained(model.config._name_or_path, memory=memory, device="cpu", context=64)
+
+def tokens_of(some):
+    return some.generate(ids, max_new_tokens=4, do_sample=False).tolist()
+
+for some in (model, load("2GB")):  # one that streams, one that does not
+    before = tokens_of(some)
+    inside, go_on = threading.Event(), threading.Event()
+
+    def stop(*_):
+        inside.set()
+        go_on.wait()
+
+    handle = some.model.layers[2].mlp.register_forward_pre_hook(stop)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(tokens_of(some)))
+    thread.start()
+    inside.wait()
+    child = os.fork()
+    if child == 0:
+        faulthandler.dump_traceback_later(90, exit=True)
+        handle.remove()
+        uses = tokens_of, lambda some: some(ids), lambda some: some.model(ids), lambda some: some.lamina.check_room(1)
+        for use in uses:
+            try:
+                use(some)
+            except UnsupportedError as error:
+                assert "forked while another thread" in str(error) and "\\n" not in str(error)
+            else:
+                raise AssertionError("it was used")
+        own = load(least)
+        assert tokens_of(own) == before
+        some.lamina.close()
+        del model, some, own
+        gc.collect()
+        sys.exit(5)
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    handle.remove()
+    go_on.set()
+    thread.join()
+    assert ended == 5, ended
+    assert found == [before] and tokens_of(some) == before
+""", written)  # fmt: skip
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_that_leaves_the_model_alone_is_no_concern_of_it(written: Path) -> None:
+    """Workers of a data loader and of a pool, forked while a thread generates."""
+    done = run("""
+import multiprocessing, threading
+from torch.utils.data import DataLoader
+before = tokens()
+running = True
+def generate():
+    while running:
+        assert tokens() == before
+thread = threading.Thread(target=generate)
+thread.start()
+for _ in range(2):
+    loader = DataLoader(list(range(8)), num_workers=2, multiprocessing_context="fork", timeout=60)
+    assert sorted(int(each) for each in loader) == list(range(8))
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    assert pool.map_async(abs, range(-4, 0)).get(60) == [4, 3, 2, 1]
+running = False
+thread.join()
+assert tokens() == before
+""", written)  # fmt: skip
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "")

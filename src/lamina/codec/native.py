@@ -49,7 +49,7 @@ class _State:
     """What the one attempt to load came to."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.locks: dict[int, threading.Lock] = {}  # by process: a forked child must not wait for its parent's threads
         self.tried = False
         self.library: ctypes.CDLL | None = None
         self.reason = ""
@@ -68,7 +68,7 @@ def library() -> ctypes.CDLL | None:
     if _state.switched_off:
         return None
     if not _state.tried:
-        with _state.lock:
+        with _state.locks.setdefault(os.getpid(), threading.Lock()):
             if not _state.tried:
                 _load_once()
     return _state.library

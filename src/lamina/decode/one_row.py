@@ -21,6 +21,7 @@ depend on the length of the text, and recurrent layers, whose scan over n tokens
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -69,7 +70,7 @@ ADDED_PRODUCTS = frozenset({torch.baddbmm, torch.Tensor.baddbmm, torch.addmm, to
 SDPA = functional.scaled_dot_product_attention
 
 _here = threading.local()  # .mode: of the pass that this thread is in
-_lock = threading.Lock()
+_locks: dict[int, threading.Lock] = {}  # by process: a forked child must not wait for its parent's threads
 _inside = 0  # passes that are inside `one_row`, of all threads
 
 
@@ -327,14 +328,14 @@ def _seen(one: torch.Tensor, right: torch.Tensor, from_end: int) -> tuple[torch.
 def _attention_seen() -> Iterator[None]:
     """Transformers hands out attention that asks `_here` whether it goes token by token."""
     global _inside
-    with _lock:
+    with _locks.setdefault(os.getpid(), threading.Lock()):
         _inside += 1
         if _inside == 1:
             ALL_ATTENTION_FUNCTIONS.get_interface = _interface
     try:
         yield
     finally:
-        with _lock:
+        with _locks.setdefault(os.getpid(), threading.Lock()):
             _inside -= 1
             if _inside == 0:
                 del ALL_ATTENTION_FUNCTIONS.get_interface

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -30,6 +29,7 @@ from lamina.model.expert_hooks import ExpertHooks
 from lamina.model.guard import guarded
 from lamina.model.overrides import Home, Overrides
 from lamina.model.residents import AT_ONCE, load_residents
+from lamina.model.turn import Turn
 from lamina.model.weights import Weights
 from lamina.plan.cut import Item
 from lamina.plan.layout import Part, Placed, Read, lay_out
@@ -70,7 +70,7 @@ class Engine:
         foresee: bool = True,
     ) -> None:
         self.plan, self.weights, self.device, self.readers, self.foresee = plan, weights, device, readers, foresee
-        self.lock = threading.RLock()
+        self.lock = Turn()
         self.stream: Stream | None = None
         self.experts: ExpertStream | None = None
         self.followers: list[Callable[[], None]] = []  # told when weights are no longer where they were
@@ -501,6 +501,7 @@ class Engine:
 
     def _acquire(self, module: str, block: int) -> Held | None:
         assert self.stream is not None
+        self.lock.check()
         held = self.stream.acquire(module, block)
         if held is None and not self._in_pass:  # a part of the model, called on its own and not for the first time
             self.stream.begin_pass()
