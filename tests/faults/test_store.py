@@ -375,6 +375,10 @@ HOSTILE = {
     "a path outside": _change(lambda c: c["files"].update({"../x.safetensors": _first(c, "files")})),
     "an absolute path": _change(lambda c: c["files"].update({"/etc/x.safetensors": _first(c, "files")})),
     "a file of another kind": _change(lambda c: c["files"].update({"passwd": _first(c, "files")})),
+    "a small file outside": _change(lambda c: c["small_files"].update({"a/../../x": _first(c, "files")})),
+    "a small file at the root": _change(lambda c: c["small_files"].update({"/etc/passwd": _first(c, "files")})),
+    "a small file without a length": _change(lambda c: c["small_files"]["config.json"].pop("bytes")),
+    "small files as a list": _change(lambda c: c.update(small_files=["config.json"])),
     "a negative length": _change(lambda c: _first(c, "files").update(bytes=-1)),
     "a length that is true": _change(lambda c: _first(c, "files").update(bytes=True)),
     "a length that does not fit": _change(lambda c: _first(c, "files").update(bytes=5)),
@@ -426,6 +430,35 @@ def test_a_part_of_a_store_is_not_opened_alone(store: Path) -> None:
         open_checkpoint(store / "model-00001-of-00005.safetensors")
     with pytest.raises(RequestError, match="has no variant"):
         open_checkpoint(store, variant="fp16")
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json"])
+def test_verify_compares_config_and_tokenizer_too(model: Path, store: Path, name: str) -> None:
+    assert verify(store).small_files == 3
+    good = (store / name).read_bytes()
+    (store / name).write_bytes(good.replace(b"{", b"{ ", 1))
+    (fault,) = verify(store).faults
+    assert fault.file == name and "bytes, " in fault.what
+    (store / name).write_bytes(good.replace(b"}", b"]"))
+    (fault,) = verify(store).faults
+    assert fault.file == name and "SHA-256 differs" in fault.what
+    (store / name).unlink()
+    (fault,) = verify(store).faults
+    assert fault.file == name and "cannot be read" in fault.what
+    split(model, to=store, compression="8bit")
+    assert (store / name).read_bytes() == good and not verify(store).faults
+
+
+def test_a_store_that_lists_no_small_files_is_a_store_still(store: Path, whole: Path) -> None:
+    """Written before they were listed: it opens and verifies, and says what was not compared."""
+    content = json.loads((store / MANIFEST).read_text())
+    del content["sha256"], content["small_files"]
+    (store / MANIFEST).write_text(manifest_text(content))
+    (store / "config.json").write_text("{}")
+    assert open_checkpoint(store).tensors.keys() == open_checkpoint(whole).tensors.keys()
+    checked = verify(store)
+    assert checked.faults == () and checked.small_files is None
+    assert verify(whole).files == checked.files + 3
 
 
 def test_verify_says_what_is_no_store(model: Path, tmp_path: Path) -> None:

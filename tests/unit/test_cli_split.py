@@ -52,6 +52,7 @@ class Store:
             "files": 35,
             "bytes": 290_000_000,
             "faults": [],
+            "small_files": 5,
         }
 
     def split(self, model: str, *, progress: Any, **kwargs: Any) -> dict[str, Any]:
@@ -146,6 +147,13 @@ def test_verify_says_that_all_is_well(run: Run, store: Store) -> None:
     result = run("verify", "d")
     assert result.code == 0 and result.out == "" and "35 files, 290 MB (4bit): all as written" in result.err
     assert store.calls == [{"folder": "d"}]
+
+
+def test_verify_says_what_it_could_not_compare(run: Run, store: Store) -> None:
+    assert "not compared" not in run("verify", "d").err
+    store.checked["small_files"] = None
+    result = run("verify", "d")
+    assert result.code == 0 and "config and tokenizer were not compared" in result.err
 
 
 def test_verify_names_each_bad_file(run: Run, store: Store) -> None:

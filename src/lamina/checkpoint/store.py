@@ -91,6 +91,8 @@ class Manifest:
         source: the checkpoint that it was made from: its name, revision and files.
         files: weight files by name, and the index.
         tensors: by name.
+        small_files: config, tokenizer and chat templates, by their paths in the folder, with slashes; None of a store
+            that was written before they were listed.
     """
 
     path: str
@@ -98,17 +100,24 @@ class Manifest:
     source: Mapping[str, Any]
     files: Mapping[str, ManifestFile]
     tensors: Mapping[str, ManifestTensor]
+    small_files: Mapping[str, ManifestFile] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """What is written, without the checksum."""
+        small = {} if self.small_files is None else {"small_files": _describe_files(self.small_files)}
         return {
             "format": FORMAT,
             "version": VERSION,
             "compression": self.compression,
             "source": dict(self.source),
-            "files": {name: {"bytes": file.nbytes, "sha256": file.sha256} for name, file in self.files.items()},
+            "files": _describe_files(self.files),
+            **small,
             "tensors": {name: describe_tensor(tensor) for name, tensor in self.tensors.items()},
         }
+
+
+def _describe_files(files: Mapping[str, ManifestFile]) -> dict[str, object]:
+    return {name: {"bytes": file.nbytes, "sha256": file.sha256} for name, file in files.items()}
 
 
 def describe_tensor(tensor: Described) -> dict[str, object]:
@@ -190,7 +199,10 @@ def parse_manifest(raw: bytes, path: str) -> Manifest:
     tensors = {name: _tensor(path, name, info) for name, info in _object(path, content, "tensors").items()}
     if not files or not tensors:
         raise _fault(path, "names no files or no tensors")
-    return Manifest(path, compression, source, files, tensors)
+    small = None
+    if "small_files" in content:
+        small = {name: _small_file(path, name, info) for name, info in _object(path, content, "small_files").items()}
+    return Manifest(path, compression, source, files, tensors, small)
 
 
 def _read(path: str) -> bytes:
@@ -282,6 +294,19 @@ def _file(path: str, name: str, info: Any) -> ManifestFile:
         raise CheckpointError(
             f"{path} names the file {quote(name)}, which is no weight file in its own folder: do not trust this store"
         )
+    return _described_file(path, name, info)
+
+
+def _small_file(path: str, name: str, info: Any) -> ManifestFile:
+    parts = name.split("/")
+    if not all(is_plain_name(part) for part in parts) or name.endswith(".safetensors"):
+        raise CheckpointError(
+            f"{path} names the file {quote(name)}, which is no small file in its own folder: do not trust this store"
+        )
+    return _described_file(path, name, info)
+
+
+def _described_file(path: str, name: str, info: Any) -> ManifestFile:
     if not isinstance(info, dict):
         raise _fault(path, f"describes file {quote(name)} by {_show(info)}")
     nbytes, checksum = info.get("bytes"), info.get("sha256")

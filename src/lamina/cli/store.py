@@ -101,6 +101,8 @@ def verify(
             f"{count} of {result['files']} files in {result['folder']} {'is' if count == 1 else 'are'} damaged: "
             "remove what is named, then run the same `lamina split` again"
         )
+    if result.get("small_files", 0) is None:
+        terminal.note("config and tokenizer were not compared: an older lamina wrote the store and did not list them")
     if not verbosity.quiet:
         size = format_size(result["bytes"])
         typer.echo(f"{result['files']} files, {size} ({result['compression']}): all as written", err=True)

@@ -30,6 +30,8 @@ class Verification:
         files: how many were read.
         bytes: of them.
         faults: what is wrong; empty where nothing is.
+        small_files: how many of the files are config, tokenizer and the like; None where the store is of a lamina that
+            did not list them, so that they were not compared.
     """
 
     folder: str
@@ -37,6 +39,7 @@ class Verification:
     files: int
     bytes: int
     faults: tuple[Fault, ...]
+    small_files: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,7 +66,9 @@ def verify(folder: str | os.PathLike[str], *, progress: Progress | None = None) 
     if MANIFEST not in names:
         raise RequestError(f"{root} holds no store: it has no {MANIFEST}; `lamina split` makes one")
     manifest = read_manifest(root)
-    total, done = sum(file.nbytes for file in manifest.files.values()), 0
+    small = manifest.small_files
+    listed = {**manifest.files, **(small or {})}
+    total, done = sum(file.nbytes for file in listed.values()), 0
 
     def seen(nbytes: int) -> None:
         nonlocal done
@@ -73,7 +78,7 @@ def verify(folder: str | os.PathLike[str], *, progress: Progress | None = None) 
 
     seen(0)
     faults = []
-    for name, file in manifest.files.items():
+    for name, file in listed.items():
         before = done
         try:
             nbytes, digest = checksum(os.path.join(root, name), seen)
@@ -88,4 +93,5 @@ def verify(folder: str | os.PathLike[str], *, progress: Progress | None = None) 
         seen(file.nbytes)
     if not faults:
         open_checkpoint(root)  # the manifest against the headers
-    return Verification(root, manifest.compression, len(manifest.files), total, tuple(faults))
+    count = None if small is None else len(small)
+    return Verification(root, manifest.compression, len(listed), total, tuple(faults), count)

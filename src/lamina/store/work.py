@@ -138,22 +138,23 @@ class Work:
     def _finish(self, files: Sequence[StoreFile], journal: Journal) -> Manifest:
         """Small files, the index, and the manifest last: with it the store is whole."""
         self.checkpoint.verify_unchanged()
-        copy_small_files(self.checkpoint.root, self.folder, self.trust)
+        small = copy_small_files(self.checkpoint.root, self.folder, self.trust)
         finished = [journal.finished[file.name] for file in files]
         index = _index_text(finished).encode()
         listed = {each.name: ManifestFile(each.nbytes, each.sha256) for each in finished}
         listed[INDEX_FILE] = ManifestFile(len(index), write_whole(self.folder, INDEX_FILE, index))
         tensors = {name: tensor for each in finished for name, tensor in each.tensors.items()}
         path = os.path.join(self.folder, MANIFEST)
-        manifest = Manifest(path, self.compression, self.identity, listed, tensors)
+        manifest = Manifest(path, self.compression, self.identity, listed, tensors, small)
         write_whole(self.folder, MANIFEST, manifest_text(manifest.as_dict()).encode())
         open_checkpoint(self.folder)
         remove_journal(self.folder)
         return manifest
 
 
-def copy_small_files(root: str, folder: str, trust_remote_code: bool) -> None:
-    """Config, generation config, tokenizer and chat templates as they are; never a manifest."""
+def copy_small_files(root: str, folder: str, trust_remote_code: bool) -> dict[str, ManifestFile]:
+    """Config, generation config, tokenizer and chat templates as they are; never a manifest. What was written."""
+    copied = {}
     for name in small_files(_names(root), "", trust_remote_code):
         if name == MANIFEST:
             continue
@@ -165,7 +166,8 @@ def copy_small_files(root: str, folder: str, trust_remote_code: bool) -> None:
                 data = file.read()
         except OSError as error:
             raise CheckpointError(f"{os.path.join(root, name)} cannot be read: {error.strerror}") from error
-        write_whole(os.path.dirname(target), os.path.basename(target), data)
+        copied[name] = ManifestFile(len(data), write_whole(os.path.dirname(target), os.path.basename(target), data))
+    return copied
 
 
 def _names(root: str) -> list[str]:
@@ -202,12 +204,13 @@ def finished_store(folder: str, compression: str) -> Manifest | None:
 
 
 def is_whole(folder: str) -> bool:
-    """Whether the store in a folder opens: manifest, lengths and headers agree."""
+    """Whether the store in a folder opens: manifest, lengths and headers agree, and no small file is gone."""
     try:
         open_checkpoint(folder)
+        small = read_manifest(folder).small_files or ()
     except CheckpointError:
         return False
-    return True
+    return all(os.path.isfile(os.path.join(folder, name)) for name in small)
 
 
 def tidy(folder: str, progress: Progress | None) -> None:
