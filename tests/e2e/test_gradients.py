@@ -189,7 +189,6 @@ def of_fp8(folder: Path) -> Path:
 
 WITH_BIAS: dict[str, Callable[[Path], Path]] = {
     "8bit": lambda folder: of_store(folder, "8bit"),
-    "4bit": lambda folder: of_store(folder, "4bit"),
     "lossless": lambda folder: of_store(folder, "lossless"),
     "gguf": lambda folder: write_model(folder, "qwen2moe", ["Q4_K", "Q8_0"]),
     "fp8": of_fp8,

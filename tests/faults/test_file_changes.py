@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import io
 import itertools
 import os
 import random
@@ -16,9 +18,11 @@ import pytest
 import torch
 
 from families import input_ids, tiny_model, write_tiny
-from lamina.checkpoint import Fingerprint
+from lamina.checkpoint import Extent, Fingerprint
 from lamina.errors import ChangedError, CheckpointError, ReadError
 from lamina.plan.layout import Read
+from lamina.store import files as store_files
+from lamina.store.source import SourceFiles
 from lamina.stream import files
 from lamina.stream.files import PosixFile
 from lamina.stream.memory import Area
@@ -181,6 +185,37 @@ def test_a_model_whose_files_are_overwritten_or_only_touched(written: Path, tmp_
         shard.write_bytes(content)
         restore_time(shard, status)
         assert torch.equal(model(ids).logits, wanted), "it was put back"
+
+
+def test_a_source_that_is_overwritten_while_it_is_split(tmp_path: Path) -> None:
+    """There is no pass after it that would find out: whatever happened to the file ends the split."""
+    path = tmp_path / "weights"
+    path.write_bytes(random.Random(0).randbytes(SIZE))
+    source = SourceFiles({str(path): Fingerprint.of(path.stat())})
+    assert bytes(source.read(Extent(str(path), 0, SIZE), 10, 20)) == path.read_bytes()[10:30]
+    overwritten(path, random.Random(1))
+    with pytest.raises(ChangedError, match="run lamina split again"):
+        source.close()
+
+
+def test_a_source_and_a_checksum_that_are_refused_for_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, content = tmp_path / "weights", random.Random(0).randbytes(SIZE)
+    path.write_bytes(content)
+    left = [0]
+
+    class Hiccup(io.FileIO):
+        def readinto(self, target: Any) -> int:
+            left[0] -= 1
+            if left[0] >= 0:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return super().readinto(target)
+
+    monkeypatch.setattr(store_files, "open", lambda *_, **__: Hiccup(path), raising=False)
+    monkeypatch.setattr(io, "FileIO", Hiccup)
+    left[0] = 2
+    assert bytes(SourceFiles({}).read(Extent(str(path), 0, SIZE), 0, SIZE)) == content
+    left[0] = 2
+    assert store_files.checksum(str(path)) == (SIZE, hashlib.sha256(content).hexdigest())
 
 
 def refusing(code: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,7 @@ def outcome(tmp_path: Path, rounds: int) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
-@pytest.mark.parametrize("rounds", [30, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [15, pytest.param(2000, marks=pytest.mark.slow)])
 def test_a_damaged_library_is_compiled_again(tmp_path: Path, rounds: int) -> None:
     done = outcome(tmp_path, rounds)
     assert done.returncode == 0, (done.returncode, done.stdout[-300:], done.stderr[-2000:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
 import secrets
@@ -13,6 +14,7 @@ from typing import Any
 
 from lamina.errors import CheckpointError, WriteError
 from lamina.sizes import format_size
+from lamina.stream.files import patiently
 
 Progress = Callable[[str, int, int], None]
 """Told a stage (`download`, `wait`, `check`, `split`, `verify`), bytes done and bytes in all."""
@@ -141,7 +143,7 @@ def checksum(path: str, seen: Callable[[int], None] | None = None) -> tuple[int,
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-            while got := file.readinto(buffer):
+            while got := patiently(functools.partial(file.readinto, buffer)):
                 digest.update(memoryview(buffer)[:got])
                 if hasattr(os, "posix_fadvise"):
                     os.posix_fadvise(file.fileno(), total, got, os.POSIX_FADV_DONTNEED)

@@ -40,12 +40,12 @@ def patiently(read: Callable[[], T]) -> T:
     """What `read` gives; where it is refused for a moment it is tried again.
 
     Raises:
-        OSError: it is refused for longer.
+        OSError, ReadError: it is refused for longer.
     """
     for pause in PAUSES:
         try:
             return read()
-        except OSError as error:
+        except (OSError, ReadError) as error:
             if not is_transient(error):
                 raise
         time.sleep(pause)

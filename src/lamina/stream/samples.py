@@ -7,13 +7,14 @@ is what a drive delivers), so a grid of pages is compared: a file whose weights 
 
 from __future__ import annotations
 
+import functools
 import zlib
 from array import array
 from collections.abc import Iterable
 
 from lamina.errors import ChangedError
 from lamina.plan.layout import ALIGNMENT, align
-from lamina.stream.files import File
+from lamina.stream.files import File, patiently
 from lamina.stream.memory import Area
 
 PAGES = 512  # of a file, at most: 0.3 ms of work for all of them
@@ -78,5 +79,6 @@ class Samples:
         for number in numbers:
             offset = number * self._step
             if offset + PAGE <= self.size:
-                file.read_into(page.view[: ALIGNMENT if file.direct else PAGE], offset, PAGE)
+                target = page.view[: ALIGNMENT if file.direct else PAGE]
+                patiently(functools.partial(file.read_into, target, offset, PAGE))
                 self.compare(offset, page.view[:PAGE])
