@@ -32,6 +32,7 @@ WORKSPACE = 2.75  # kernels' workspaces and what the allocator keeps: measured u
 LENGTHS = (16, 32, 64)  # tokens of the traced prefills: enough to fit a + b T + c T^2
 # (guarded, answering) where code asks for values: as it is, failing modules stubbed, values made up, both
 _WAYS_ROUND = ((False, False), (True, False), (False, True), (True, True))
+_OF_META = ("meta", "DataDependent", "data-dependent", "data dependent", "item()", "FakeTensor")
 _RESHAPES = (torch.Tensor.view, torch.Tensor.reshape)
 
 
@@ -89,12 +90,19 @@ def trace(model: PreTrainedModel) -> Trace:
 
     Args:
         model: built and attached to a checkpoint; its parameters may have no memory.
+
+    Raises:
+        Exception: what the model's own code raises, where it does so with every input and tensors without values are
+            not the reason: it would with real ones.
     """
     failure: Exception | None = None
+    of_meta = False
     activations: dict[int, int] = {}
     caches: dict[int, int] = {}
     recorder = None
     for (guarded, answering), (kind, inputs) in itertools.product(_WAYS_ROUND, _ways_in(model)):
+        if (guarded or answering) and failure is not None and not of_meta:
+            raise failure  # no input was right, and for none of them values were asked for: neither will real ones be
         try:
             for tokens in LENGTHS:
                 recorder, cache_bytes = _run(model, tokens, inputs, guarded, answering)
@@ -103,6 +111,7 @@ def trace(model: PreTrainedModel) -> Trace:
                 caches[tokens] = cache_bytes
         except Exception as error:  # any family may refuse meta tensors in its own way
             failure = failure or error
+            of_meta = of_meta or _is_of_meta(error)
             continue
         if kind is _Cache.NONE and cache_argument(model) is not None:
             caches = {tokens: cache_by_config(model.config, tokens) for tokens in LENGTHS}
@@ -114,6 +123,12 @@ def trace(model: PreTrainedModel) -> Trace:
         )  # fmt: skip
     assert failure is not None
     return _by_definition(model, failure)
+
+
+def _is_of_meta(error: BaseException) -> bool:
+    """Whether a failure comes of tensors that have no values, and not of shapes, which are as they will be."""
+    seen = " ".join(f"{type(each).__name__} {each}" for each in (error, error.__cause__, error.__context__) if each)
+    return isinstance(error, NotImplementedError) or any(word in seen for word in _OF_META)
 
 
 class _Cache(Enum):
