@@ -17,6 +17,7 @@ import lamina.model
 from lamina.decode.speculator import AUTO, NONE, draft_name
 from lamina.drafting import SOURCE, Drafting, announced
 from lamina.errors import RequestError
+from lamina.model.arguments import ordinarily
 from lamina.model.auto import Encode
 from lamina.model.install import in_place_of
 from lamina.plan.plan import Plan
@@ -34,6 +35,7 @@ class AutoModel:
         raise RequestError("AutoModel is made with AutoModel.from_pretrained(model)")
 
     @staticmethod
+    @ordinarily
     def from_pretrained(
         model: str,
         *,
@@ -80,8 +82,8 @@ class AutoModel:
                 with draft="auto". `generate` takes it too.
             progress: told ("download", "split", "verify" or "load", bytes done, bytes in all). Before a store is
                 written, the logger "lamina" is told where, how large it will be and about how long it takes (INFO).
-            transformers_kwargs: those of transformers' `from_pretrained`, with the meaning that they have there: `dtype`,
-                `revision`, `cache_dir`, `token`, `trust_remote_code`, `attn_implementation`, `config`,
+            transformers_kwargs: those of transformers' `from_pretrained`, with the meaning that they have there:
+                `dtype`, `revision`, `cache_dir`, `token`, `trust_remote_code`, `attn_implementation`, `config`,
                 `generation_config`, ..., and whatever the model's config takes. What cannot be obeyed is refused.
 
         Returns:
@@ -136,6 +138,7 @@ class AutoModel:
         return (loaded, dict(loaded.lamina.loading_info)) if told else loaded
 
 
+@ordinarily
 def plan_model(
     model: str,
     *,

@@ -6,9 +6,11 @@ table here names go on to transformers, which takes them for the config or the m
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.overrides import _get_current_function_mode_stack
@@ -20,6 +22,8 @@ from lamina.checkpoint.choose import is_pickled
 from lamina.checkpoint.store import MANIFEST
 from lamina.errors import RequestError, UnsupportedError
 
+P = ParamSpec("P")
+T = TypeVar("T")
 IGNORED = (  # how weights are read, which is Lamina's own affair; what transformers itself no longer looks at
     "max_seq_len", "offload_folder", "offload_buffers", "offload_state_dict", "low_cpu_mem_usage", "disable_mmap",
     "mirror", "_fast_init", "from_tf", "from_flax",
@@ -28,6 +32,7 @@ PRIVATE = ("_commit_hash", "_from_auto", "_from_pipeline")  # what transformers 
 ANYWHERE = ("auto", "balanced", "balanced_low_0", "sequential")  # of `device_map`
 _PACKED = "compression='8bit' or '4bit' packs the weights (a quantised checkpoint needs nothing)"
 _ONE_PROCESS = "a model streams into one process and one device: use device= and memory="
+HUB_KEYS = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download", "proxies")
 REFUSED: Mapping[str, str] = {
     "state_dict": "the weights come from the checkpoint: load the model, then model.load_state_dict(...)",
     "quantization_config": _PACKED,
@@ -66,7 +71,11 @@ def sorted_out(
         RequestError: an argument of a wrong kind, two that contradict each other, one that cannot be obeyed.
         UnsupportedError: one that a model that streams cannot have.
     """
-    left = {name: value for name, value in options.items() if name not in PRIVATE}
+    left = {
+        name: value
+        for name, value in options.items()
+        if name not in PRIVATE and not (value is None and name in (*HUB_KEYS, "variant", "gguf_file", "code_revision"))
+    }
     for name in REFUSED:
         if _asks(left.pop(name, None)) and not (name == "adapter_name" and options[name] == "default"):
             raise UnsupportedError(f"{name} cannot be used here: {REFUSED[name]}")
@@ -85,6 +94,17 @@ def sorted_out(
     _check_kind(left, "key_mapping", Mapping, "a mapping of patterns to names")
     _check_dtype(left)
     return left, device, ignored
+
+
+def ordinarily(function: Callable[P, T]) -> Callable[P, T]:
+    """The function outside of `torch.inference_mode`, in which nothing can stand for a tensor that is on disk."""
+
+    @functools.wraps(function)
+    def outside(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
+            return function(*args, **kwargs)
+
+    return outside
 
 
 def check_format(options: dict[str, Any], checkpoint: Checkpoint) -> None:

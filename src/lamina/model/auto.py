@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from lamina.checkpoint import Checkpoint, open_checkpoint
 from lamina.checkpoint.gguf import find_gguf
 from lamina.errors import BudgetError, RequestError, UnsupportedError
-from lamina.model.arguments import check_format, sorted_out
+from lamina.model.arguments import check_format, ordinarily, sorted_out
 from lamina.model.budget import SHORTEST_CONTEXT, default_context, make_budget
 from lamina.model.build import Request, build, config_place
 from lamina.model.config import blaming, fields_of
@@ -43,6 +43,7 @@ LONG = 0.3  # seconds to read the drive for a plan alone
 HEADER_TIMES = 32  # bytes of memory for the tokenizer, for each of a GGUF header, which is mostly vocabulary
 
 
+@ordinarily
 def load_model(
     model: str,
     *,
@@ -133,6 +134,7 @@ class Prepared(Described):
     device: torch.device
 
 
+@ordinarily
 def plan_model(
     model: str,
     *,
@@ -157,6 +159,7 @@ def plan_model(
     return dataclasses.replace(prepared.plan, hardware=hardware, fallbacks=fallbacks)
 
 
+@ordinarily
 def check_memory(
     model: str,
     *,
@@ -326,7 +329,10 @@ def _gguf_file(
     if name is None:
         return find_gguf(os.path.join(model, subfolder) if subfolder else model)
     if _is_local(model):
-        return os.path.join(os.path.expanduser(model), subfolder, name)
+        path = os.path.join(os.path.expanduser(model), subfolder, name)
+        if not os.path.isfile(path):
+            raise RequestError(f"there is no file {path}: gguf_file is the name of one in the model's folder")
+        return path
     if not wanted:
         raise UnsupportedError(f"a GGUF file is planned from its own header: download {name} of {model} first")
     from lamina.checkpoint.hub_gguf import locate_gguf

@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from lamina.checkpoint import Checkpoint, TensorEntry
 from lamina.errors import CheckpointError, LaminaError, MissingTensorError, RequestError, UnsupportedError
+from lamina.model.arguments import HUB_KEYS
 from lamina.model.bounds import Unstored, as_many_as, check_counts
 from lamina.model.config import blaming, check_generation, fields_of, read_json
 from lamina.model.disk_tensor import DiskTensor, recording
@@ -54,7 +55,6 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "F8_E8M0": torch.float8_e8m0fnu,
 }
 COMPARED_BYTES = 4 << 20  # at once, of two weights that may be one
-HUB_KEYS = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download", "proxies")
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,8 @@ def _same_bytes(checkpoint: Checkpoint, one: str, other: str) -> bool:
 
 
 def _class_of(config: PreTrainedConfig, request: Request) -> type[PreTrainedModel]:
-    code = {"code_revision": request.options["code_revision"]} if request.options.get("code_revision") else {}
+    revision = request.options.get("code_revision") if request.trust_remote_code else None
+    code = {"code_revision": revision} if revision and getattr(config, "auto_map", None) else {}
     try:
         with torch.device("meta"), silent():
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=request.trust_remote_code, **code)
