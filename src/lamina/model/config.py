@@ -114,13 +114,26 @@ def _said(error: Exception) -> str:
 
 
 def _hint(fields: Mapping[str, Any]) -> str:
-    """The fields that look wrong beside the family's own defaults."""
+    """The fields without which a config can be made, where with all it cannot; else those that look wrong."""
+    if not _makes(fields):
+        found = [name for name in fields if _makes({key: fields[key] for key in fields if key != name})]
+        if found:
+            named = ", ".join(f"{name} = {_short(fields[name])}" for name in found[:MOST_SUSPECTS])
+            return f"; wrong is {named}"
     try:
         usual = AutoConfig.for_model(str(fields.get("model_type"))).to_dict()
     except Exception:  # no such family, or one without defaults
         usual = {}
     found = list(_suspects(fields, usual))[:MOST_SUSPECTS]
     return f"; wrong is perhaps {', '.join(found)}" if found else ""
+
+
+def _makes(fields: Mapping[str, Any]) -> bool:
+    try:
+        AutoConfig.for_model(**fields).to_dict()
+    except Exception:  # of whatever class: what is asked is whether there is one
+        return False
+    return True
 
 
 def _suspects(fields: Mapping[str, Any], usual: Mapping[str, Any], before: str = "") -> Iterator[str]:

@@ -92,17 +92,17 @@ def trace(model: PreTrainedModel) -> Trace:
         model: built and attached to a checkpoint; its parameters may have no memory.
 
     Raises:
-        Exception: what the model's own code raises, where it does so with every input and tensors without values are
-            not the reason: it would with real ones.
+        Exception: what the model's own code raises, where it does so however it is called with a cache and tensors
+            without values are not the reason.
     """
     failure: Exception | None = None
-    of_meta = False
+    excused = False
     activations: dict[int, int] = {}
     caches: dict[int, int] = {}
     recorder = None
     for (guarded, answering), (kind, inputs) in itertools.product(_WAYS_ROUND, _ways_in(model)):
-        if (guarded or answering) and failure is not None and not of_meta:
-            raise failure  # no input was right, and for none of them values were asked for: neither will real ones be
+        if (guarded or answering) and failure is not None and not excused:
+            raise failure  # as generation calls it, and no value was asked for: it will fail with values, too
         try:
             for tokens in LENGTHS:
                 recorder, cache_bytes = _run(model, tokens, inputs, guarded, answering)
@@ -111,7 +111,8 @@ def trace(model: PreTrainedModel) -> Trace:
                 caches[tokens] = cache_bytes
         except Exception as error:  # any family may refuse meta tensors in its own way
             failure = failure or error
-            of_meta = of_meta or _is_of_meta(error)
+            # generation gives a cache to whatever takes one: what fails without says nothing
+            excused = excused or (_excuses(error) and (kind is not _Cache.NONE or cache_argument(model) is None))
             continue
         if kind is _Cache.NONE and cache_argument(model) is not None:
             caches = {tokens: cache_by_config(model.config, tokens) for tokens in LENGTHS}
@@ -125,10 +126,14 @@ def trace(model: PreTrainedModel) -> Trace:
     return _by_definition(model, failure)
 
 
-def _is_of_meta(error: BaseException) -> bool:
-    """Whether a failure comes of tensors that have no values, and not of shapes, which are as they will be."""
+def _excuses(error: Exception) -> bool:
+    """Whether a failure may come of tensors that have no values, or of an input that is missing, and not of shapes.
+
+    Shapes are as they will be with real values.
+    """
     seen = " ".join(f"{type(each).__name__} {each}" for each in (error, error.__cause__, error.__context__) if each)
-    return isinstance(error, NotImplementedError) or any(word in seen for word in _OF_META)
+    missing = isinstance(error, NotImplementedError | TypeError | AttributeError)
+    return missing or any(word in seen for word in _OF_META)
 
 
 class _Cache(Enum):
