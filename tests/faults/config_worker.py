@@ -94,16 +94,18 @@ def config_case(folder: Path, rng: random.Random) -> tuple[str, Callable[[], Any
         what, raw = mutated(fields, FIELDS, rng)
         file = folder / "config.json"
     file.write_bytes(raw)
-    return f"{file.name}: {what}", lambda: use(folder)
+    planned = rng.random() < 0.3
+    return f"{file.name}: {what}", lambda: use(folder, planned)
 
 
-def use(folder: Path) -> None:
-    """Plan, load, one forward, one short answer."""
+def use(folder: Path, planned: bool) -> None:
+    """Plan now and then, load, one forward, one short answer."""
     import torch
 
     import lamina
 
-    lamina.plan_model(str(folder), memory="900MB", device="cpu", context=32)
+    if planned:
+        lamina.plan_model(str(folder), memory="900MB", device="cpu", context=32)
     model = lamina.AutoModel.from_pretrained(str(folder), memory="900MB", device="cpu", context=32)
     try:
         ids = torch.tensor([[3, 5, 9, 7]])

@@ -14,13 +14,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import lamina
 import lamina.model.auto
 from families import tiny_config, write_tiny
 from lamina import LaminaError, RequestError, UnsupportedError
+from lamina.checkpoint import open_checkpoint
 from lamina.model import rates
+from lamina.model.build import Request, build
 
 IDS = torch.tensor([[3, 5, 9, 7, 11]])
 OBEYED, SAID = "obeyed", "has no meaning here"
@@ -305,3 +309,23 @@ def test_a_setting_that_came_with_the_model_is_named(llama: Path, tmp_path: Path
     assert model.generate(IDS, max_new_tokens=2, do_sample=False).shape[1] == IDS.shape[1] + 2
     with pytest.raises(ValueError, match="temperature"):
         model.generate(IDS, max_new_tokens=2, temperature=-2.0)  # the caller's own
+
+
+@pytest.mark.compat
+def test_settings_in_an_old_config_are_those_of_transformers(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to(llama / "model.safetensors")
+    fields = json.loads((llama / "config.json").read_text()) | {"max_length": 9, "do_sample": True, "top_k": 3}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    wanted = AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.to_dict()
+    built = build(Request(str(tmp_path), {}), open_checkpoint(tmp_path))
+    assert built.generation_config.to_dict() == wanted
+    assert (wanted["max_length"], wanted["top_k"]) == (9, 3)
+
+
+def test_a_subfolder_has_the_config_and_the_tokenizer(llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "text")
+    words = Tokenizer(WordLevel({"<unk>": 0, "hello": 1, "</s>": 2}, "<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(tmp_path / "text")
+    model = _loaded(tmp_path, subfolder="text")
+    assert torch.equal(model(IDS).logits, AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="text")(IDS).logits)
+    assert model.tokenizer("hello")["input_ids"] == [1]

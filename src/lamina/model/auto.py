@@ -246,6 +246,7 @@ def describe_model(
     else:
         folder, checkpoint = _open(str(model), hub, variant, trust, progress, weights_wanted)
         request = Request(folder, options, trust)
+    options.pop("subfolder", None)  # the folder is that one already
     check_format(options, checkpoint)
     found: dict[str, Any] = {}
     built = build(request, checkpoint, found)
@@ -255,7 +256,7 @@ def describe_model(
         checkpoint = encode(built, checkpoint, traced, weights)
         built = build(request, checkpoint)
         traced, weights = _traced(built, checkpoint, request)
-    tokenizer = tokenizer_bytes(os.path.join(request.folder, hub.get("subfolder", "")))
+    tokenizer = tokenizer_bytes(request.folder)
     if request.gguf is not None:
         tokenizer = HEADER_TIMES * request.gguf.header_bytes
     return Described(built, weights, traced, request, checkpoint, there, tokenizer, found)
@@ -316,7 +317,7 @@ def _open(
     else:
         folder = metadata_folder(model, trust_remote_code=trust, **hub)
         remote = {key: value for key, value in hub.items() if key in ("revision", "token", "subfolder")}
-        return folder, remote_headers(model, variant=variant, **remote)
+        return os.path.join(folder, hub.get("subfolder", "")), remote_headers(model, variant=variant, **remote)
     checkpoint = open_any(found, variant=variant, subfolder=hub.get("subfolder", ""))
     return checkpoint.root, checkpoint
 

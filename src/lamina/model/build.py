@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from lamina.checkpoint import Checkpoint, TensorEntry
 from lamina.errors import CheckpointError, LaminaError, MissingTensorError, RequestError, UnsupportedError
+from lamina.hf.internals import generation_config_in
 from lamina.model.arguments import HUB_KEYS
 from lamina.model.bounds import Unstored, as_many_as, check_counts
 from lamina.model.config import blaming, check_generation, fields_of, read_json
@@ -314,9 +315,15 @@ def _generation_config(request: Request) -> GenerationConfig | None:
     except CheckpointError as error:
         if given is not None:
             raise RequestError(f"generation_config= is no generation config, nor the path of one: {error}") from error
-        if isinstance(error.__cause__, OSError):
-            return None
-        raise
+        if not isinstance(error.__cause__, OSError):
+            raise
+    file = os.path.join(folder, hub.get("subfolder") or "", "config.json")
+    if not os.path.isfile(file):
+        return None
+    fields = read_json(file)
+    check_generation(fields, file)
+    with blaming(file, fields, "reading how to generate"), silent():
+        return generation_config_in(folder, **hub)
 
 
 def _check(info: Mapping[str, Any], checkpoint: Checkpoint) -> None:
