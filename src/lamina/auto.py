@@ -6,6 +6,7 @@ What has to be made first is made here, by the packages below: a store where sma
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ import lamina.model
 from lamina.decode.speculator import AUTO, NONE, draft_name
 from lamina.drafting import SOURCE, Drafting, announced
 from lamina.errors import RequestError
+from lamina.model.arguments import ordinarily
 from lamina.model.auto import Encode
 from lamina.model.install import in_place_of
 from lamina.plan.plan import Plan
@@ -33,6 +35,7 @@ class AutoModel:
         raise RequestError("AutoModel is made with AutoModel.from_pretrained(model)")
 
     @staticmethod
+    @ordinarily
     def from_pretrained(
         model: str,
         *,
@@ -79,11 +82,13 @@ class AutoModel:
                 with draft="auto". `generate` takes it too.
             progress: told ("download", "split", "verify" or "load", bytes done, bytes in all). Before a store is
                 written, the logger "lamina" is told where, how large it will be and about how long it takes (INFO).
-            transformers_kwargs: `dtype`, `revision`, `cache_dir`, `token`, `trust_remote_code`,
-                `attn_implementation`, and whatever else the model's config takes.
+            transformers_kwargs: those of transformers' `from_pretrained`, with the meaning that they have there:
+                `dtype`, `revision`, `cache_dir`, `token`, `trust_remote_code`, `attn_implementation`, `config`,
+                `generation_config`, ..., and whatever the model's config takes. What cannot be obeyed is refused.
 
         Returns:
-            The model's own transformers class, in evaluation mode, with `model.lamina` and `model.tokenizer`.
+            The model's own transformers class, in evaluation mode, with `model.lamina` and `model.tokenizer`; with
+            `output_loading_info=True` a pair of it and transformers' dictionary of missing and unexpected names.
 
         Raises:
             ModelNotFoundError: no such model.
@@ -93,8 +98,11 @@ class AutoModel:
             UnsupportedError: it cannot be streamed.
             WriteError: the store cannot be written.
         """
+        model = _named(model)
         if hf_token is not None:
             transformers_kwargs.setdefault("token", hf_token)
+        transformers_kwargs, device = lamina.model.taken(transformers_kwargs, device)
+        told = bool(transformers_kwargs.pop("output_loading_info", False))
         source = {key: transformers_kwargs[key] for key in SOURCE if transformers_kwargs.get(key) is not None}
         drafting = Drafting(draft, model, source, transformers_kwargs, (memory, device_memory, context), progress)
         stored = compression is not None or layer_shards_saving_path is not None or delete_original
@@ -127,9 +135,10 @@ class AutoModel:
         except BaseException:
             loaded.lamina.close()
             raise
-        return loaded
+        return (loaded, dict(loaded.lamina.loading_info)) if told else loaded
 
 
+@ordinarily
 def plan_model(
     model: str,
     *,
@@ -151,6 +160,9 @@ def plan_model(
     With a compression, and no store of it yet, it is the plan of the store that would be written; a copy for drafting
     that is not written yet is counted as it will be.
     """
+    model = _named(model)
+    transformers_kwargs, device = lamina.model.taken(transformers_kwargs, device)
+    transformers_kwargs.pop("output_loading_info", None)
     source = {key: transformers_kwargs[key] for key in SOURCE if transformers_kwargs.get(key) is not None}
     drafting = Drafting(draft, model, source, transformers_kwargs, (memory, device_memory, context), progress, False)
     folder, encode = _as_it_will_be(model, compression, source)
@@ -189,6 +201,12 @@ def _as_it_will_be(
     if is_store_of(folder, compression):
         return folder, None
     return model, functools.partial(as_if_split, compression=compression)
+
+
+def _named(model: Any) -> str:
+    if not isinstance(model, str | os.PathLike) or not os.fspath(model):
+        raise RequestError(f"model must be a hub id or a path, got {type(model).__name__} {str(model)[:60]!r}")
+    return os.fsdecode(model)
 
 
 def _for(folder: str, model: str, options: dict[str, Any]) -> dict[str, Any]:

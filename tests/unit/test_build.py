@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -110,8 +111,15 @@ def test_transformers_is_quiet_while_it_builds_and_as_before_after(
 
 
 def test_a_layer_more_than_the_checkpoint_has(mixtral: Path) -> None:
-    with pytest.raises(MissingTensorError, match=r"model\.layers\.4\.\S+ and \d+ more, which no file of"):
+    config = json.loads((mixtral / "config.json").read_text())
+    with pytest.raises(RequestError, match=r"num_hidden_layers.*model\.layers\.4\.\S+ and \d+ more, which no file of"):
         _built(mixtral, num_hidden_layers=5)
+    try:
+        (mixtral / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
+        with pytest.raises(MissingTensorError, match=r"model\.layers\.4\.\S+ and \d+ more, which no file of"):
+            _built(mixtral)
+    finally:
+        (mixtral / "config.json").write_text(json.dumps(config))
 
 
 def test_every_stored_dtype_has_torchs() -> None:

@@ -105,7 +105,7 @@ INSIDE = (
     "_experts_implementation _attn_implementation _prepare_generation_config _eos_token_tensor _prefill _sample "
     "_update_model_kwargs_for_generation prepare_inputs_for_generation logits_indices _hf_peft_config_loaded "
     "revert_weight_conversion _get_tied_weight_keys get_gguf_hf_weights_map TENSOR_PROCESSORS _new_tokens_limit "
-    "input_queue output_router batch_processor read_cache_limit _cached_continuous_batching_manager"
+    "_from_model_config input_queue output_router batch_processor read_cache_limit _cached_continuous_batching_manager"
 ).split()
 # Modules of transformers whose names are in its documentation.
 DOCUMENTED = {"transformers", "transformers.generation", "transformers.utils"}

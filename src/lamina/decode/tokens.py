@@ -6,11 +6,10 @@ import json
 import os
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from lamina.errors import RequestError
 from lamina.model.auto import Described
 from lamina.model.build import Request
+from lamina.model.tokenizer import load_tokenizer
 
 FILE = "tokenizer.json"
 MOSTLY = 0.9  # of the model's tokens a draft must have; one may have special tokens that the other lacks
@@ -75,12 +74,9 @@ def _vocabulary(request: Request) -> dict[str, int] | None:
         vocabulary = dict(words)
         vocabulary.update((each["content"], each["id"]) for each in content.get("added_tokens", ()))
         return vocabulary
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=request.trust_remote_code)
-        found = dict(tokenizer.get_vocab())
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError):
+        return dict(load_tokenizer(folder, request.trust_remote_code).get_vocab())
+    except RequestError:
         return None
-    # of a folder without a tokenizer transformers makes one for some families: of nothing but special tokens
-    return None if found.keys() <= set(tokenizer.all_special_tokens) else found

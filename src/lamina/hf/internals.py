@@ -248,6 +248,18 @@ def generated(ids: torch.Tensor, scores: Any, logits: Any, cache: Any) -> Genera
     return GenerateDecoderOnlyOutput(sequences=ids, scores=scores, logits=logits, **{CACHE: cache})
 
 
+def generation_config_in(folder: str, **hub: Any) -> GenerationConfig:
+    """The generation config that a `config.json` has in itself, as older checkpoints have it.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    found: GenerationConfig = GenerationConfig.from_pretrained(
+        folder, config_file_name="config.json", _from_model_config=True, **hub
+    )
+    return found
+
+
 # -- saving
 
 

@@ -10,7 +10,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -19,8 +19,10 @@ from transformers import PreTrainedModel
 from lamina.checkpoint import Checkpoint, open_checkpoint
 from lamina.checkpoint.gguf import find_gguf
 from lamina.errors import BudgetError, RequestError, UnsupportedError
+from lamina.model.arguments import check_format, ordinarily, sorted_out
 from lamina.model.budget import SHORTEST_CONTEXT, default_context, make_budget
-from lamina.model.build import Request, build
+from lamina.model.build import Request, build, config_place
+from lamina.model.config import blaming, fields_of
 from lamina.model.engine import Engine
 from lamina.model.gguf import load_gguf
 from lamina.model.handle import Lamina
@@ -37,11 +39,11 @@ from lamina.stream.readers import Readers
 Progress = Callable[[str, int, int], None]
 Encode = Callable[[PreTrainedModel, Checkpoint, Trace, Weights], Checkpoint]
 HUB = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
-IGNORED = ("max_seq_len", "device_map", "max_memory", "offload_folder", "low_cpu_mem_usage", "use_safetensors")
 LONG = 0.3  # seconds to read the drive for a plan alone
 HEADER_TIMES = 32  # bytes of memory for the tokenizer, for each of a GGUF header, which is mostly vocabulary
 
 
+@ordinarily
 def load_model(
     model: str,
     *,
@@ -60,7 +62,7 @@ def load_model(
         beside: what else is to have room in the same memory.
     """
     began = time.perf_counter()
-    options = dict(transformers_kwargs)
+    options, device = taken(transformers_kwargs, device)
     prepared = _prepare(model, memory, device_memory, device, context, options, progress, beside=beside)
     prepare(prepared.weights.schedule.weights.values())
     readers = Readers(fingerprints=prepared.checkpoint.fingerprints)
@@ -76,6 +78,7 @@ def load_model(
         raise
     streamed = prepared.model
     streamed.lamina = Lamina(streamed, engine, prepared.trace, time.perf_counter() - began)
+    streamed.lamina.loading_info = prepared.loading_info
     streamed.lamina.fallbacks.say(engine.plan.fallbacks)
     streamed.lamina.attach()
     hub = {key: options[key] for key in HUB if key in options}
@@ -90,6 +93,16 @@ def load_model(
     return streamed
 
 
+def taken(
+    transformers_kwargs: Mapping[str, Any], device: str | torch.device
+) -> tuple[dict[str, Any], str | torch.device]:
+    """See `lamina.model.arguments.sorted_out`; what has no meaning here is said to the caller of the caller."""
+    options, device, ignored = sorted_out(transformers_kwargs, device)
+    for name in ignored:
+        warnings.warn(f"{name} has no meaning here and is ignored", stacklevel=4)
+    return options, device
+
+
 @dataclass(frozen=True)
 class Described:
     """A model that is built and traced.
@@ -97,6 +110,7 @@ class Described:
     Attributes:
         there: what can be read; `checkpoint` but where that one is only meant.
         tokenizer_bytes: what its tokenizer will take.
+        loading_info: what transformers' loader says of names and shapes.
     """
 
     model: PreTrainedModel
@@ -106,6 +120,7 @@ class Described:
     checkpoint: Checkpoint
     there: Checkpoint
     tokenizer_bytes: int
+    loading_info: Mapping[str, Any] = field(default_factory=dict)
 
 
 Beside = Callable[[Described, torch.device], Callable[[int], int]]
@@ -120,6 +135,7 @@ class Prepared(Described):
     device: torch.device
 
 
+@ordinarily
 def plan_model(
     model: str,
     *,
@@ -138,12 +154,13 @@ def plan_model(
         encode: gives the checkpoint that is meant in place of the one that is there.
         beside: as for `load_model`.
     """
-    options = dict(transformers_kwargs)
+    options, device = taken(transformers_kwargs, device)
     prepared = _prepare(model, memory, device_memory, device, context, options, progress, False, encode, beside)
     hardware, fallbacks = _found(prepared, encode is not None)
     return dataclasses.replace(prepared.plan, hardware=hardware, fallbacks=fallbacks)
 
 
+@ordinarily
 def check_memory(
     model: str,
     *,
@@ -161,7 +178,7 @@ def check_memory(
     Raises:
         BudgetError: the memory is too small, as for `load_model`.
     """
-    options = dict(transformers_kwargs)
+    options, device = taken(transformers_kwargs, device)
     _prepare(model, memory, device_memory, device, context, options, progress, True, encode, beside)
 
 
@@ -221,9 +238,7 @@ def describe_model(
         encode: as for `plan_model`.
     """
     trust = bool(options.pop("trust_remote_code", False))
-    for name in IGNORED:
-        if options.pop(name, None) is not None:
-            warnings.warn(f"{name} has no meaning here and is ignored", stacklevel=4)
+    options.pop("output_loading_info", None)
     hub = {key: options[key] for key in HUB if options.get(key) is not None}
     variant = options.pop("variant", None)
     if file := _gguf_file(str(model), hub, options.pop("gguf_file", None), progress, weights_wanted):
@@ -232,19 +247,26 @@ def describe_model(
     else:
         folder, checkpoint = _open(str(model), hub, variant, trust, progress, weights_wanted)
         request = Request(folder, options, trust)
-    built = build(request, checkpoint)
-    traced = trace(built)
-    weights = describe(built, checkpoint, traced)
+    options.pop("subfolder", None)  # the folder is that one already
+    check_format(options, checkpoint)
+    found: dict[str, Any] = {}
+    built = build(request, checkpoint, found)
+    traced, weights = _traced(built, checkpoint, request)
     there = checkpoint
     if encode is not None:
         checkpoint = encode(built, checkpoint, traced, weights)
         built = build(request, checkpoint)
-        traced = trace(built)
-        weights = describe(built, checkpoint, traced)
-    tokenizer = tokenizer_bytes(os.path.join(request.folder, hub.get("subfolder", "")))
+        traced, weights = _traced(built, checkpoint, request)
+    tokenizer = tokenizer_bytes(request.folder)
     if request.gguf is not None:
         tokenizer = HEADER_TIMES * request.gguf.header_bytes
-    return Described(built, weights, traced, request, checkpoint, there, tokenizer)
+    return Described(built, weights, traced, request, checkpoint, there, tokenizer, found)
+
+
+def _traced(built: PreTrainedModel, checkpoint: Checkpoint, request: Request) -> tuple[Trace, Weights]:
+    with blaming(config_place(request), fields_of(built.config), "a forward pass"):
+        traced = trace(built)
+        return traced, describe(built, checkpoint, traced)
 
 
 def plan_described(
@@ -296,7 +318,7 @@ def _open(
     else:
         folder = metadata_folder(model, trust_remote_code=trust, **hub)
         remote = {key: value for key, value in hub.items() if key in ("revision", "token", "subfolder")}
-        return folder, remote_headers(model, variant=variant, **remote)
+        return os.path.join(folder, hub.get("subfolder", "")), remote_headers(model, variant=variant, **remote)
     checkpoint = open_any(found, variant=variant, subfolder=hub.get("subfolder", ""))
     return checkpoint.root, checkpoint
 
@@ -309,7 +331,10 @@ def _gguf_file(
     if name is None:
         return find_gguf(os.path.join(model, subfolder) if subfolder else model)
     if _is_local(model):
-        return os.path.join(os.path.expanduser(model), subfolder, name)
+        path = os.path.join(os.path.expanduser(model), subfolder, name)
+        if not os.path.isfile(path):
+            raise RequestError(f"there is no file {path}: gguf_file is the name of one in the model's folder")
+        return path
     if not wanted:
         raise UnsupportedError(f"a GGUF file is planned from its own header: download {name} of {model} first")
     from lamina.checkpoint.hub_gguf import locate_gguf

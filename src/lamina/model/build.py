@@ -7,12 +7,14 @@ holds. It does it on `DiskTensor`s, so that nothing is read, and every parameter
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,9 +22,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from lamina.checkpoint import Checkpoint, TensorEntry
-from lamina.errors import CheckpointError, MissingTensorError, RequestError, UnsupportedError
+from lamina.errors import CheckpointError, LaminaError, MissingTensorError, RequestError, UnsupportedError
+from lamina.hf.internals import generation_config_in
+from lamina.model.arguments import HUB_KEYS
+from lamina.model.bounds import Unstored, as_many_as, check_counts
+from lamina.model.config import blaming, check_generation, fields_of, read_json
 from lamina.model.disk_tensor import DiskTensor, recording
 from lamina.model.quantized import check_decoded, take_quantization, unpacked_state
+from lamina.sizes import format_size
 
 if TYPE_CHECKING:
     from lamina.model.gguf import GgufModel
@@ -49,7 +56,6 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "F8_E8M0": torch.float8_e8m0fnu,
 }
 COMPARED_BYTES = 4 << 20  # at once, of two weights that may be one
-HUB_KEYS = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download", "proxies")
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,16 @@ class Request:
     gguf: GgufModel | None = None
 
 
+def config_place(request: Request) -> str:
+    """How an error names the config of a request."""
+    given = request.options.get("config")
+    if isinstance(given, PreTrainedConfig):
+        return "the config that was given"
+    if request.gguf is not None:
+        return request.folder
+    return str(given) if given is not None else os.path.join(request.folder, "config.json")
+
+
 def torch_dtype(entry: TensorEntry) -> torch.dtype:
     """torch's dtype for a checkpoint tensor.
 
@@ -83,69 +99,133 @@ def torch_dtype(entry: TensorEntry) -> torch.dtype:
     return TORCH_DTYPES[entry.dtype]
 
 
-def load_config(request: Request) -> tuple[PreTrainedConfig, dict[str, Any]]:
-    """The model's config, and the options that were not for it.
+def load_config(request: Request, tensors: int) -> tuple[PreTrainedConfig, dict[str, Any], str, Mapping[str, Any]]:
+    """The model's config, the options that were not for it, where it comes from, and its fields as they are there.
+
+    Args:
+        tensors: in the checkpoint, which bound what the config counts.
 
     Raises:
         CheckpointError: no config, or one that transformers cannot read.
         UnsupportedError: a model type that cannot be streamed.
+        RequestError: the config that was given cannot be used.
     """
+    options = dict(request.options)
+    given = options.pop("config", None)
+    options.pop("generation_config", None)
     if request.gguf is not None:
-        return request.gguf.config, dict(request.gguf.options)
+        if given is not None:
+            raise RequestError(f"config= cannot be used with {request.folder}: a GGUF file has its config in itself")
+        return request.gguf.config, dict(request.gguf.options), request.folder, fields_of(request.gguf.config)
+    check_counts(options, tensors, "from_pretrained", RequestError)
+    if isinstance(given, PreTrainedConfig):
+        own = {key: value for key, value in options.items() if key not in (*HUB_KEYS, "code_revision")}
+        check_counts(given.to_dict(), tensors, "the config that was given", RequestError)
+        return copy.deepcopy(given), own, "the config that was given", fields_of(given)
+    source = request.folder if given is None else os.path.expanduser(os.fspath(given))
+    if given is not None and os.path.exists(source):
+        options.pop("subfolder", None)
+    file = source if os.path.isfile(source) else os.path.join(source, options.get("subfolder") or "", "config.json")
+    fields: Mapping[str, Any] = {}
+    if os.path.isfile(file):
+        fields = read_json(file)
+        check_counts(fields, tensors, file)
+    elif given is None:
+        raise CheckpointError(f"no config.json in {os.path.dirname(file)}: fetch it, it belongs beside the weights")
     try:
-        config, unused = AutoConfig.from_pretrained(
-            request.folder,
-            return_unused_kwargs=True,
-            trust_remote_code=request.trust_remote_code,
-            **{key: value for key, value in request.options.items() if value != "auto" or "dtype" not in key},
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        text = " ".join(str(error).split())
-        folder = os.path.join(request.folder, request.options.get("subfolder") or "")
-        if not os.path.isfile(os.path.join(folder, "config.json")):
-            raise CheckpointError(f"no config.json in {folder}: fetch it, it belongs beside the weights") from error
+        with blaming(file if fields else source, fields, "reading the config"):
+            config, unused = AutoConfig.from_pretrained(
+                source,
+                return_unused_kwargs=True,
+                trust_remote_code=request.trust_remote_code,
+                **{key: value for key, value in options.items() if value != "auto" or "dtype" not in key},
+            )
+            fields = fields or fields_of(config)
+    except CheckpointError as error:
+        text = " ".join(str(error.__cause__).split())
         if "trust_remote_code" in text:
             raise RequestError(
-                f"the model in {request.folder} brings its own code: read it, then pass trust_remote_code=True"
-            ) from error
+                f"the model in {source} brings its own code: read it, then pass trust_remote_code=True"
+            ) from error.__cause__
         if "does not recognize this architecture" in text or "Unrecognized model" in text:
-            raise UnsupportedError(f"transformers does not know the model in {request.folder}: {text[:200]}") from error
-        raise CheckpointError(f"cannot read the config of the model in {request.folder}: {text[:300]}") from error
-    return config, unused
+            known = f"transformers does not know the model in {source}: {text[:200]}"
+            raise UnsupportedError(known) from error.__cause__
+        if not fields:
+            raise RequestError(f"config= is neither a config nor the path of one: {source}: {text[:200]}") from error
+        raise
+    return config, unused, file, fields
 
 
-def build(request: Request, checkpoint: Checkpoint) -> PreTrainedModel:
+def build(request: Request, checkpoint: Checkpoint, loading_info: dict[str, Any] | None = None) -> PreTrainedModel:
     """The model, each parameter a `DiskTensor` that knows where its bytes are.
+
+    Args:
+        loading_info: takes what transformers' loader says of names and shapes.
 
     Raises:
         MissingTensorError: the model wants a tensor that the checkpoint lacks or holds in another shape.
         CheckpointError, UnsupportedError: the config cannot be used.
-        RequestError: an option that transformers does not know.
+        RequestError: an option that transformers does not know, or one that does not fit the model.
     """
-    config, options = load_config(request)
-    quantization = take_quantization(config)
-    model_class = _class_of(config, request.trust_remote_code)
+    try:
+        return _build(request, checkpoint, loading_info)
+    except CheckpointError as error:
+        mine = [name for name in request.options if name not in HUB_KEYS]
+        if mine and _builds(request, checkpoint):
+            raise RequestError(
+                f"what was given to from_pretrained does not fit the model in {request.folder} "
+                f"({', '.join(mine)}): {error}"
+            ) from error
+        raise
+
+
+def _builds(request: Request, checkpoint: Checkpoint) -> bool:
+    """Whether the model is right where nobody asks for anything of their own."""
+    own = {name: value for name, value in request.options.items() if name in HUB_KEYS}
+    try:
+        _build(replace(request, options=own), checkpoint, None)
+    except LaminaError:
+        return False
+    return True
+
+
+def _build(request: Request, checkpoint: Checkpoint, loading_info: dict[str, Any] | None) -> PreTrainedModel:
+    tensors = len(checkpoint.tensors)
+    config, options, where, fields = load_config(request, tensors)
+    with blaming(where, fields, "reading how it is quantised"):
+        quantization = take_quantization(config)
+    with as_many_as(tensors, where), blaming(where, fields, "making the model"):
+        model_class = _class_of(config, request)
     text = config.sub_configs.get("text_config")
     if text is not None and getattr(model_class, "config_class", None) is text:
         config = config.get_text_config()  # a text model out of a multimodal checkpoint, as AutoModelForCausalLM does
     state = _state(request, checkpoint, config, quantization)
-    options.pop("_from_auto", None)
-    options.pop("torch_dtype", None)
+    for name in ("_from_auto", "torch_dtype", "code_revision"):
+        options.pop(name, None)
     # the config took it in, but a text model's config is a part of it that does not know
     options["dtype"] = request.options.get("dtype") or request.options.get("torch_dtype") or "auto"
     options["ignore_mismatched_sizes"] = True  # transformers then names them; `_check` refuses
     generation = _generation_config(request)
-    with recording(functools.partial(_same_bytes, checkpoint)), silent():
+    unstored = Unstored(checkpoint.nbytes, where)
+    with recording(functools.partial(_same_bytes, checkpoint)), silent(), as_many_as(tensors, where), unstored:
         try:
-            model, info = model_class.from_pretrained(
-                None, config=config, state_dict=state, output_loading_info=True, generation_config=generation, **options
-            )
-        except (RuntimeError, ValueError, TypeError) as error:
-            text = " ".join(str(error).split())
+            with blaming(where, fields, "building the model"):
+                model, info = model_class.from_pretrained(
+                    None, config=config, state_dict=state, output_loading_info=True, generation_config=generation,
+                    **options
+                )  # fmt: skip
+        except CheckpointError as error:
+            text = " ".join(str(error.__cause__).split())
             if "unexpected keyword argument" in text:
                 raise RequestError(f"neither Lamina nor {model_class.__name__} knows this option: {text}") from error
-            raise CheckpointError(f"transformers cannot build {request.folder}: {text[:300]}") from error
+            raise
     _check(info, checkpoint)
+    if unstored.left_out:
+        raise CheckpointError(
+            f"{where} asks for {format_size(unstored.left_out)} of weights that no file of {checkpoint.root} holds"
+        )
+    if loading_info is not None:
+        loading_info.update(info)
     if quantization is not None:
         check_decoded(model, checkpoint.root)
     model.config.name_or_path = model.name_or_path = request.folder
@@ -191,26 +271,59 @@ def _same_bytes(checkpoint: Checkpoint, one: str, other: str) -> bool:
     return True
 
 
-def _class_of(config: PreTrainedConfig, trust_remote_code: bool) -> type[PreTrainedModel]:
+def _class_of(config: PreTrainedConfig, request: Request) -> type[PreTrainedModel]:
+    revision = request.options.get("code_revision") if request.trust_remote_code else None
+    code = {"code_revision": revision} if revision and getattr(config, "auto_map", None) else {}
     try:
         with torch.device("meta"), silent():
-            return type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=request.trust_remote_code, **code)
+            return type(model)
     except ImportError as error:
         text = " ".join(str(error).split())
         raise UnsupportedError(f"{config.model_type} needs a package that is not installed: {text[:300]}") from error
     except ValueError as error:
         text = " ".join(str(error).split())
+        if "Unrecognized configuration class" not in text:
+            raise
         raise UnsupportedError(f"{config.model_type} is not a causal language model: {text[:160]}") from error
 
 
 def _generation_config(request: Request) -> GenerationConfig | None:
-    if request.gguf is not None:
+    given = request.options.get("generation_config")
+    if isinstance(given, GenerationConfig):
+        return given
+    if request.gguf is not None and given is None:
         return request.gguf.generation_config()
     hub = {key: request.options[key] for key in HUB_KEYS if key in request.options}
+    source = request.folder
+    if given is not None:
+        source = os.path.expanduser(os.fspath(given))
+        if os.path.exists(source):
+            hub.pop("subfolder", None)
+    if os.path.isfile(source):
+        folder, name = os.path.split(source)
+    else:
+        folder, name = source, "generation_config.json"
+    file = os.path.join(folder, hub.get("subfolder") or "", name)
+    fields: dict[str, Any] = {}
+    with contextlib.suppress(CheckpointError):  # transformers goes on without one that is no JSON object
+        fields = read_json(file) if os.path.isfile(file) else {}
     try:
-        return GenerationConfig.from_pretrained(request.folder, **hub)
-    except OSError:
+        check_generation(fields, file)
+        with blaming(file, fields, "reading it"), silent():
+            return GenerationConfig.from_pretrained(folder, name, **hub)
+    except CheckpointError as error:
+        if given is not None:
+            raise RequestError(f"generation_config= is no generation config, nor the path of one: {error}") from error
+        if not isinstance(error.__cause__, OSError):
+            raise
+    file = os.path.join(folder, hub.get("subfolder") or "", "config.json")
+    if not os.path.isfile(file):
         return None
+    fields = read_json(file)
+    check_generation(fields, file)
+    with blaming(file, fields, "reading how to generate"), silent():
+        return generation_config_in(folder, **hub)
 
 
 def _check(info: Mapping[str, Any], checkpoint: Checkpoint) -> None:

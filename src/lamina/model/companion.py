@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lamina.errors import CheckpointError
+from lamina.model.arguments import ordinarily
 from lamina.model.auto import Described, Encode, Progress, describe_model
 from lamina.model.encoded import Encoded
 from lamina.model.engine import Engine
@@ -38,6 +39,7 @@ class Companion:
         nbytes: of the weights that it keeps for itself.
     """
 
+    @ordinarily
     def __init__(
         self,
         model: str,
@@ -73,6 +75,7 @@ class Companion:
         """Of a pass over `tokens`."""
         return self.described.trace.activations(tokens)
 
+    @ordinarily
     def load(self, beside: Engine, progress: Progress | None = None) -> None:
         """Read the weights; those in few bits are multiplied with rounded activations from then on, which is quicker.
 

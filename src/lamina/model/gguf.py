@@ -32,12 +32,13 @@ from lamina.checkpoint import DTYPE_BYTES, Checkpoint, TensorEntry
 from lamina.checkpoint.extent import Encoding
 from lamina.checkpoint.gguf import CODEC_PREFIX, GgufFile, open_gguf
 from lamina.codec.gguf import register_all
-from lamina.errors import MissingTensorError, RequestError, UnsupportedError
+from lamina.errors import MissingTensorError, UnsupportedError
 from lamina.hf import internals
 from lamina.hf.internals import TOKENIZER_MAPPING_NAMES, rename_source_key, tokenizer_class_from_name
 from lamina.model.build import silent, torch_dtype
 from lamina.model.disk_tensor import DiskTensor, Op, Source, recording
 from lamina.model.gguf_config import CAUSES, load_gguf_config, refused
+from lamina.model.tokenizer import usable
 
 PROBED_COLUMNS = 2  # in place of all of a row: enough to tell columns in another order from rows in another order
 INSTALL = "GGUF files need the gguf package: pip install 'lamina[gguf]'"
@@ -86,19 +87,16 @@ class GgufModel:
             RequestError: there is none, or transformers cannot make one of it.
         """
         folder, name = os.path.split(self.path)
-        try:
+
+        def load() -> PreTrainedTokenizerBase:
             with silent():
                 # AutoTokenizer would read the vocabulary with the gguf package, only to learn the model type.
                 known = tokenizer_class_from_name(TOKENIZER_MAPPING_NAMES.get(self.config.model_type) or "")
                 loader = known or PreTrainedTokenizerFast
                 tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(folder, gguf_file=name)
-        except Exception as error:  # what the tokenizers package raises has no other class
-            text = " ".join(str(error).split())
-            raise RequestError(
-                f"no usable tokenizer in {self.path}: {text[:200]}; pass token ids instead "
-                "(--prompt-ids on the command line)"
-            ) from error
-        return tokenizer
+                return tokenizer
+
+        return usable(load, self.path)
 
 
 def load_gguf(path: str | os.PathLike[str], options: Mapping[str, Any]) -> GgufModel:

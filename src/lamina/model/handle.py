@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import statistics
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -18,8 +19,8 @@ import torch
 from torch.utils._pytree import tree_map
 from transformers import ContinuousBatchingConfig, PreTrainedModel
 
-from lamina.errors import BudgetError
-from lamina.fallbacks import Fallbacks
+from lamina.errors import BudgetError, CheckpointError, LaminaError, RequestError
+from lamina.fallbacks import Fallbacks, cause
 from lamina.hf.internals import (
     batched_tokens,
     cache_of,
@@ -67,6 +68,7 @@ class Lamina:
     Attributes:
         model: the model this belongs to.
         fallbacks: second ways that were taken, each with its reason.
+        loading_info: what `output_loading_info=True` gives.
 
     A context manager: `with model.lamina: ...` closes the stream at the end.
     """
@@ -86,6 +88,7 @@ class Lamina:
         self._expert_bytes_before = 0
         self._last_end: float | None = None
         self.fallbacks = Fallbacks()
+        self.loading_info: Mapping[str, Any] = {}
         self.record = Record()
         self.decoder: Decoder | None = None  # what stands between a call of `generate` and transformers'
         self._batches: dict[int, int] = {}  # bytes that each continuous batch has of the room for caches
@@ -172,6 +175,7 @@ class Lamina:
         install(model, self._engine)
         if hasattr(model, "generate"):
             self._plain_generate = model.generate
+            self._settings = model.generation_config.to_dict()
             model.generate = in_place_of(model.generate, self._generate)
         if hasattr(model, "generate_batch"):
             model.generate_batch = in_place_of(model.generate_batch, self._generate_batch)
@@ -187,20 +191,70 @@ class Lamina:
             args, kwargs = tree_map(lambda value: _to(value, engine.device), (args, kwargs))
         guarded = engine.plan.streams and torch.is_grad_enabled()
         sources = asking(args, kwargs, *module.parameters()) if guarded else []
-        with self.a_pass(args, kwargs):
-            out = type(module).forward(module, *args, **kwargs)
+        try:
+            with self.a_pass(args, kwargs):
+                out = type(module).forward(module, *args, **kwargs)
+        except Exception as error:
+            self._blame_config(error)
+            raise
         if self._generate_began is None:
             self._new_tokens += (given := batched_tokens(kwargs))
             self._passes_in_generate += bool(given)
         return refused(out, sources)
 
+    def _blame_config(self, error: Exception) -> None:
+        """Say of the first pass that fails, where one over a single token fails as well, that the config is wrong.
+
+        A model that was traced without values, on any of the second ways, may fail with any.
+
+        Raises:
+            CheckpointError: so it is.
+        """
+        if self._passes or not self._trace.fallbacks or isinstance(error, LaminaError | MemoryError):
+            return
+        ids = torch.zeros(1, 1, dtype=torch.long, device=self._engine.device)
+        try:
+            with torch.no_grad(), self.a_pass((), {"input_ids": ids}):
+                type(self.model).forward(self.model, input_ids=ids)
+            self._passes -= 1
+        except LaminaError:
+            return
+        except Exception as again:
+            where = self.model.config.name_or_path
+            raise CheckpointError(
+                f"a forward pass of the model in {where} fails with a single token, {cause(again)}: its config is wrong"
+            ) from error
+
+    def _blame_settings(self, error: Exception, kwargs: Mapping[str, Any]) -> None:
+        """Say of a `generate` that failed before its first pass, where it names a setting that came with the model.
+
+        Raises:
+            RequestError: it is one that nobody changed since.
+        """
+        if isinstance(error, LaminaError | MemoryError) or kwargs.get("generation_config") is not None:
+            return
+        now, text = self.model.generation_config.to_dict(), str(error)
+        for name, value in self._settings.items():
+            if name in kwargs or value is None or now.get(name) != value or not re.search(rf"\b{name}\b", text):
+                continue
+            raise RequestError(
+                f"generate fails over {name} = {str(value)[:60]}, which the generation config of the model in "
+                f"{self.model.config.name_or_path} says ({cause(error)}): pass another {name}= to generate"
+            ) from error
+
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate`, counting the tokens that it gives."""
-        with self._generating():
-            if self.decoder is None:
-                out = self._plain_generate(*args, **kwargs)
-            else:
-                out = self.decoder(self._plain_generate, args, kwargs)
+        passes = self._passes
+        try:
+            with self._generating():
+                if self.decoder is None:
+                    out = self._plain_generate(*args, **kwargs)
+                else:
+                    out = self.decoder(self._plain_generate, args, kwargs)
+        except Exception as error:
+            if passes == self._passes:
+                self._blame_settings(error, kwargs)
+            raise
         prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         sequences = getattr(out, "sequences", out)
         if isinstance(sequences, torch.Tensor):

@@ -71,6 +71,8 @@ def take_quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
             found = found or value
     if not found:
         return None
+    if isinstance(found, str | int | float | list):
+        raise CheckpointError(f"quantization_config must be an object, got {str(found)[:60]!r}: fetch the config again")
     if not isinstance(found, dict):
         raise RequestError("quantization_config is not taken: `lamina split --compression` writes smaller weights")
     method = _method(found)

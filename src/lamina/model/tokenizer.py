@@ -7,12 +7,16 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lamina.errors import RequestError
+from lamina.errors import CheckpointError, RequestError
+from lamina.model.config import read_json
 
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))  # the first there counts
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 TIMES_ITS_FILE = 16
+INSTEAD = "pass token ids instead (--prompt-ids on the command line)"
 
 
 class LazyTokenizer:
@@ -76,17 +80,64 @@ def load_tokenizer(folder: str, trust_remote_code: bool, **options: Any) -> PreT
     """The tokenizer of a checkpoint folder.
 
     Raises:
-        RequestError: there is none, or transformers cannot load it.
+        RequestError: there is none, or transformers cannot load it or use it; the message names the file.
     """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+
+    def load() -> PreTrainedTokenizerBase:
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, **options
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        text = " ".join(str(error).split())
-        raise RequestError(
-            f"no usable tokenizer in {folder}: {text[:200]}; pass token ids instead (--prompt-ids on the command line)"
-        ) from error
+        return loaded
+
+    place = os.path.join(folder, options.get("subfolder") or "")
+    tokenizer = usable(load, folder, lambda: _at_fault(place))
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes such a one where there are no files
-        raise RequestError(f"no tokenizer in {folder}: pass token ids instead (--prompt-ids on the command line)")
+        raise RequestError(f"no tokenizer in {folder}: {INSTEAD}")
     return tokenizer
+
+
+def usable(
+    load: Callable[[], PreTrainedTokenizerBase], place: str, at_fault: Callable[[], str | None] = lambda: None
+) -> PreTrainedTokenizerBase:
+    """A tokenizer that was tried on a word, for some that load fail with any text.
+
+    Args:
+        load: makes it.
+        place: where it comes from, for an error.
+        at_fault: finds the file that is damaged, after a failure; None where it cannot tell.
+
+    Raises:
+        RequestError: it cannot be loaded or used.
+    """
+    try:
+        tokenizer = load()
+        tokenizer.decode(tokenizer("a")["input_ids"])
+    except MemoryError:
+        raise
+    except BaseException as error:
+        # What the tokenizers package raises is an Exception of no class of its own; a panic in it is not even that.
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise
+        text = " ".join(str(error).split())[:200] or type(error).__name__
+        file = at_fault()
+        where = f"{place}: {file} is damaged, fetch it again" if file else place
+        raise RequestError(f"no usable tokenizer in {where} ({text}); {INSTEAD}") from error
+    return tokenizer
+
+
+def _at_fault(folder: str) -> str | None:
+    """The file of a folder over which a tokenizer fails: one that is no JSON, or what its own reader refuses."""
+    present = [name for name in FILES if os.path.isfile(os.path.join(folder, name))]
+    for name in present:
+        try:
+            read_json(os.path.join(folder, name))
+        except CheckpointError:
+            return name
+    if "tokenizer.json" in present:
+        try:
+            Tokenizer.from_file(os.path.join(folder, "tokenizer.json")).encode("a")
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+                raise
+            return "tokenizer.json"
+    return "tokenizer_config.json" if "tokenizer_config.json" in present else None

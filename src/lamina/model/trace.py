@@ -32,6 +32,7 @@ WORKSPACE = 2.75  # kernels' workspaces and what the allocator keeps: measured u
 LENGTHS = (16, 32, 64)  # tokens of the traced prefills: enough to fit a + b T + c T^2
 # (guarded, answering) where code asks for values: as it is, failing modules stubbed, values made up, both
 _WAYS_ROUND = ((False, False), (True, False), (False, True), (True, True))
+_OF_META = ("meta", "DataDependent", "data-dependent", "data dependent", "item()", "FakeTensor")
 _RESHAPES = (torch.Tensor.view, torch.Tensor.reshape)
 
 
@@ -89,12 +90,19 @@ def trace(model: PreTrainedModel) -> Trace:
 
     Args:
         model: built and attached to a checkpoint; its parameters may have no memory.
+
+    Raises:
+        Exception: what the model's own code raises, where it does so however it is called with a cache and tensors
+            without values are not the reason.
     """
     failure: Exception | None = None
+    excused = False
     activations: dict[int, int] = {}
     caches: dict[int, int] = {}
     recorder = None
     for (guarded, answering), (kind, inputs) in itertools.product(_WAYS_ROUND, _ways_in(model)):
+        if (guarded or answering) and failure is not None and not excused:
+            raise failure  # as generation calls it, and no value was asked for: it will fail with values, too
         try:
             for tokens in LENGTHS:
                 recorder, cache_bytes = _run(model, tokens, inputs, guarded, answering)
@@ -103,6 +111,8 @@ def trace(model: PreTrainedModel) -> Trace:
                 caches[tokens] = cache_bytes
         except Exception as error:  # any family may refuse meta tensors in its own way
             failure = failure or error
+            # generation gives a cache to whatever takes one: what fails without says nothing
+            excused = excused or (_excuses(error) and (kind is not _Cache.NONE or cache_argument(model) is None))
             continue
         if kind is _Cache.NONE and cache_argument(model) is not None:
             caches = {tokens: cache_by_config(model.config, tokens) for tokens in LENGTHS}
@@ -114,6 +124,16 @@ def trace(model: PreTrainedModel) -> Trace:
         )  # fmt: skip
     assert failure is not None
     return _by_definition(model, failure)
+
+
+def _excuses(error: Exception) -> bool:
+    """Whether a failure may come of tensors that have no values, or of an input that is missing, and not of shapes.
+
+    Shapes are as they will be with real values.
+    """
+    seen = " ".join(f"{type(each).__name__} {each}" for each in (error, error.__cause__, error.__context__) if each)
+    missing = isinstance(error, NotImplementedError | TypeError | AttributeError)
+    return missing or any(word in seen for word in _OF_META)
 
 
 class _Cache(Enum):
