@@ -7,6 +7,7 @@ line catches `LaminaError` once; everything else that escapes is a bug.
     ├── RequestError            the request is wrong: an argument, a model that does not exist
     │   ├── ModelNotFoundError
     │   ├── UnsupportedError    a right request that this version, device or package cannot serve
+    │   ├── TokenError          an id that is no row of the table it is looked up in; an IndexError too
     │   └── BudgetError         the memory is too small; carries `minimum_bytes`
     ├── CheckpointError         what is on disk is not a whole checkpoint
     │   ├── HeaderError         a safetensors header that cannot be trusted
@@ -36,6 +37,10 @@ class ModelNotFoundError(RequestError):
 
 class UnsupportedError(RequestError):
     """The request makes sense, but not with this version, device or set of packages."""
+
+
+class TokenError(RequestError, IndexError):
+    """An id that is no row of the table it is looked up in: a token outside of the vocabulary, a text too long."""
 
 
 class BudgetError(RequestError):

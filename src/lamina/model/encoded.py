@@ -22,6 +22,7 @@ from lamina.model.blocks import METADATA, is_number, linear_arguments
 from lamina.model.disk_tensor import SET_DATA, DiskTensor, Home, materialize, views, write
 from lamina.model.even_rows import product
 from lamina.model.guard import asking, refused
+from lamina.model.ids import check_ids
 from lamina.plan.cut import ROW_MULTIPLE
 from lamina.plan.schedule import Span
 
@@ -149,15 +150,18 @@ class Encoded(torch.Tensor):
         return out if self.order is None else out[..., self.order]
 
     def gather(self, ids: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """Rows of a weight of two dimensions, of shape (*ids.shape, columns)."""
+        """Rows of a weight of two dimensions, of shape (*ids.shape, columns).
+
+        Raises:
+            TokenError: an id is no row of it.
+        """
+        check_ids(ids, self.shape[0], getattr(self.home, "name", "a packed table"))
         if self.whole is not None:
             return self.decode()[ids]
         unique, inverse = torch.unique(ids, return_inverse=True)
         wanted = (unique if self.order is None else self.order[unique]).tolist()
         out = torch.empty(len(wanted), self.shape[1], dtype=self.dtype, device=self.device)
         for place, row in enumerate(wanted):
-            if not 0 <= row < self.shape[0]:
-                raise IndexError(f"index {row} is out of range in a table of {self.shape[0]} rows")
             for span in self.spans:
                 if row < span.rows:
                     self._decode(span, row, 1, out[place : place + 1])

@@ -18,14 +18,14 @@ import torch
 from torch.utils._pytree import tree_map
 from transformers import ContinuousBatchingConfig, PreTrainedModel
 
-from lamina.errors import BudgetError
+from lamina.errors import BudgetError, TokenError
 from lamina.fallbacks import Fallbacks
 from lamina.hf.internals import (
     batched_tokens,
     cache_of,
     cached_tokens,
     managed_already,
-    refuse_too_long,
+    refuse_alone,
     when_stopped,
 )
 from lamina.model.batching import (
@@ -43,6 +43,7 @@ from lamina.model.batching import (
 from lamina.model.engine import Engine
 from lamina.model.even_rows import even_rows
 from lamina.model.guard import asking, refused
+from lamina.model.ids import check_ids, check_tokens, vocabulary_rows
 from lamina.model.install import eagerly, in_place_of, install
 from lamina.model.record import Record
 from lamina.model.stats import Stats
@@ -186,8 +187,12 @@ class Lamina:
             args, kwargs = tree_map(lambda value: _to(value, engine.device), (args, kwargs))
         guarded = engine.plan.streams and torch.is_grad_enabled()
         sources = asking(args, kwargs, *module.parameters()) if guarded else []
-        with self.a_pass(args, kwargs):
-            out = type(module).forward(module, *args, **kwargs)
+        try:
+            with self.a_pass(args, kwargs):
+                out = type(module).forward(module, *args, **kwargs)
+        except IndexError as error:  # of a table that is all in memory: torch names neither the id nor the table
+            check_tokens(self.model, args, kwargs, error)
+            raise
         if self._generate_began is None:
             self._new_tokens += (given := batched_tokens(kwargs))
             self._passes_in_generate += bool(given)
@@ -257,8 +262,17 @@ class Lamina:
 
         when_stopped(manager, forget)
         weakref.finalize(manager, forget)
-        refuse_too_long(manager, self._too_long, self._shortened)
+        refuse_alone(manager, self._wrong, self._too_long, self._shortened)
         return manager
+
+    def _wrong(self, prompt: list[int]) -> TokenError | None:
+        rows = vocabulary_rows(self.model)
+        try:
+            if rows is not None:
+                check_ids(torch.tensor(prompt, dtype=torch.int64), rows, "the table of token embeddings")
+        except TokenError as error:
+            return error
+        return None
 
     def _too_long(self, prompt: int, room: int) -> str:
         return (
