@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from lamina.errors import UnsupportedError
+from lamina.errors import StorageError, UnsupportedError
 
 aten = torch.ops.aten
 _CPU = torch.device("cpu")
@@ -38,7 +38,16 @@ _IDENTITY = {
     aten.lift_fresh.default,
     aten._to_copy.default,
 }
-_LEAVING = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}  # torch, for other containers
+_LEAVING = frozenset(
+    {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__, torch.Tensor.__dlpack__}
+)  # torch, for other containers
+_POINTED = frozenset(
+    getattr(torch.Tensor, name)
+    for name in "data_ptr const_data_ptr storage untyped_storage _typed_storage _storage share_memory_ apply_ map_ "
+    "map2_ set_ resize resize_as".split()
+    if hasattr(torch.Tensor, name)
+)
+"""What asks for the memory of a tensor, or goes through it by pointers."""
 _SCALINGS = {aten.mul_.Tensor, aten.mul_.Scalar, aten.div_.Tensor, aten.div_.Scalar}
 SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _recordings = 0
@@ -162,6 +171,7 @@ class DiskTensor(torch.Tensor):
     boxes: tuple[Box, ...] | None
     cast_from: torch.dtype | None
     home: Home | None
+    __dlpack_c_exchange_api__ = None  # of torch.Tensor, it goes past `__dlpack__` to memory that is not there
 
     @staticmethod
     def __new__(
@@ -181,6 +191,7 @@ class DiskTensor(torch.Tensor):
             device=device,
             requires_grad=False,
         )
+        without_memory(self)
         self.expression, self.boxes, self.cast_from = expression, boxes, cast_from
         self.meta, self.home = meta, None
         return self
@@ -250,6 +261,8 @@ class DiskTensor(torch.Tensor):
             if args[1] is not args[0]:
                 args[0].home.replace(args[1])
             return None
+        if func in _POINTED:
+            raise no_storage(func)
         if func in _LEAVING and isinstance(args[0], DiskTensor):
             return func(materialize(args[0]).requires_grad_(args[0].requires_grad), *args[1:], **(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
@@ -264,10 +277,33 @@ class DiskTensor(torch.Tensor):
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise UnsupportedError(
-            "a weight that streams cannot be pickled, nor saved with torch.save, which holds all of a model in memory: "
-            "model.save_pretrained(folder) writes it weight by weight"
-        )
+        raise not_pickled()
+
+
+def without_memory(tensor: torch.Tensor) -> None:
+    """Have C++ that asks for the data of a tensor told that there is none, where it would take address 0 for it."""
+    torch._C._set_throw_on_mutable_data_ptr(tensor)
+
+
+def no_storage(func: Any) -> StorageError:
+    """The error for what asks for the memory of a weight that has none of its own."""
+    return StorageError(
+        f"{getattr(func, '__name__', func)} needs the memory of a weight, and one that streams or is packed has none "
+        f"of its own: weight.clone() is a copy in memory, copy_ writes to it, model.save_pretrained(folder) saves it"
+    )
+
+
+def pointed(func: Any) -> bool:
+    """Whether a function of torch goes to the memory of a tensor, past every operation."""
+    return func in _POINTED
+
+
+def not_pickled() -> UnsupportedError:
+    """The error for pickling a weight."""
+    return UnsupportedError(
+        "a weight that streams cannot be pickled, nor saved with torch.save, which holds all of a model in memory: "
+        "model.save_pretrained(folder) writes it weight by weight"
+    )
 
 
 @contextmanager
@@ -309,6 +345,8 @@ def write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], read: Callab
         read: gives the real tensor in place of one that stands for it; any other value as it is.
     """
     first = getattr(args[0], "home", None) if args else None
+    if torch.Tag.inplace_view in func.tags and func is not aten.detach_.default:
+        raise no_storage(func)
     if first is not None and func in _SCALINGS and isinstance(args[1], int | float) and first.scale(func, args[1]):
         return args[0]
     if first is not None and func is aten.copy_.default and getattr(args[1], "home", None) is first:

@@ -358,7 +358,7 @@ class Engine:
         if name in self.overrides.held:
             return self.overrides.held[name].detach()[ids]
         if bound is not None:
-            return bound.gather(ids) if isinstance(bound, Encoded) and bound.dim() == 2 else self.current(name)[ids]
+            return bound.look_up(ids) if isinstance(bound, Encoded) and bound.dim() == 2 else self.current(name)[ids]
         return self.gather(name, ids) if len(weight.shape) == 2 and weight.by_rows else None
 
     def _looks_up_tokens(self, name: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lamina.errors import UnsupportedError
+from lamina.errors import StorageError, UnsupportedError
 from lamina.model.engine import Engine
 
 NO_GRAPH = "weights that stream, or may come to it, are other tensors in each pass"
@@ -35,6 +35,7 @@ def install(model: PreTrainedModel, engine: Engine) -> None:
     model._apply = in_place_of(model._apply, functools.partial(_apply, model, engine))
     loading = functools.partial(_load_from_state_dict, model, engine)
     model._load_from_state_dict = in_place_of(model._load_from_state_dict, loading)
+    model.share_memory = in_place_of(model.share_memory, functools.partial(_share_memory, model))
     model.compile = in_place_of(model.compile, functools.partial(_compile, model))
     model.__deepcopy__ = _copied
     model.__reduce_ex__ = _pickled
@@ -60,6 +61,20 @@ def _apply(model: Any, engine: Engine, fn: Any, recurse: bool = True) -> Any:
     if grown > 0:
         engine.spend(grown, without=())
     return type(model)._apply(model, fn, recurse)
+
+
+def _share_memory(model: Any) -> Any:
+    """`Module.share_memory`, refused before any weight has moved.
+
+    Raises:
+        StorageError: weights that stream or are packed have no memory that another process could see.
+    """
+    if any(getattr(parameter, "home", None) is not None for parameter in model.parameters()):
+        raise StorageError(
+            "share_memory needs every weight in memory, and some of this model's stream or are packed: load the model "
+            "in each process with a budget of its own, or give enough memory for all weights to stay"
+        )
+    return type(model).share_memory(model)
 
 
 def _keeps(fn: Any, parameter: torch.Tensor) -> bool:
