@@ -69,7 +69,7 @@ class Lamina:
         model: the model this belongs to.
         fallbacks: second ways that were taken, each with its reason.
 
-    A context manager: `with model.lamina: ...` closes the stream at the end.
+    A context manager, as the model is: `with model.lamina: ...` closes the stream at the end.
     """
 
     def __init__(self, model: PreTrainedModel, engine: Engine, traced: Trace, load_seconds: float) -> None:
@@ -149,6 +149,11 @@ class Lamina:
             draft_share_of_time=self.record.draft_share_of_time,
             fallbacks=tuple(self.fallbacks),
         )
+
+    def __repr__(self) -> str:
+        model, engine = self.model, self._engine
+        state = "closed" if engine.readers.closed else f"{self._passes} passes so far"
+        return f"{type(model).__name__} from {model.name_or_path}, on {engine.device}, {state}\n{engine.plan}"
 
     def close(self) -> None:
         """Stop the stream, its threads and files. The model's streamed weights are gone from then on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from typing import Any
 
 import torch
@@ -30,8 +31,29 @@ def eagerly(forward: Any) -> Any:
     return disabled
 
 
+@functools.cache
+def _closing(kind: Any) -> Any:
+    """A model's class, of the same name, whose objects are context managers: `with` looks on the class for that."""
+
+    def __enter__(self: Any) -> Any:
+        return self
+
+    def __exit__(self: Any, *_: object) -> None:
+        self.lamina.close()
+
+    like = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return types.new_class(
+        kind.__name__, (kind,), exec_body=lambda body: body.update(like, __enter__=__enter__, __exit__=__exit__)
+    )
+
+
 def install(model: PreTrainedModel, engine: Engine) -> None:
-    """Have casts, moves, copies, loading a state dict and compiling answered with the stream in mind."""
+    """Have casts, moves, copies, loading a state dict and compiling answered with the stream in mind.
+
+    And `with model:` close the stream at its end.
+    """
+    kind: Any = type(model)
+    object.__setattr__(model, "__class__", _closing(kind))
     model._apply = in_place_of(model._apply, functools.partial(_apply, model, engine))
     loading = functools.partial(_load_from_state_dict, model, engine)
     model._load_from_state_dict = in_place_of(model._load_from_state_dict, loading)
