@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,6 +84,9 @@ def torch_dtype(entry: TensorEntry) -> torch.dtype:
     return TORCH_DTYPES[entry.dtype]
 
 
+_one_at_a_time = threading.RLock()  # transformers' loader sets the default dtype of all threads, and its own switches
+
+
 def load_config(request: Request) -> tuple[PreTrainedConfig, dict[str, Any]]:
     """The model's config, and the options that were not for it.
 
@@ -135,7 +139,7 @@ def build(request: Request, checkpoint: Checkpoint) -> PreTrainedModel:
     options["dtype"] = request.options.get("dtype") or request.options.get("torch_dtype") or "auto"
     options["ignore_mismatched_sizes"] = True  # transformers then names them; `_check` refuses
     generation = _generation_config(request)
-    with recording(functools.partial(_same_bytes, checkpoint)), silent():
+    with _one_at_a_time, recording(functools.partial(_same_bytes, checkpoint)), silent():
         try:
             model, info = model_class.from_pretrained(
                 None, config=config, state_dict=state, output_loading_info=True, generation_config=generation, **options

@@ -1,7 +1,7 @@
 """Tensors that stand for bytes on disk.
 
 A `DiskTensor` has the shape, dtype and device of a checkpoint tensor and no memory. While a `recording`
-is open, every operation on it is written down instead of computed, so that transformers' own loader,
+is open, every operation on one without a home is written down instead of computed, so that transformers' own loader,
 run on DiskTensors, tells where each parameter of the model comes from: renames, stacks, concatenations,
 splits and casts leave a parameter as a set of *boxes* (strided regions of checkpoint tensors); anything
 else leaves the recorded expression, which can be replayed on real data.
@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lamina.errors import StorageError, UnsupportedError
 
@@ -241,7 +241,7 @@ class DiskTensor(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if _recordings:
+        if _recordings and _being_built(args, kwargs):
             return _equal(args[0], args[1]) if func is aten.equal.default else _record(func, args, kwargs)
         if func is aten.detach.default or func is aten.alias.default:
             return args[0].seen()
@@ -310,6 +310,8 @@ def not_pickled() -> UnsupportedError:
 def recording(same: Callable[[str, str], bool] | None = None) -> Iterator[None]:
     """Within this block operations on DiskTensors are written down, in every thread.
 
+    Those that have a home are weights of a model that may be running in another thread: they are read as always.
+
     Args:
         same: whether two checkpoint tensors hold the same numbers; transformers asks before it ties weights.
     """
@@ -321,6 +323,12 @@ def recording(same: Callable[[str, str], bool] | None = None) -> Iterator[None]:
     finally:
         _recordings -= 1
         _same = before
+
+
+def _being_built(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation is one on tensors that belong to no model yet."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, DiskTensor)]
+    return not any(tensor.home is not None for tensor in tensors)
 
 
 def materialize(value: Any) -> Any:

@@ -81,6 +81,8 @@ class Lamina:
         self._seconds_in_passes = self._first_token = 0.0
         self._pass_began: float | None = None
         self._pass_of: int | None = None  # the thread
+        self._counting = threading.Lock()  # what several threads count together
+        self._generating_now = 0
         self._generate_began: float | None = None
         self._steps: deque[float] = deque(maxlen=REMEMBERED)  # seconds from the end of one pass to the next's
         self._expert_bytes = 0.0  # read in these steps
@@ -339,11 +341,17 @@ class Lamina:
 
     @contextmanager
     def _generating(self) -> Iterator[None]:
-        self._generate_began, self._last_end = time.perf_counter(), None
+        with self._counting:
+            if not self._generating_now:
+                self._generate_began, self._last_end = time.perf_counter(), None
+            self._generating_now += 1
         try:
             yield
         finally:
-            self._generate_began = self._last_end = None
+            with self._counting:
+                self._generating_now -= 1
+                if not self._generating_now:
+                    self._generate_began = self._last_end = None
 
     @contextmanager
     def a_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
@@ -429,14 +437,15 @@ class Lamina:
         experts = self._engine.experts.counts.nbytes if self._engine.experts is not None else 0
         self._seconds_in_passes += now - self._pass_began
         self._passes += 1
-        if self._generate_began is not None:
+        began, before = self._generate_began, self._last_end  # another thread's answer may end meanwhile
+        if began is not None:
             self._passes_in_generate += 1
-            if self._last_end is None:
-                self._first_token = now - self._generate_began
+            if before is None:
+                self._first_token = now - began
             else:
                 if len(self._steps) == REMEMBERED:
                     self._expert_bytes *= 1 - 1 / REMEMBERED
-                self._steps.append(now - self._last_end)
+                self._steps.append(now - before)
                 self._expert_bytes += experts - self._expert_bytes_before
         self._last_end, self._expert_bytes_before = now, experts
 

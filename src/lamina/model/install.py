@@ -58,6 +58,7 @@ def install(model: PreTrainedModel, engine: Engine) -> None:
     loading = functools.partial(_load_from_state_dict, model, engine)
     model._load_from_state_dict = in_place_of(model._load_from_state_dict, loading)
     model.share_memory = in_place_of(model.share_memory, functools.partial(_share_memory, model))
+    model.state_dict = in_place_of(model.state_dict, functools.partial(_state_dict, model, engine))
     model.compile = in_place_of(model.compile, functools.partial(_compile, model))
     model.__deepcopy__ = _copied
     model.__reduce_ex__ = _pickled
@@ -83,6 +84,12 @@ def _apply(model: Any, engine: Engine, fn: Any, recurse: bool = True) -> Any:
     if grown > 0:
         engine.spend(grown, without=())
     return type(model)._apply(model, fn, recurse)
+
+
+def _state_dict(model: Any, engine: Engine, *args: Any, **kwargs: Any) -> Any:
+    """`Module.state_dict`, between two passes: what a pass of another thread has bound is overwritten after it."""
+    with engine.lock:
+        return type(model).state_dict(model, *args, **kwargs)
 
 
 def _share_memory(model: Any) -> Any:
