@@ -7,6 +7,8 @@ line catches `LaminaError` once; everything else that escapes is a bug.
     ├── RequestError            the request is wrong: an argument, a model that does not exist
     │   ├── ModelNotFoundError
     │   ├── UnsupportedError    a right request that this version, device or package cannot serve
+    │   │   └── StorageError    a weight without memory of its own is asked for it; a NotImplementedError too
+    │   ├── TokenError          an id that is no row of the table it is looked up in; an IndexError too
     │   └── BudgetError         the memory is too small; carries `minimum_bytes`
     ├── CheckpointError         what is on disk is not a whole checkpoint
     │   ├── HeaderError         a safetensors header that cannot be trusted
@@ -36,6 +38,17 @@ class ModelNotFoundError(RequestError):
 
 class UnsupportedError(RequestError):
     """The request makes sense, but not with this version, device or set of packages."""
+
+
+class StorageError(UnsupportedError, NotImplementedError):
+    """A weight that streams or is packed has no memory of its own to be pointed at, shared or given another shape.
+
+    Also what torch raises for tensors without a storage, which libraries that only look for shared memory expect.
+    """
+
+
+class TokenError(RequestError, IndexError):
+    """An id that is no row of the table it is looked up in: a token outside of the vocabulary, a text too long."""
 
 
 class BudgetError(RequestError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import json
 import shutil
 from collections.abc import Iterator
@@ -292,7 +293,11 @@ def test_the_loss(model: PreTrainedModel, plain: PreTrainedModel) -> None:
 
 
 def test_it_is_the_models_own_class(model: PreTrainedModel, plain: PreTrainedModel) -> None:
-    assert type(model) is LlamaForCausalLM
+    assert isinstance(model, LlamaForCausalLM)
+    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+        assert getattr(type(model), name) == getattr(LlamaForCausalLM, name)
+    assert type(model).config_class is LlamaForCausalLM.config_class
+    assert inspect.signature(type(model).forward) == inspect.signature(LlamaForCausalLM.forward)
     assert (model.device, model.dtype) == (plain.device, plain.dtype)
     assert model.num_parameters() == plain.num_parameters()
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in plain.named_parameters()]
@@ -336,6 +341,30 @@ def test_what_lamina_tells(streamed: PreTrainedModel) -> None:
         assert stats.peak_rss_bytes > 0
         assert stats.memory_budget_bytes == plan.budget.memory_bytes
         assert stats.resident_bytes == plan.resident_bytes < plan.model_bytes
+
+
+def test_a_model_is_a_context_manager_that_closes_its_stream(folder: Path, plain: PreTrainedModel) -> None:
+    with streamed_model(folder, minimum_of(folder)) as model:
+        assert isinstance(model, LlamaForCausalLM) and model.lamina.plan.streams
+        _same(model, plain)
+    with pytest.raises(ClosedError):
+        model(IDS)
+    with pytest.raises(ZeroDivisionError), streamed_model(folder, minimum_of(folder)) as model:
+        raise ZeroDivisionError
+    assert "closed" in repr(model.lamina)
+    assert not hasattr(LlamaForCausalLM, "__enter__"), "transformers' own class was changed"
+
+
+def test_what_lamina_tells_is_read_at_a_glance(streamed: PreTrainedModel, folder: Path) -> None:
+    streamed.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    lamina = streamed.lamina
+    for told in (lamina.plan, lamina.stats, lamina):
+        assert repr(told) == str(told) and len(repr(told).splitlines()) <= 8
+        assert all(len(line) <= 200 for line in repr(told).splitlines())
+    assert repr(lamina).startswith(f"LlamaForCausalLM from {folder}, on cpu, 3 passes so far\nPlan: memory budget ")
+    assert (
+        "resident" in repr(lamina) and "streamed: " in repr(lamina) and "3 passes, 3 new tokens" in repr(lamina.stats)
+    )
 
 
 def test_new_tokens_of_a_batch(streamed: PreTrainedModel) -> None:
@@ -465,7 +494,7 @@ def test_code_of_the_checkpoint_is_not_run(copy: Path) -> None:
 def test_code_of_the_checkpoint_is_not_needed_for_a_known_model(copy: Path) -> None:
     _configure(copy, auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})
     with _opened(copy) as model:
-        assert type(model) is LlamaForCausalLM
+        assert isinstance(model, LlamaForCausalLM)
 
 
 def test_a_model_that_is_not_causal(copy: Path) -> None:

@@ -91,7 +91,7 @@ def test_mixtral_is_a_llama_with_experts(tmp_path: Path) -> None:
     write_tensors(path, "llama", values, as_llama_cpp(model.state_dict(), config))
     prompt = torch.arange(5, 17).view(2, 6)
     with torch.no_grad(), streamed_model(path, MEMORY, dtype=torch.float32).lamina as lamina:
-        assert type(lamina.model) is MixtralForCausalLM
+        assert isinstance(lamina.model, MixtralForCausalLM)
         assert_same_parameters(lamina.model, model)
         torch.testing.assert_close(lamina.model(prompt).logits, model(prompt).logits, rtol=1e-4, atol=1e-4)
 

@@ -36,10 +36,21 @@ class Speculation:
         record: what happened, for the statistics.
         exact: verify with the kernels of one row: the same bits as one token a pass.
         streamer: of the call.
+        turn: held while a draft computes. A draft beside a pass of another thread would have each of torch's products
+            wait for a core that the other one has, which takes many times as long as one after the other.
     """
 
-    def __init__(self, draft: Draft, pace: Pace, record: Record, exact: bool = False, streamer: Any = None) -> None:
+    def __init__(
+        self,
+        draft: Draft,
+        pace: Pace,
+        record: Record,
+        exact: bool = False,
+        streamer: Any = None,
+        turn: AbstractContextManager[Any] | None = None,
+    ) -> None:
         self.draft, self.pace, self.record, self.exact, self.streamer = draft, pace, record, exact, streamer
+        self.turn = turn or nullcontext()
 
     def __call__(
         self,
@@ -78,9 +89,10 @@ class Speculation:
         why = why_not_back(model, cache)
         if why is None and not text.done:
             internals.record_past(cache)
-            began = time.perf_counter()
-            why = self.draft.begin(text.tokens[:-1], cache)
-            self.record.began(time.perf_counter() - began)
+            with self.turn:
+                began = time.perf_counter()
+                why = self.draft.begin(text.tokens[:-1], cache)
+                self.record.began(time.perf_counter() - began)
         if why is not None:
             self.record.off(why)
         while not text.done:
@@ -120,10 +132,11 @@ class Speculation:
         if most < 1:
             self.record.paused += 1
             return Proposal(), 0.0
-        began = time.perf_counter()
         pick = Foreseen(text.processors, text.choice, text.ids, text.vocabulary)
-        proposal = self.draft.propose(text.tokens, most, self.pace.go_on, pick)
-        seconds = time.perf_counter() - began if proposal.tokens else 0.0
+        with self.turn:
+            began = time.perf_counter()
+            proposal = self.draft.propose(text.tokens, most, self.pace.go_on, pick)
+            seconds = time.perf_counter() - began if proposal.tokens else 0.0
         self.pace.times.saw_draft(len(proposal.tokens), seconds)
         end = next((i + 1 for i, token in enumerate(proposal.tokens) if token in text.ends), MOST_EVER)
         count = min(self.pace.worth(proposal.confidence), end)  # what follows the end of a text is not wanted

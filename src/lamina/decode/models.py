@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 from lamina.decode.draft import GoOn, Pick, Proposal
 from lamina.hf import internals
+from lamina.model.ids import vocabulary_rows
 
 
 def _chain(model: Any, cache: Any, ids: torch.Tensor, most: int, go_on: GoOn, pick: Pick) -> Proposal:
@@ -91,6 +92,8 @@ class ModelDraft:
         why = f"the draft {self.name} keeps a state that cannot forget what was not accepted"
         if internals.is_stateful(self.model):
             return why
+        if (unknown := self._unknown(prompt)) is not None:
+            return f"the draft {self.name} has no token {unknown}, which the text has"
         self._cache = DynamicCache(config=self.model.config)
         self._held = list(prompt)
         _pass(self.model, self._cache, torch.tensor([prompt], device=self.model.device))
@@ -103,12 +106,19 @@ class ModelDraft:
     def propose(self, text: list[int], most: int, go_on: GoOn, pick: Pick) -> Proposal:
         """See `Draft`."""
         same = _shared(self._held, text[:-1])
+        if self._unknown(text[same:]) is not None:
+            return Proposal()
         internals.crop(self._cache, len(self._held) - same)
         self._held = text[:-1]
         ids = torch.tensor([text[same:]], device=self.model.device)
         proposal = _chain(self.model, self._cache, ids, most, go_on, pick)
         self._held = [*text, *proposal.tokens[:-1]]
         return proposal
+
+    def _unknown(self, tokens: list[int]) -> int | None:
+        """One of these tokens that it has no row for: tables are padded to different numbers."""
+        rows = vocabulary_rows(self.model)
+        return None if rows is None else next((token for token in tokens if token >= rows), None)
 
 
 def _shared(a: list[int], b: list[int]) -> int:

@@ -116,7 +116,8 @@ class Speculator:
             draft, pace = self._draft(name, exact)
             self.record.on(name)
             request, streamer = door.taken_out(request)
-            return generate(**request, custom_generate=Speculation(draft, pace, self.record, exact, streamer))
+            turn = self._model.lamina.engine.lock
+            return generate(**request, custom_generate=Speculation(draft, pace, self.record, exact, streamer, turn))
         finally:
             self._free.release()
             if self.record.off_because is not None:

@@ -77,15 +77,19 @@ def batched_tokens(kwargs: Mapping[str, Any]) -> int:
     return int(indices.shape[-1]) if isinstance(indices, torch.Tensor) else 0
 
 
-def refuse_too_long(
-    manager: Any, too_long: Callable[[int, int], str], shortened: Callable[[int, int, int], None]
+def refuse_alone(
+    manager: Any,
+    wrong: Callable[[list[int]], Exception | None],
+    too_long: Callable[[int, int], str],
+    shortened: Callable[[int, int, int], None],
 ) -> None:
-    """Let a request that the cache of a continuous batch can never hold fail alone, and end one that would outgrow it.
+    """Let a request of a continuous batch that cannot be answered fail alone, and end one that would outgrow the cache.
 
-    transformers ends every request of the batch where one of them finds no room.
+    transformers ends every request of the batch where one of them is wrong or finds no room.
 
     Args:
         manager: of the batch, not started.
+        wrong: (tokens of a prompt) -> what is wrong with them, if anything is.
         too_long: (tokens of a prompt, tokens that the cache holds) -> what the request's error says.
         shortened: told (tokens of a prompt, tokens that were asked for, tokens that there is room for).
     """
@@ -106,6 +110,9 @@ def refuse_too_long(
             state = plain()
             if state is None or manager.batch_processor is None:
                 return state
+            if (error := wrong(state.initial_tokens)) is not None:
+                manager.output_router.fail_and_deliver(state, error)
+                continue
             prompt, left = len(state.initial_tokens), room() - len(state.initial_tokens)
             if left > 0:
                 if state._new_tokens_limit > left:

@@ -6,13 +6,14 @@ trace saw on them are answered block by block, as the blocks arrive; any other o
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
 
-from lamina.model.disk_tensor import DiskTensor, Home
+from lamina.model.disk_tensor import DiskTensor, Home, not_pickled, without_memory
 from lamina.model.guard import Guarded, without_gradient
 
 _SET_REQUIRES_GRAD = torch.Tensor.requires_grad.__set__  # type: ignore[attr-defined]
@@ -35,12 +36,14 @@ class Blocks(torch.Tensor):
     experts: int
     expert: Callable[[int], torch.Tensor] | None
     batched: Callable[[torch.Tensor], torch.Tensor] | None
+    __dlpack_c_exchange_api__ = None
 
     @staticmethod
     def __new__(cls, whole: DiskTensor, shape: torch.Size | None = None) -> Blocks:
         self: Blocks = torch.Tensor._make_wrapper_subclass(
             cls, whole.shape if shape is None else shape, dtype=whole.dtype, device=whole.device, requires_grad=False
         )
+        without_memory(self)
         self.whole, self.linear, self.experts, self.expert, self.batched = whole, None, 0, None, None
         return self
 
@@ -58,6 +61,14 @@ class Blocks(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Blocks(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        """A copy that is in memory."""
+        memo[id(self)] = copied = copy.deepcopy(self.whole, memo)
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise not_pickled()
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

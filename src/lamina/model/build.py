@@ -12,6 +12,7 @@ import copy
 import functools
 import logging
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -97,6 +98,9 @@ def torch_dtype(entry: TensorEntry) -> torch.dtype:
             f"which torch {torch.__version__} lacks"
         )
     return TORCH_DTYPES[entry.dtype]
+
+
+_one_at_a_time = threading.RLock()  # transformers' loader sets the default dtype of all threads, and its own switches
 
 
 def load_config(request: Request, tensors: int) -> tuple[PreTrainedConfig, dict[str, Any], str, Mapping[str, Any]]:
@@ -207,7 +211,8 @@ def _build(request: Request, checkpoint: Checkpoint, loading_info: dict[str, Any
     options["ignore_mismatched_sizes"] = True  # transformers then names them; `_check` refuses
     generation = _generation_config(request)
     unstored = Unstored(checkpoint.nbytes, where)
-    with recording(functools.partial(_same_bytes, checkpoint)), silent(), as_many_as(tensors, where), unstored:
+    recorded = recording(functools.partial(_same_bytes, checkpoint))
+    with _one_at_a_time, recorded, silent(), as_many_as(tensors, where), unstored:
         try:
             with blaming(where, fields, "building the model"):
                 model, info = model_class.from_pretrained(

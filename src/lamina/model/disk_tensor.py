@@ -1,7 +1,7 @@
 """Tensors that stand for bytes on disk.
 
 A `DiskTensor` has the shape, dtype and device of a checkpoint tensor and no memory. While a `recording`
-is open, every operation on it is written down instead of computed, so that transformers' own loader,
+is open, every operation on one without a home is written down instead of computed, so that transformers' own loader,
 run on DiskTensors, tells where each parameter of the model comes from: renames, stacks, concatenations,
 splits and casts leave a parameter as a set of *boxes* (strided regions of checkpoint tensors); anything
 else leaves the recorded expression, which can be replayed on real data.
@@ -23,9 +23,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from lamina.errors import UnsupportedError
+from lamina.errors import StorageError, UnsupportedError
 
 aten = torch.ops.aten
 _CPU = torch.device("cpu")
@@ -38,7 +38,16 @@ _IDENTITY = {
     aten.lift_fresh.default,
     aten._to_copy.default,
 }
-_LEAVING = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}  # torch, for other containers
+_LEAVING = frozenset(
+    {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__, torch.Tensor.__dlpack__}
+)  # torch, for other containers
+_POINTED = frozenset(
+    getattr(torch.Tensor, name)
+    for name in "data_ptr const_data_ptr storage untyped_storage _typed_storage _storage share_memory_ apply_ map_ "
+    "map2_ set_ resize resize_as".split()
+    if hasattr(torch.Tensor, name)
+)
+"""What asks for the memory of a tensor, or goes through it by pointers."""
 _SCALINGS = {aten.mul_.Tensor, aten.mul_.Scalar, aten.div_.Tensor, aten.div_.Scalar}
 SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _recordings = 0
@@ -162,6 +171,7 @@ class DiskTensor(torch.Tensor):
     boxes: tuple[Box, ...] | None
     cast_from: torch.dtype | None
     home: Home | None
+    __dlpack_c_exchange_api__ = None  # of torch.Tensor, it goes past `__dlpack__` to memory that is not there
 
     @staticmethod
     def __new__(
@@ -181,6 +191,7 @@ class DiskTensor(torch.Tensor):
             device=device,
             requires_grad=False,
         )
+        without_memory(self)
         self.expression, self.boxes, self.cast_from = expression, boxes, cast_from
         self.meta, self.home = meta, None
         return self
@@ -230,7 +241,7 @@ class DiskTensor(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if _recordings:
+        if _recordings and _being_built(args, kwargs):
             return _equal(args[0], args[1]) if func is aten.equal.default else _record(func, args, kwargs)
         if func is aten.detach.default or func is aten.alias.default:
             return args[0].seen()
@@ -250,6 +261,8 @@ class DiskTensor(torch.Tensor):
             if args[1] is not args[0]:
                 args[0].home.replace(args[1])
             return None
+        if func in _POINTED:
+            raise no_storage(func)
         if func in _LEAVING and isinstance(args[0], DiskTensor):
             return func(materialize(args[0]).requires_grad_(args[0].requires_grad), *args[1:], **(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
@@ -264,15 +277,40 @@ class DiskTensor(torch.Tensor):
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise UnsupportedError(
-            "a weight that streams cannot be pickled, nor saved with torch.save, which holds all of a model in memory: "
-            "model.save_pretrained(folder) writes it weight by weight"
-        )
+        raise not_pickled()
+
+
+def without_memory(tensor: torch.Tensor) -> None:
+    """Have C++ that asks for the data of a tensor told that there is none, where it would take address 0 for it."""
+    torch._C._set_throw_on_mutable_data_ptr(tensor)
+
+
+def no_storage(func: Any) -> StorageError:
+    """The error for what asks for the memory of a weight that has none of its own."""
+    return StorageError(
+        f"{getattr(func, '__name__', func)} needs the memory of a weight, and one that streams or is packed has none "
+        f"of its own: weight.clone() is a copy in memory, copy_ writes to it, model.save_pretrained(folder) saves it"
+    )
+
+
+def pointed(func: Any) -> bool:
+    """Whether a function of torch goes to the memory of a tensor, past every operation."""
+    return func in _POINTED
+
+
+def not_pickled() -> UnsupportedError:
+    """The error for pickling a weight."""
+    return UnsupportedError(
+        "a weight that streams cannot be pickled, nor saved with torch.save, which holds all of a model in memory: "
+        "model.save_pretrained(folder) writes it weight by weight"
+    )
 
 
 @contextmanager
 def recording(same: Callable[[str, str], bool] | None = None) -> Iterator[None]:
     """Within this block operations on DiskTensors are written down, in every thread.
+
+    Those that have a home are weights of a model that may be running in another thread: they are read as always.
 
     Args:
         same: whether two checkpoint tensors hold the same numbers; transformers asks before it ties weights.
@@ -285,6 +323,12 @@ def recording(same: Callable[[str, str], bool] | None = None) -> Iterator[None]:
     finally:
         _recordings -= 1
         _same = before
+
+
+def _being_built(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation is one on tensors that belong to no model yet."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, DiskTensor)]
+    return not any(tensor.home is not None for tensor in tensors)
 
 
 def materialize(value: Any) -> Any:
@@ -309,6 +353,8 @@ def write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], read: Callab
         read: gives the real tensor in place of one that stands for it; any other value as it is.
     """
     first = getattr(args[0], "home", None) if args else None
+    if torch.Tag.inplace_view in func.tags and func is not aten.detach_.default:
+        raise no_storage(func)
     if first is not None and func in _SCALINGS and isinstance(args[1], int | float) and first.scale(func, args[1]):
         return args[0]
     if first is not None and func is aten.copy_.default and getattr(args[1], "home", None) is first:

@@ -19,9 +19,21 @@ from torch.utils._pytree import tree_map
 from lamina.codec import ByRows, Quick, codec_for
 from lamina.errors import UnsupportedError
 from lamina.model.blocks import METADATA, is_number, linear_arguments
-from lamina.model.disk_tensor import SET_DATA, DiskTensor, Home, materialize, views, write
+from lamina.model.disk_tensor import (
+    SET_DATA,
+    DiskTensor,
+    Home,
+    materialize,
+    no_storage,
+    not_pickled,
+    pointed,
+    views,
+    without_memory,
+    write,
+)
 from lamina.model.even_rows import product
 from lamina.model.guard import PACKED, asking, refused
+from lamina.model.ids import check_ids
 from lamina.plan.cut import ROW_MULTIPLE
 from lamina.plan.schedule import Span
 
@@ -91,6 +103,7 @@ class Encoded(torch.Tensor):
     quick: bool = False
     home: Home | None = None  # of one that stays in memory: what is written to it goes there
     _one: _One | None = None
+    __dlpack_c_exchange_api__ = None
 
     @staticmethod
     def __new__(
@@ -106,11 +119,15 @@ class Encoded(torch.Tensor):
         self: Encoded = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=memory.device, requires_grad=False
         )
+        without_memory(self)
         self.memory, self.spans, self.scratch, self.whole, self.order = memory, spans, scratch, whole, order
         return self
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Encoded(shape={tuple(self.shape)}, dtype={self.dtype}, {self.memory.numel()} bytes)"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise not_pickled()
 
     def decode(self) -> torch.Tensor:
         """All of it, as a plain tensor."""
@@ -148,16 +165,19 @@ class Encoded(torch.Tensor):
             at += span.rows
         return out if self.order is None else out[..., self.order]
 
-    def gather(self, ids: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """Rows of a weight of two dimensions, of shape (*ids.shape, columns)."""
+    def look_up(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of a weight of two dimensions, of shape (*ids.shape, columns).
+
+        Raises:
+            TokenError: an id is no row of it.
+        """
+        check_ids(ids, self.shape[0], getattr(self.home, "name", "a packed table"))
         if self.whole is not None:
             return self.decode()[ids]
         unique, inverse = torch.unique(ids, return_inverse=True)
         wanted = (unique if self.order is None else self.order[unique]).tolist()
         out = torch.empty(len(wanted), self.shape[1], dtype=self.dtype, device=self.device)
         for place, row in enumerate(wanted):
-            if not 0 <= row < self.shape[0]:
-                raise IndexError(f"index {row} is out of range in a table of {self.shape[0]} rows")
             for span in self.spans:
                 if row < span.rows:
                     self._decode(span, row, 1, out[place : place + 1])
@@ -265,6 +285,8 @@ class Encoded(torch.Tensor):
         kwargs = kwargs or {}
         if func == SET_DATA and isinstance(args[0], Encoded):
             return args[0]._replace(args[1])
+        if pointed(func):
+            raise no_storage(func)
         if getattr(func, "__name__", "") == "__get__" or func in METADATA or func in KEPT or _mutates(func, kwargs):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -293,7 +315,7 @@ class Encoded(torch.Tensor):
         if func in (aten.detach.default, aten.alias.default):
             return args[0]._again()
         if func is aten.embedding.default and isinstance(args[0], Encoded) and not isinstance(args[1], Encoded):
-            return args[0].gather(args[1])
+            return args[0].look_up(args[1])
         if func._schema.is_mutable:
             return write(func, args, kwargs or {}, _decoded)
         if views(func) and isinstance(args[0], Encoded) and args[0].home is not None:

@@ -27,6 +27,7 @@ from lamina.model.encoded import Encoded, Scratch
 from lamina.model.even_rows import product
 from lamina.model.expert_hooks import ExpertHooks
 from lamina.model.guard import guarded
+from lamina.model.ids import OTHERS, TOKENS, check_ids
 from lamina.model.overrides import Home, Overrides
 from lamina.model.residents import AT_ONCE, load_residents
 from lamina.model.turn import Turn
@@ -345,13 +346,28 @@ class Engine:
         return bound.decode() if isinstance(bound, Encoded) else bound.detach()
 
     def rows(self, name: str, ids: torch.Tensor) -> torch.Tensor | None:
-        """Rows of a weight as it is now; None where only all of it can be had."""
+        """Rows of a weight as it is now; None where only all of it can be had.
+
+        Raises:
+            TokenError: an id is no row of it.
+        """
+        weight, bound = self.schedule[name], self.overrides.held.get(name, self._bound.get(name))
+        table = weight.shape if bound is None else bound.shape
+        if table:
+            check_ids(ids, table[0], name, lambda: TOKENS if self._looks_up_tokens(name) else OTHERS)
         if name in self.overrides.held:
             return self.overrides.held[name].detach()[ids]
-        weight, bound = self.schedule[name], self._bound.get(name)
         if bound is not None:
-            return bound.gather(ids) if isinstance(bound, Encoded) and bound.dim() == 2 else self.current(name)[ids]
+            return bound.look_up(ids) if isinstance(bound, Encoded) and bound.dim() == 2 else self.current(name)[ids]
         return self.gather(name, ids) if len(weight.shape) == 2 and weight.by_rows else None
+
+    def _looks_up_tokens(self, name: str) -> bool:
+        """Whether a weight stands in the module that the model's tokens go into."""
+        model = self._model()
+        with contextlib.suppress(NotImplementedError):
+            table = None if model is None else model.get_input_embeddings()
+            return any(module is table for module, _, _ in self._sites[name])
+        return False
 
     def part(self, name: str, first: int, count: int) -> torch.Tensor:
         """`count` indices of dimension 0 of a weight as it is now."""
@@ -388,7 +404,7 @@ class Engine:
                 at = place * row + piece.at
                 reads.append(Read(extent.file, extent.offset, extent.length, at, extent.length, False))
         self.readers.read(reads, area)
-        stored = area.tensor[: len(unique) * row].view(self._stored_dtype(weight)).view(len(unique), -1)
+        stored = area.tensor[: len(unique) * row].view(self._stored_dtype(weight)).view(len(unique), weight.shape[1])
         rows = self.overrides.arrived(name, stored.to(self.device, _dtype(weight)))
         return rows[inverse.to(self.device)]
 

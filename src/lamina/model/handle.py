@@ -19,14 +19,14 @@ import torch
 from torch.utils._pytree import tree_map
 from transformers import ContinuousBatchingConfig, PreTrainedModel
 
-from lamina.errors import BudgetError, CheckpointError, LaminaError, RequestError
+from lamina.errors import BudgetError, CheckpointError, LaminaError, RequestError, TokenError
 from lamina.fallbacks import Fallbacks, cause
 from lamina.hf.internals import (
     batched_tokens,
     cache_of,
     cached_tokens,
     managed_already,
-    refuse_too_long,
+    refuse_alone,
     when_stopped,
 )
 from lamina.model.batching import (
@@ -44,6 +44,7 @@ from lamina.model.batching import (
 from lamina.model.engine import Engine
 from lamina.model.even_rows import even_rows
 from lamina.model.guard import asking, refused
+from lamina.model.ids import check_ids, check_tokens, vocabulary_rows
 from lamina.model.install import eagerly, in_place_of, install
 from lamina.model.record import Record
 from lamina.model.stats import Stats
@@ -70,7 +71,7 @@ class Lamina:
         fallbacks: second ways that were taken, each with its reason.
         loading_info: what `output_loading_info=True` gives.
 
-    A context manager: `with model.lamina: ...` closes the stream at the end.
+    A context manager, as the model is: `with model.lamina: ...` closes the stream at the end.
     """
 
     def __init__(self, model: PreTrainedModel, engine: Engine, traced: Trace, load_seconds: float) -> None:
@@ -82,6 +83,8 @@ class Lamina:
         self._seconds_in_passes = self._first_token = 0.0
         self._pass_began: float | None = None
         self._pass_of: int | None = None  # the thread
+        self._counting = threading.Lock()  # what several threads count together
+        self._generating_now = 0
         self._generate_began: float | None = None
         self._steps: deque[float] = deque(maxlen=REMEMBERED)  # seconds from the end of one pass to the next's
         self._expert_bytes = 0.0  # read in these steps
@@ -153,6 +156,11 @@ class Lamina:
             read_retries=engine.readers.retries,
         )
 
+    def __repr__(self) -> str:
+        model, engine = self.model, self._engine
+        state = "closed" if engine.readers.closed else f"{self._passes} passes so far"
+        return f"{type(model).__name__} from {model.name_or_path}, on {engine.device}, {state}\n{engine.plan}"
+
     def close(self) -> None:
         """Stop the stream, its threads and files. The model's streamed weights are gone from then on."""
         self._engine.close()  # not by `_closer`: that one acts once, and Ctrl-C may have cut it short
@@ -195,6 +203,8 @@ class Lamina:
             with self.a_pass(args, kwargs):
                 out = type(module).forward(module, *args, **kwargs)
         except Exception as error:
+            if isinstance(error, IndexError):  # of a table in memory: torch names neither the id nor the table
+                check_tokens(self.model, args, kwargs, error)
             self._blame_config(error)
             raise
         if self._generate_began is None:
@@ -312,8 +322,17 @@ class Lamina:
 
         when_stopped(manager, forget)
         weakref.finalize(manager, forget)
-        refuse_too_long(manager, self._too_long, self._shortened)
+        refuse_alone(manager, self._wrong, self._too_long, self._shortened)
         return manager
+
+    def _wrong(self, prompt: list[int]) -> TokenError | None:
+        rows = vocabulary_rows(self.model)
+        try:
+            if rows is not None:
+                check_ids(torch.tensor(prompt, dtype=torch.int64), rows, "the table of token embeddings")
+        except TokenError as error:
+            return error
+        return None
 
     def _too_long(self, prompt: int, room: int) -> str:
         return (
@@ -375,11 +394,17 @@ class Lamina:
 
     @contextmanager
     def _generating(self) -> Iterator[None]:
-        self._generate_began, self._last_end = time.perf_counter(), None
+        with self._counting:
+            if not self._generating_now:
+                self._generate_began, self._last_end = time.perf_counter(), None
+            self._generating_now += 1
         try:
             yield
         finally:
-            self._generate_began = self._last_end = None
+            with self._counting:
+                self._generating_now -= 1
+                if not self._generating_now:
+                    self._generate_began = self._last_end = None
 
     @contextmanager
     def a_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
@@ -465,14 +490,15 @@ class Lamina:
         experts = self._engine.experts.counts.nbytes if self._engine.experts is not None else 0
         self._seconds_in_passes += now - self._pass_began
         self._passes += 1
-        if self._generate_began is not None:
+        began, before = self._generate_began, self._last_end  # another thread's answer may end meanwhile
+        if began is not None:
             self._passes_in_generate += 1
-            if self._last_end is None:
-                self._first_token = now - self._generate_began
+            if before is None:
+                self._first_token = now - began
             else:
                 if len(self._steps) == REMEMBERED:
                     self._expert_bytes *= 1 - 1 / REMEMBERED
-                self._steps.append(now - self._last_end)
+                self._steps.append(now - before)
                 self._expert_bytes += experts - self._expert_bytes_before
         self._last_end, self._expert_bytes_before = now, experts
 

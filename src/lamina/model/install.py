@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import types
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from lamina.errors import UnsupportedError
+from lamina.errors import StorageError, UnsupportedError
 from lamina.model.engine import Engine
 
 NO_GRAPH = "weights that stream, or may come to it, are other tensors in each pass"
@@ -30,11 +31,34 @@ def eagerly(forward: Any) -> Any:
     return disabled
 
 
+@functools.cache
+def _closing(kind: Any) -> Any:
+    """A model's class, of the same name, whose objects are context managers: `with` looks on the class for that."""
+
+    def __enter__(self: Any) -> Any:
+        return self
+
+    def __exit__(self: Any, *_: object) -> None:
+        self.lamina.close()
+
+    like = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return types.new_class(
+        kind.__name__, (kind,), exec_body=lambda body: body.update(like, __enter__=__enter__, __exit__=__exit__)
+    )
+
+
 def install(model: PreTrainedModel, engine: Engine) -> None:
-    """Have casts, moves, copies, loading a state dict and compiling answered with the stream in mind."""
+    """Have casts, moves, copies, loading a state dict and compiling answered with the stream in mind.
+
+    And `with model:` close the stream at its end.
+    """
+    kind: Any = type(model)
+    object.__setattr__(model, "__class__", _closing(kind))
     model._apply = in_place_of(model._apply, functools.partial(_apply, model, engine))
     loading = functools.partial(_load_from_state_dict, model, engine)
     model._load_from_state_dict = in_place_of(model._load_from_state_dict, loading)
+    model.share_memory = in_place_of(model.share_memory, functools.partial(_share_memory, model))
+    model.state_dict = in_place_of(model.state_dict, functools.partial(_state_dict, model, engine))
     model.compile = in_place_of(model.compile, functools.partial(_compile, model))
     model.__deepcopy__ = _copied
     model.__reduce_ex__ = _pickled
@@ -60,6 +84,26 @@ def _apply(model: Any, engine: Engine, fn: Any, recurse: bool = True) -> Any:
     if grown > 0:
         engine.spend(grown, without=())
     return type(model)._apply(model, fn, recurse)
+
+
+def _state_dict(model: Any, engine: Engine, *args: Any, **kwargs: Any) -> Any:
+    """`Module.state_dict`, between two passes: what a pass of another thread has bound is overwritten after it."""
+    with engine.lock:
+        return type(model).state_dict(model, *args, **kwargs)
+
+
+def _share_memory(model: Any) -> Any:
+    """`Module.share_memory`, refused before any weight has moved.
+
+    Raises:
+        StorageError: weights that stream or are packed have no memory that another process could see.
+    """
+    if any(getattr(parameter, "home", None) is not None for parameter in model.parameters()):
+        raise StorageError(
+            "share_memory needs every weight in memory, and some of this model's stream or are packed: load the model "
+            "in each process with a budget of its own, or give enough memory for all weights to stay"
+        )
+    return type(model).share_memory(model)
 
 
 def _keeps(fn: Any, parameter: torch.Tensor) -> bool:

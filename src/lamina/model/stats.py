@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lamina.sizes import format_size
+
 
 @dataclass(frozen=True)
 class Stats:
@@ -73,3 +75,24 @@ class Stats:
     draft_share_of_time: float
     fallbacks: tuple[str, ...] = ()
     read_retries: int = 0
+
+    def __repr__(self) -> str:
+        """What matters, in a few lines; `dataclasses.asdict` has all of it."""
+        size = format_size
+        lines = [
+            f"Stats: {self.passes} passes, {self.new_tokens} new tokens, {self.seconds_per_token:.3g} s a token, the "
+            f"first after {self.time_to_first_token_seconds:.3g} s, loaded in {self.load_seconds:.3g} s",
+            f"  read: {size(self.bytes_read)}, {size(self.bytes_read_per_pass)} in each pass, "
+            f"{size(self.read_bytes_per_second)}/s; waited {self.seconds_waiting_for_disk:.3g} s for the disk of "
+            f"{self.seconds_in_passes:.3g} s in passes",
+            f"  memory: at most {size(self.peak_rss_bytes)} of {size(self.memory_budget_bytes)}; "
+            f"{size(self.resident_bytes)} of {size(self.model_bytes)} of weights are resident",
+        ]
+        if self.experts_routed:
+            lines.append(f"  experts: {self.experts_routed} routed to, {self.expert_hits} of them in the cache")
+        if self.draft != "none":
+            taken = f"{self.accepted_tokens} of {self.drafted_tokens} drafted tokens accepted"
+            lines.append(f"  draft: {self.draft}, {taken} ({self.draft_reason})")
+        if self.read_retries:
+            lines.append(f"  reads: {self.read_retries} failed for a moment and were tried again")
+        return "\n".join([*lines, *(f"  fallback: {each}" for each in self.fallbacks)])

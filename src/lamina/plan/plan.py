@@ -9,6 +9,7 @@ from typing import Any
 from lamina.plan.cut import Item
 from lamina.plan.experts import Experts
 from lamina.plan.forecast import READ_OPERATIONS, Hardware, Work, seconds_per_token
+from lamina.sizes import format_size
 
 PLAIN_WINDOW = 192e6  # of the plan that is not made, where nothing would be encoded
 
@@ -112,6 +113,27 @@ class Plan:
     draft_reason: str = ""
     predicted_seconds_per_token_drafted: float | None = None
     fallbacks: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """What matters, in a few lines; `as_dict` has all of it."""
+        budget = self.budget
+        memory = format_size(budget.memory_bytes)
+        if budget.device_memory_bytes is not None:
+            memory += f" and {format_size(budget.device_memory_bytes)} on the device"
+        least, context = format_size(self.minimum_memory_bytes), budget.context_tokens
+        lines = [
+            f"Plan: memory budget {memory}, at least {least} for a context of {context} tokens",
+            f"  weights: {format_size(self.model_bytes)}, of which {format_size(self.resident_bytes)} are resident",
+        ]
+        if self.streams:
+            read, window = format_size(self.bytes_read_per_pass), format_size(self.ring_bytes)
+            lines.append(f"  streamed: {read} in each pass, {self.units} units through a ring of {window}")
+        if self.experts:
+            kept = f"{self.expert_slots:,} of {self.expert_count:,} in {format_size(self.expert_cache_bytes)}"
+            lines.append(f"  experts: read when they are routed to, {kept} kept")
+        drafted = f", draft {self.draft} ({self.draft_reason})" if self.draft != "none" else ""
+        lines.append(f"  expected: {self.predicted_seconds_per_token:.2g} s a token{drafted}")
+        return "\n".join([*lines, *(f"  fallback: {each}" for each in self.fallbacks)])
 
     @property
     def streams(self) -> bool:
