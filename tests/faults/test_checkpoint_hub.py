@@ -19,7 +19,6 @@ from lamina.errors import (
     HeaderError,
     LaminaError,
     MissingShardError,
-    MissingTensorError,
     ModelNotFoundError,
     RequestError,
     TruncatedError,
@@ -272,14 +271,12 @@ def test_remote_header_that_lies(hub: FakeHub) -> None:
     refusal(remote_headers, HeaderError)
 
 
-def test_remote_tensor_that_its_shard_does_not_hold(hub: FakeHub) -> None:
+def test_remote_index_that_is_older_than_its_files_is_read_as_a_local_one(hub: FakeHub) -> None:
     hub.add("org/model", {**SHARDED, "model-2.safetensors": to_bytes({"other": vector(1)})})
-    assert "'b'" in refusal(remote_headers, MissingTensorError)
-
-
-def test_remote_tensor_in_two_shards(hub: FakeHub) -> None:
+    assert {"a", "other"} <= set(remote_headers("org/model").tensors)
     hub.add("org/model", {**SHARDED, "model-2.safetensors": to_bytes({"a": vector(1), "b": vector(2)})})
-    assert "is both in model-1.safetensors and in model-2.safetensors" in refusal(remote_headers, CheckpointError)
+    (said,) = remote_headers("org/model").fallbacks
+    assert "tensor 'a' is in two files (model-1.safetensors and model-2.safetensors): model-1.safetensors is us" in said
 
 
 def test_remote_header_cut_short_is_asked_for_again(hub: FakeHub) -> None:

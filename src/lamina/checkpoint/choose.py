@@ -186,6 +186,13 @@ def parse_index(raw: bytes, name: str) -> dict[str, str]:
     return weight_map
 
 
+def index_dtype(raw: bytes, name: str) -> str:
+    """What the metadata of an index says the weights are, in torch's words; empty where it says nothing."""
+    metadata = parse_object(raw, name, CheckpointError).get("metadata")
+    stated = metadata.get("dtype") if isinstance(metadata, dict) else None
+    return stated if isinstance(stated, str) else ""
+
+
 def is_plain_name(name: str) -> bool:
     """Whether this can only be a file of the folder that names it."""
     return name.isprintable() and "/" not in name and "\\" not in name and name not in ("", ".", "..")

@@ -17,9 +17,10 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lamina.checkpoint.checkpoint import Checkpoint, merge_tensors
+from lamina.checkpoint.checkpoint import Checkpoint
 from lamina.checkpoint.extent import DTYPE_BYTES, Encoding, Extent, TensorEntry
 from lamina.checkpoint.header import Fingerprint, missing_file
+from lamina.checkpoint.shards import merge_tensors
 from lamina.checkpoint.strict import quote, refuse_other_content
 from lamina.errors import CheckpointError, HeaderError, MissingShardError, TruncatedError, UnsupportedError
 

@@ -178,8 +178,12 @@ def _found(prepared: Prepared, not_written: bool) -> tuple[Hardware, tuple[str, 
 
 
 def _fallbacks(prepared: Described, readers: Readers | None) -> tuple[str, ...]:
-    """Second ways of a model: in the trace, in decoding, in reading as far as was read."""
-    found = [*prepared.trace.fallbacks, *without_kernels(prepared.weights.schedule.weights.values())]
+    """Second ways of a model: in its files, in the trace, in decoding, in reading as far as was read."""
+    found = [
+        *prepared.there.fallbacks,
+        *prepared.trace.fallbacks,
+        *without_kernels(prepared.weights.schedule.weights.values()),
+    ]
     return (*found, *(readers.fallbacks if readers is not None else ()))
 
 

@@ -128,11 +128,11 @@ def build(request: Request, checkpoint: Checkpoint) -> PreTrainedModel:
     text = config.sub_configs.get("text_config")
     if text is not None and getattr(model_class, "config_class", None) is text:
         config = config.get_text_config()  # a text model out of a multimodal checkpoint, as AutoModelForCausalLM does
-    state = _state(request, checkpoint, config, quantization)
     options.pop("_from_auto", None)
     options.pop("torch_dtype", None)
     # the config took it in, but a text model's config is a part of it that does not know
-    options["dtype"] = request.options.get("dtype") or request.options.get("torch_dtype") or "auto"
+    options["dtype"] = _dtype(request, checkpoint, config)
+    state = _state(request, checkpoint, options["dtype"], quantization)
     options["ignore_mismatched_sizes"] = True  # transformers then names them; `_check` refuses
     generation = _generation_config(request)
     with recording(functools.partial(_same_bytes, checkpoint)), silent():
@@ -154,8 +154,18 @@ def build(request: Request, checkpoint: Checkpoint) -> PreTrainedModel:
     return model
 
 
+def _dtype(request: Request, checkpoint: Checkpoint, config: PreTrainedConfig) -> Any:
+    """What was asked for; else the config's; else that of the tensor by which transformers would judge the files."""
+    asked = request.options.get("dtype") or request.options.get("torch_dtype") or "auto"
+    if asked != "auto" or request.gguf is not None:
+        return asked
+    if (own := getattr(config, "dtype", None)) is not None:
+        return own
+    return TORCH_DTYPES.get(checkpoint.dtype or "", asked)
+
+
 def _state(
-    request: Request, checkpoint: Checkpoint, config: PreTrainedConfig, quantization: Mapping[str, Any] | None
+    request: Request, checkpoint: Checkpoint, dtype: Any, quantization: Mapping[str, Any] | None
 ) -> dict[str, DiskTensor]:
     """What transformers' loader gets for the checkpoint's tensors."""
     if request.gguf is not None:
@@ -165,10 +175,7 @@ def _state(
     }
     if quantization is None:
         return state
-    wanted = request.options.get("dtype") or request.options.get("torch_dtype") or "auto"
-    if wanted == "auto":
-        wanted = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    dtype = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     return unpacked_state(state, checkpoint, quantization, dtype if isinstance(dtype, torch.dtype) else None)
 
 
