@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from lamina.checkpoint.gguf_name import split_name
 from lamina.decode.speculator import (
     AUTO,
     LOOKUP,
@@ -178,6 +179,8 @@ class Drafting:
                 f"{self._model} has 4 bits a weight already: a copy of it would be no smaller; "
                 f"draft='lookup' or a smaller model can propose"
             )
+        if name != SELF and split_name(name)[1] is not None:
+            return self._other(name), False  # a GGUF file
         if self._is_there(name):
             return self._written(name), False
         if name == SELF:

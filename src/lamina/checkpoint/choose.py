@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Collection
 
+from lamina.checkpoint.gguf_name import ENDING, gguf_alone
 from lamina.checkpoint.strict import parse_object, quote, refuse_other_content
 from lamina.errors import CheckpointError, LaminaError, MissingShardError, RequestError, UnsupportedError
 
@@ -121,6 +122,8 @@ def _check_numbering(names: list[str], where: str) -> None:
 
 
 def _no_weights(names: Collection[str], where: str) -> LaminaError:
+    if any(name.lower().endswith(ENDING) for name in names):
+        return gguf_alone(names, where)
     for name in sorted(names):
         if form := other_format(name):
             return UnsupportedError(

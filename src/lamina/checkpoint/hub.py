@@ -15,6 +15,7 @@ from typing import Any
 
 from lamina.checkpoint.checkpoint import read_index
 from lamina.checkpoint.choose import check_subfolder, choose_weights, parse_index, small_files
+from lamina.checkpoint.gguf_name import gguf_alone, gguf_models, local_names
 from lamina.checkpoint.hub_errors import clear_errors
 from lamina.checkpoint.remote import remote_headers
 from lamina.checkpoint.repository import (
@@ -276,6 +277,8 @@ def _snapshot_in_cache(request: Request, why: str) -> str:
             "run once with the network, or give a folder"
         ) from None
     if not any(os.path.exists(os.path.join(folder, top, "config.json")) for top in ("", request.subfolder)):
+        if gguf_models(names := local_names(folder)):
+            raise gguf_alone(names, request.model)
         raise MissingShardError(f"{request.model} has no config.json in {folder}, and {why}: run once with the network")
     return folder
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lamina.checkpoint.choose import choose_weights
+from lamina.checkpoint.choose import PICKLED_ENDINGS, choose_weights
+from lamina.checkpoint.gguf_name import gguf_alone, gguf_models
 from lamina.checkpoint.hub_errors import first_line, is_unreachable, translate, transport_error
 from lamina.errors import CheckpointError, MissingShardError
 
@@ -76,6 +77,10 @@ def choose_remote(request: Request, listing: Listing) -> list[str]:
     names = [name[len(top) :] for name in listing.files if name.startswith(top) and "/" not in name[len(top) :]]
     # transformers cannot read Mistral's own layout, so a repository that has only this has no weights.
     names = [name for name in names if not name.startswith("consolidated")]
+    if not any(name.endswith((".safetensors", *PICKLED_ENDINGS)) for name in names):
+        files = [name for name in listing.files if name.startswith(top)]  # some keep each in a folder of its own
+        if gguf_models(files):
+            raise gguf_alone(files, request.model)
     return choose_weights(names, request.variant, f"{request.model}{'/' if top else ''}{top.rstrip('/')}")
 
 

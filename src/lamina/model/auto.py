@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from lamina.checkpoint import Checkpoint, open_checkpoint
 from lamina.checkpoint.gguf import find_gguf
-from lamina.errors import BudgetError, RequestError, UnsupportedError
+from lamina.checkpoint.gguf_name import choose_gguf, local_names, split_name
+from lamina.errors import BudgetError, RequestError
 from lamina.model.budget import SHORTEST_CONTEXT, default_context, make_budget
 from lamina.model.build import Request, build
 from lamina.model.engine import Engine
@@ -229,7 +230,8 @@ def describe_model(
             warnings.warn(f"{name} has no meaning here and is ignored", stacklevel=4)
     hub = {key: options[key] for key in HUB if options.get(key) is not None}
     variant = options.pop("variant", None)
-    if file := _gguf_file(str(model), hub, options.pop("gguf_file", None), progress, weights_wanted):
+    model, chosen = chosen_gguf(str(model), options.pop("gguf_file", None))
+    if file := _gguf_file(model, hub, chosen, progress, weights_wanted):
         gguf = load_gguf(file, {key: value for key, value in options.items() if key not in hub})
         request, checkpoint = Request(gguf.path, options, trust, gguf), gguf.checkpoint
     else:
@@ -304,20 +306,34 @@ def _open(
     return checkpoint.root, checkpoint
 
 
+def chosen_gguf(model: str, gguf_file: str | None) -> tuple[str, str | None]:
+    """The model alone, and which GGUF file of it was asked for, either way.
+
+    Raises:
+        RequestError: both ways, and not the same.
+    """
+    model, chosen = split_name(model)
+    if chosen and gguf_file and chosen != gguf_file:
+        raise RequestError(f"{model}:{chosen} and gguf_file={gguf_file!r} name two GGUF files: give one")
+    return model, chosen or gguf_file
+
+
 def _gguf_file(
     model: str, hub: Mapping[str, Any], name: str | None, progress: Progress | None, wanted: bool
 ) -> str | None:
-    """The GGUF file that is meant: named by itself, by `gguf_file`, or the only weights of a folder."""
+    """The GGUF file that is meant: named by itself, by `gguf_file` or its own name's end, or the only weights there."""
     subfolder = hub.get("subfolder", "")
     if name is None:
         return find_gguf(os.path.join(model, subfolder) if subfolder else model)
     if _is_local(model):
-        return os.path.join(os.path.expanduser(model), subfolder, name)
-    if not wanted:
-        raise UnsupportedError(f"a GGUF file is planned from its own header: download {name} of {model} first")
+        root = os.path.join(os.path.expanduser(model), subfolder)
+        path = os.path.join(root, name)
+        return path if os.path.isfile(path) else os.path.join(root, choose_gguf(local_names(root), name, model))
+    from lamina.checkpoint.hub import local_path
     from lamina.checkpoint.hub_gguf import locate_gguf
 
-    return locate_gguf(model, name, progress=progress, **hub)
+    local_path(model)  # says what is wrong with one that can only be a path
+    return locate_gguf(model, name, progress=progress, wanted=wanted, **hub)
 
 
 def _is_local(model: str) -> bool:
