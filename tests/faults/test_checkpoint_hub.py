@@ -168,7 +168,7 @@ def test_repository_of_another_format_is_refused_before_the_download(
     hub: FakeHub, face: Callable[..., object], name: str
 ) -> None:
     hub.add("org/model", {**CONFIG, name: bytes(1000)})
-    assert "cannot be streamed yet" in refusal(face, UnsupportedError)
+    assert name in refusal(face, UnsupportedError)
     assert hub.files_served() == []
 
 
@@ -180,8 +180,31 @@ def test_pickles_have_no_headers_to_plan_from(hub: FakeHub) -> None:
 
 @pytest.mark.parametrize("face", [locate, remote_headers])
 def test_repository_without_weights(hub: FakeHub, face: Callable[..., object]) -> None:
-    hub.add("org/model", {**CONFIG, "consolidated.safetensors": b"in a layout that transformers does not read"})
+    hub.add("org/model", {**CONFIG, "README.md": b""})
     assert "there are no weights in org/model" in refusal(face, CheckpointError)
+
+
+@pytest.mark.parametrize("face", [locate, remote_headers])
+@pytest.mark.parametrize(
+    ("files", "error", "line"),
+    [
+        ({"consolidated.safetensors": b""}, UnsupportedError, "org/model has Mistral's own layout alone"),
+        ({"original/consolidated.00.pth": b"", "consolidated.00.pth": b""}, UnsupportedError, "Meta's own layout"),
+        ({"fp16/model.safetensors": b"", "fp16/config.json": b"{}"}, CheckpointError, "such as subfolder='fp16'"),
+        ({"tf_model.h5": b""}, UnsupportedError, "holds no weights but tf_model.h5, which is TensorFlow weights"),
+        (
+            {"adapter_model.safetensors": b"", "adapter_config.json": b'{"base_model_name_or_path": "org/base"}'},
+            UnsupportedError,
+            "org/model holds an adapter for org/base, not a model: give the model that it belongs to, Auto",
+        ),
+    ],
+)
+def test_repository_of_something_else_says_what_to_do(
+    hub: FakeHub, face: Callable[..., object], files: dict[str, bytes], error: type[LaminaError], line: str
+) -> None:
+    hub.add("org/model", files)
+    assert line in refusal(face, error)
+    assert not any(name.endswith((".safetensors", ".pth", ".h5")) for name in hub.fetched())
 
 
 @pytest.mark.parametrize("face", [locate, remote_headers])

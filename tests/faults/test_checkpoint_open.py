@@ -78,17 +78,24 @@ def test_folder_without_weights(tmp_path: Path) -> None:
     assert "it needs model.safetensors" in refusal(tmp_path, CheckpointError)
 
 
-@pytest.mark.parametrize("name", ["model.ckpt", "tf_model.h5", "m.Q4_K_M.gguf"])
+FORMS = {
+    "model.ckpt": "a PyTorch pickle under another ending: give it the ending .bin",
+    "tf_model.h5": r"TensorFlow weights: transformers 4 reads it",
+    "flax_model.msgpack": "Flax weights: transformers 4 reads it",
+    "model.onnx": "an ONNX graph: take the safetensors or GGUF",
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
 def test_folder_of_another_format(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"")
-    line = refusal(tmp_path, UnsupportedError)
-    assert name in line and "cannot be streamed yet: convert" in line
+    assert f"holds no weights but {name}, which is {FORMS[name]}" in refusal(tmp_path, UnsupportedError)
+    assert f"{name} is {FORMS[name]}" in refusal(tmp_path / name, UnsupportedError)
 
 
-@pytest.mark.parametrize("name", ["m.gguf", "model.ckpt"])
-def test_file_of_another_format(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"")
-    assert "cannot be streamed yet" in refusal(tmp_path / name, UnsupportedError)
+def test_folder_of_gguf_files(tmp_path: Path) -> None:
+    (tmp_path / "m.Q4_K_M.gguf").write_bytes(b"")
+    assert f"as in `lamina run {tmp_path}:m.Q4_K_M.gguf`" in refusal(tmp_path, UnsupportedError)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00001.bin", "last.pth", "last.pt"])

@@ -157,3 +157,8 @@ def test_a_cache_without_any_says_so(hub: FakeHub) -> None:
     for choice in ("a.gguf", "Q8_0"):
         with pytest.raises(MissingShardError, match=rf"{choice} of me/m is not in the cache, and this run may not use"):
             locate_gguf("me/m", choice, local_files_only=True)
+    locate_gguf("me/m", "a.gguf")
+    with pytest.raises(
+        MissingShardError, match=r"in the cache, me/m has no file 'b\.gguf': .*; and this run may not use"
+    ):
+        locate_gguf("me/m", "b.gguf", local_files_only=True)

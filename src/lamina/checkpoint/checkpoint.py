@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,11 +18,19 @@ from lamina.checkpoint.choose import (
     choose_weights,
     index_dtype,
     is_pickled,
-    other_format,
     parse_index,
 )
 from lamina.checkpoint.extent import TensorEntry
 from lamina.checkpoint.header import MAX_HEADER_BYTES, Fingerprint, missing_file, read_header_and_fingerprint
+from lamina.checkpoint.mistaken import (
+    ADAPTER_CONFIG,
+    adapter_alone,
+    folder_inside,
+    in_parts,
+    is_archive,
+    lone_adapter,
+    other_format,
+)
 from lamina.checkpoint.shards import judged_dtype, merge_indexed, merge_tensors
 from lamina.checkpoint.store import (
     MANIFEST,
@@ -128,7 +137,14 @@ def open_checkpoint(
         return _open_store(root, variant)
     if is_partial(names):
         raise partial_store(root)
-    chosen = choose_weights(names, variant, root)
+    if adapter_alone(names):
+        raise lone_adapter(root, _small_file(os.path.join(root, ADAPTER_CONFIG)))
+    try:
+        chosen = choose_weights(names, variant, root)
+    except CheckpointError as error:
+        if type(error) is CheckpointError and (inside := folder_inside(root)) is not None:
+            raise CheckpointError(f"there are no weights in {root}: {inside}") from None
+        raise
     if chosen[0].endswith(".json"):
         return _open_indexed(root, chosen[0], names, read_pickled)
     return _open_shards(root, chosen, read_pickled)
@@ -157,8 +173,28 @@ def _open_file(path: str, read_pickled: FileReader | None) -> Checkpoint:
     if name.endswith((INDEX_ENDING, PICKLED_INDEX_ENDING)):
         return _open_indexed(root, name, _list_folder(root), read_pickled)
     if form := other_format(name):
-        raise UnsupportedError(f"{path} holds {form}, which cannot be streamed yet: convert it to safetensors")
+        raise UnsupportedError(f"{path} is {form}")
+    if name.lower().endswith(".gguf"):
+        raise UnsupportedError(f"{path} is a GGUF file: lamina.checkpoint.gguf.open_gguf reads it")
+    if is_archive(name):
+        raise UnsupportedError(f"{path} is an archive: unpack it, and give the folder that comes out")
+    if (known := in_parts([name, *_beside(root, name)], root)) is not None:
+        raise known
     raise UnsupportedError(f"{path} is no weights file: give the folder of a model, or a .safetensors file")
+
+
+def _beside(root: str, name: str) -> list[str]:
+    """The files that may be parts of the same one."""
+    stem = re.split(r"\.(?:part|split)|[.-]\d+$", name)[0]
+    return [each for each in _list_folder(root) if each.startswith(stem)]
+
+
+def _small_file(path: str) -> bytes | None:
+    try:
+        with open(path, "rb") as handle:
+            return handle.read(MAX_HEADER_BYTES)
+    except OSError:
+        return None
 
 
 def _list_folder(root: str) -> list[str]:
@@ -192,7 +228,7 @@ def _open_shards(
     read = {}
     for file in (os.path.join(root, name) for name in names):
         if is_pickled(file) and read_pickled is None:
-            raise UnsupportedError(f"{file} is a PyTorch pickle, which cannot be read here: convert it to safetensors")
+            raise UnsupportedError(f"{file} is a PyTorch pickle, which cannot be read here: pass read_pickled")
         reader = read_pickled if is_pickled(file) and read_pickled is not None else read_header_and_fingerprint
         read[file] = reader(file)
     shards = [found for found, _ in read.values()]

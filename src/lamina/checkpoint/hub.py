@@ -17,6 +17,7 @@ from lamina.checkpoint.checkpoint import read_index
 from lamina.checkpoint.choose import check_subfolder, choose_weights, parse_index, small_files
 from lamina.checkpoint.gguf_name import gguf_alone, gguf_models, local_names
 from lamina.checkpoint.hub_errors import clear_errors
+from lamina.checkpoint.mistaken import lone_adapter
 from lamina.checkpoint.remote import remote_headers
 from lamina.checkpoint.repository import (
     OFFLINE,
@@ -24,6 +25,7 @@ from lamina.checkpoint.repository import (
     RemoteFile,
     Request,
     Token,
+    adapter_of,
     check_listed,
     choose_remote,
     in_subfolder,
@@ -140,6 +142,11 @@ def _can_only_be_a_path(name: str) -> bool:
 
 
 def _download(request: Request, listing: Listing, progress: Progress | None) -> str:
+    if lone := adapter_of(request, listing):
+        with clear_errors(request.model, request.revision):
+            folder = _fetch_small(request, listing, [lone])
+        with open(os.path.join(folder, lone), "rb") as file:
+            raise lone_adapter(request.model, file.read())
     chosen = choose_remote(request, listing)
     with clear_errors(request.model, request.revision):
         indexes = [name for name in chosen if name.endswith(".json")]

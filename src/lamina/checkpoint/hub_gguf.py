@@ -10,7 +10,7 @@ from lamina.checkpoint.gguf_name import choose_gguf, local_names, part_names
 from lamina.checkpoint.hub import Progress, download_files, remember_commit
 from lamina.checkpoint.hub_errors import clear_errors
 from lamina.checkpoint.repository import OFFLINE, Listing, Request, Token, in_subfolder, list_repository
-from lamina.errors import MissingShardError, UnsupportedError
+from lamina.errors import MissingShardError, RequestError, UnsupportedError
 
 
 def locate_gguf(
@@ -47,7 +47,11 @@ def locate_gguf(
         why, there = listing or OFFLINE, _cached_names(request)
         if not there:
             raise MissingShardError(f"{name} of {model} is not in the cache, and {why}: run with the network")
-        return _in_cache(request, part_names(_chosen(request, there, name)), why)
+        try:
+            chosen = _chosen(request, there, name)
+        except RequestError as error:
+            raise MissingShardError(f"in the cache, {error}; and {why}") from None
+        return _in_cache(request, part_names(chosen), why)
     names = part_names(_chosen(request, listing.files, name))
     if missing := next((each for each in names if each not in listing.files), None):
         raise MissingShardError(f"{name} of {model} needs {missing}, which the repository does not have")

@@ -11,10 +11,12 @@ from lamina.checkpoint.choose import check_subfolder, index_dtype, is_pickled, p
 from lamina.checkpoint.extent import TensorEntry
 from lamina.checkpoint.header import MAX_HEADER_BYTES, PREFIX_BYTES, header_length, parse_header
 from lamina.checkpoint.hub_errors import clear_errors, transport_error
+from lamina.checkpoint.mistaken import ADAPTER_CONFIG, lone_adapter
 from lamina.checkpoint.repository import (
     Listing,
     Request,
     Token,
+    adapter_of,
     check_listed,
     choose_remote,
     in_subfolder,
@@ -56,6 +58,8 @@ def remote_headers(
         weight_map: dict[str, str] = {}
         fallbacks: tuple[str, ...] = ()
         stated = ""
+        if adapter_of(request, listing):
+            raise lone_adapter(model, _whole_file(request, listing, ADAPTER_CONFIG))
         files = choose_remote(request, listing)
         if files[0].endswith(".json"):
             index = files[0]

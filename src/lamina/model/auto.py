@@ -20,6 +20,7 @@ from lamina.checkpoint import Checkpoint, open_checkpoint
 from lamina.checkpoint.gguf import find_gguf
 from lamina.checkpoint.gguf_name import choose_gguf, local_names, split_name
 from lamina.errors import BudgetError, RequestError
+from lamina.model.adapter import refuse_adapter
 from lamina.model.budget import SHORTEST_CONTEXT, default_context, make_budget
 from lamina.model.build import Request, build
 from lamina.model.engine import Engine
@@ -235,7 +236,9 @@ def describe_model(
         gguf = load_gguf(file, {key: value for key, value in options.items() if key not in hub})
         request, checkpoint = Request(gguf.path, options, trust, gguf), gguf.checkpoint
     else:
-        folder, checkpoint = _open(str(model), hub, variant, trust, progress, weights_wanted)
+        folder, checkpoint = _open(model, hub, variant, trust, progress, weights_wanted)
+        if said := refuse_adapter(os.path.join(folder, hub.get("subfolder", "")), model):
+            checkpoint = dataclasses.replace(checkpoint, fallbacks=(*checkpoint.fallbacks, said))
         request = Request(folder, options, trust)
     built = build(request, checkpoint)
     traced = trace(built)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from lamina.checkpoint import Checkpoint, TensorEntry
+from lamina.checkpoint.mistaken import why_unreadable
 from lamina.errors import CheckpointError, MissingTensorError, RequestError, UnsupportedError
 from lamina.model.disk_tensor import DiskTensor, recording
 from lamina.model.quantized import check_decoded, take_quantization, unpacked_state
@@ -49,6 +52,13 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "F8_E8M0": torch.float8_e8m0fnu,
 }
 COMPARED_BYTES = 4 << 20  # at once, of two weights that may be one
+WRAPPERS = {  # what begins the names of tensors that were saved out of a wrapper
+    "module.": "torch's DataParallel",
+    "_orig_mod.": "torch.compile",
+    "base_model.model.": "PEFT",
+    "_fsdp_wrapped_module.": "FSDP",
+    "_forward_module.": "Lightning",
+}
 HUB_KEYS = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download", "proxies")
 
 
@@ -104,6 +114,8 @@ def load_config(request: Request) -> tuple[PreTrainedConfig, dict[str, Any]]:
         folder = os.path.join(request.folder, request.options.get("subfolder") or "")
         if not os.path.isfile(os.path.join(folder, "config.json")):
             raise CheckpointError(f"no config.json in {folder}: fetch it, it belongs beside the weights") from error
+        if why := why_unreadable(os.path.join(folder, "config.json")):
+            raise CheckpointError(why) from error
         if "trust_remote_code" in text:
             raise RequestError(
                 f"the model in {request.folder} brings its own code: read it, then pass trust_remote_code=True"
@@ -145,7 +157,7 @@ def build(request: Request, checkpoint: Checkpoint) -> PreTrainedModel:
             if "unexpected keyword argument" in text:
                 raise RequestError(f"neither Lamina nor {model_class.__name__} knows this option: {text}") from error
             raise CheckpointError(f"transformers cannot build {request.folder}: {text[:300]}") from error
-    _check(info, checkpoint)
+    _check(info, checkpoint, state)
     if quantization is not None:
         check_decoded(model, checkpoint.root)
     model.config.name_or_path = model.name_or_path = request.folder
@@ -220,7 +232,7 @@ def _generation_config(request: Request) -> GenerationConfig | None:
         return None
 
 
-def _check(info: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+def _check(info: Mapping[str, Any], checkpoint: Checkpoint, names: Iterable[str]) -> None:
     where = checkpoint.root
     mismatched = sorted(info["mismatched_keys"], key=str)
     if mismatched:
@@ -234,8 +246,31 @@ def _check(info: Mapping[str, Any], checkpoint: Checkpoint) -> None:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise MissingTensorError(
             f"the model wants tensor {missing[0]!r}{more}, which no file of {where} holds: "
-            f"the checkpoint is incomplete or of another model"
+            + (_renamed(missing, names) or "the checkpoint is incomplete or of another model")
         )
+
+
+def _renamed(missing: Sequence[str], names: Iterable[str]) -> str | None:
+    """What to do where what is missing is there, under names with a common beginning more, or less."""
+    held, wanted = set(names), set(missing)
+    more = Counter(name[: -len(end)] for name in held for end in _ends(name) if end in wanted)
+    for prefix, _ in more.most_common(1):
+        if all(name.startswith(prefix) for name in held):
+            why = next((f", which {by} adds" for start, by in WRAPPERS.items() if prefix.startswith(start)), "")
+            mapping = {f"^{re.escape(prefix)}": ""}
+            renaming = f"from_pretrained(..., key_mapping={mapping!r}) takes it off"
+            return f"all names there begin with {prefix!r}{why}: {renaming}"
+    less = Counter(name[: -len(end)] for name in missing for end in _ends(name) if end in held)
+    for prefix, count in less.most_common(1):
+        if 2 * count > len(missing):
+            return f"the names there lack the beginning {prefix!r}: from_pretrained(..., key_mapping=...) renames them"
+    return None
+
+
+def _ends(name: str) -> list[str]:
+    """`b.c` and `c` of `a.b.c`."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(1, len(parts))]
 
 
 @contextmanager

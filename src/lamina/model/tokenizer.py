@@ -9,9 +9,14 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from lamina.checkpoint.mistaken import unreadable_in
 from lamina.errors import RequestError
 
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))  # the first there counts
+FILES = (
+    *("tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model"),
+    *("special_tokens_map.json", "added_tokens.json", "config.json"),
+)
 TIMES_ITS_FILE = 16
 
 
@@ -83,7 +88,9 @@ def load_tokenizer(folder: str, trust_remote_code: bool, **options: Any) -> PreT
             folder, trust_remote_code=trust_remote_code, **options
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        text = " ".join(str(error).split())
+        text = unreadable_in(os.path.join(folder, options.get("subfolder") or ""), FILES) or " ".join(
+            str(error).split()
+        )
         raise RequestError(
             f"no usable tokenizer in {folder}: {text[:200]}; pass token ids instead (--prompt-ids on the command line)"
         ) from error

@@ -12,6 +12,7 @@ from typing import Any
 import lamina
 from lamina.checkpoint import open_checkpoint
 from lamina.checkpoint.choose import INDEX_FILE, small_files
+from lamina.checkpoint.mistaken import ADAPTER_CONFIG
 from lamina.checkpoint.shards import STATED
 from lamina.checkpoint.store import JOURNAL, MANIFEST, PLAIN, Manifest, ManifestFile, manifest_text, read_manifest
 from lamina.errors import ChangedError, CheckpointError, RequestError
@@ -157,7 +158,7 @@ class Work:
 def copy_small_files(root: str, folder: str, trust_remote_code: bool) -> None:
     """Config, generation config, tokenizer and chat templates as they are; never a manifest."""
     for name in small_files(_names(root), "", trust_remote_code):
-        if name == MANIFEST:
+        if name in (MANIFEST, ADAPTER_CONFIG):  # an adapter's weights are not copied either
             continue
         target = os.path.join(folder, name)
         with refusals(target):
