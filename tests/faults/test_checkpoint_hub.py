@@ -302,6 +302,16 @@ def test_remote_index_that_is_older_than_its_files_is_read_as_a_local_one(hub: F
     assert "tensor 'a' is in two files (model-1.safetensors and model-2.safetensors): model-1.safetensors is us" in said
 
 
+def test_remote_headers_speak_for_the_dtype_as_local_ones(hub: FakeHub) -> None:
+    files = {"z": ("F32", [1], bytes(4)), "b": ("BF16", [1], bytes(2)), "a": ("I8", [1], bytes(1))}
+    hub.add("org/model", {**CONFIG, "model.safetensors": to_bytes(files)})
+    assert remote_headers("org/model").dtype == "BF16"
+    index = {"metadata": {"dtype": "float16"}, "weight_map": dict.fromkeys(files, "one.safetensors")}
+    sharded = {"one.safetensors": to_bytes(files), "model.safetensors.index.json": json.dumps(index).encode()}
+    hub.add("org/model", {**CONFIG, **sharded})
+    assert remote_headers("org/model").dtype == "F16"
+
+
 def test_remote_header_cut_short_is_asked_for_again(hub: FakeHub) -> None:
     hub.knows_ranges = False
     hub.add("org/model", SINGLE)

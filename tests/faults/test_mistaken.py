@@ -58,6 +58,8 @@ def refusal(path: Path, error: type[LaminaError]) -> str:
         (["model.safetensors.incomplete"], CheckpointError, "a download that has not ended"),
         (["model-00001-of-00002.safetensors.aria2"], CheckpointError, "a download that has not ended"),
         (["model.zip", "README.md"], UnsupportedError, "holds model.zip alone: unpack it"),
+        (["model.safetensors.gz"], UnsupportedError, "holds model.safetensors.gz alone: unpack it"),
+        (["m.gguf.aa"], MissingShardError, "holds m.gguf.aa, one part of m.gguf: fetch the others"),
         (["model.tar.gz"], UnsupportedError, "holds model.tar.gz alone: unpack it"),
         (["adapter_model.safetensors"], UnsupportedError, "holds an adapter, not a model: give the model that it bel"),
         (["adapter_model.bin", "training_args.bin"], UnsupportedError, "holds an adapter, not a model"),

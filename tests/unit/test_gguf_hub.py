@@ -116,6 +116,10 @@ def test_one_of_a_folder_runs(tmp_path: Path) -> None:
         plan_model(str(tmp_path))
     for name in ("F16", "m-F16.gguf"):
         assert plan_model(f"{tmp_path}:{name}").model_bytes == plan_model(str(tmp_path / "m-F16.gguf")).model_bytes
+    assert plan_model(f"{tmp_path}:F16", draft=f"{tmp_path}:Q8_0").draft == f"{tmp_path}:Q8_0"
+    assert "made of a GGUF file" in plan_model(f"{tmp_path}:F16").draft_reason
+    with pytest.raises(UnsupportedError, match="no copy in 4 bits is made of a GGUF file"):
+        plan_model(f"{tmp_path}:F16", draft="self")
     with pytest.raises(RequestError, match="has no GGUF file for 'Q2_K': name one"):
         plan_model(f"{tmp_path}:Q2_K")
     for call in (split, AutoModel.from_pretrained):

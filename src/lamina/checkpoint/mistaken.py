@@ -28,7 +28,7 @@ _OTHER_FORMATS = {
     ".npz": ("NumPy or MLX weights", "take the safetensors or GGUF of the same model"),
     ".nemo": ("a NeMo archive", "convert it with NeMo's export to Hugging Face"),
 }
-_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.zst", ".7z", ".rar", ".gz", ".zst")
+_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.zst", ".7z", ".rar", ".gz", ".xz", ".bz2", ".zst")
 _UNFINISHED = (".incomplete", ".aria2", ".crdownload", ".download", ".part", ".partial", ".tmp", "!qb")
 _WEIGHTS = r"\.(?:safetensors|gguf|bin|pth|pt)"
 _PART = re.compile(
@@ -71,7 +71,7 @@ def instead_of_weights(names: Collection[str], where: str) -> LaminaError | None
 
 def in_parts(names: Collection[str], where: str) -> LaminaError | None:
     """A weight file that was cut into parts, or whose download has not ended."""
-    parts = {name: match for name in names if (match := _PART.fullmatch(name))}
+    parts = {name: match for name in names if (match := _PART.fullmatch(name)) and not is_archive(name)}
     if parts:
         whole = min(match["whole"] for match in parts.values())
         parts = {name: match for name, match in parts.items() if match["whole"] == whole}
@@ -84,6 +84,10 @@ def in_parts(names: Collection[str], where: str) -> LaminaError | None:
                     f"{where} holds {whole} in {count} parts, of which part {missing[0]} is missing: fetch it, then "
                     "join them"
                 )
+        if len(parts) == 1 and not counts:
+            return MissingShardError(
+                f"{where} holds {next(iter(parts))}, one part of {whole}: fetch the others, then join them in order"
+            )
         return _to_be_joined(sorted(parts, key=_in_order), whole, where)
     pieces = sorted(name for name in names if _PIECE.fullmatch(name))
     if len(pieces) > 1:
