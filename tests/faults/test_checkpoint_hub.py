@@ -190,7 +190,11 @@ def test_repository_without_weights(hub: FakeHub, face: Callable[..., object]) -
     [
         ({"consolidated.safetensors": b""}, UnsupportedError, "org/model has Mistral's own layout alone"),
         ({"original/consolidated.00.pth": b"", "consolidated.00.pth": b""}, UnsupportedError, "Meta's own layout"),
-        ({"fp16/model.safetensors": b"", "fp16/config.json": b"{}"}, CheckpointError, "such as subfolder='fp16'"),
+        (
+            {"fp16/model.safetensors": b"", "fp16/config.json": b"{}"},
+            CheckpointError,
+            "such as from_pretrained(..., subfolder='fp16')",
+        ),
         ({"tf_model.h5": b""}, UnsupportedError, "holds no weights but tf_model.h5, which is TensorFlow weights"),
         (
             {"adapter_model.safetensors": b"", "adapter_config.json": b'{"base_model_name_or_path": "org/base"}'},

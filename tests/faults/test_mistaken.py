@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from families import write_tiny
 from lamina import AutoModel, FallbackWarning, plan_model
 from lamina.checkpoint import open_checkpoint
+from lamina.checkpoint.choose import choose_weights
 from lamina.errors import (
     CheckpointError,
     LaminaError,
@@ -135,14 +137,15 @@ def test_an_adapter_beside_its_model_is_not_passed_over(tmp_path: Path, monkeypa
         assert torch.equal(model(IDS).logits, wanted)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 @pytest.mark.parametrize(
-    ("prefix", "who"),
+    ("family", "prefix", "who"),
     [
-        ("module.", "torch's DataParallel"),
-        ("_orig_mod.", "torch.compile"),
-        ("base_model.model.", "PEFT"),
-        ("model.net.", None),
+        ("llama", "module.", "torch's DataParallel"),
+        ("llama", "_orig_mod.", "torch.compile"),
+        ("llama", "base_model.model.", "PEFT"),
+        ("llama", "model.net.", None),
+        ("gpt2", "module.", "torch's DataParallel"),  # whose head is tied
+        ("mixtral", "module.", "torch's DataParallel"),  # whose experts are merged
     ],
 )
 def test_names_that_all_begin_with_something_more(family: str, prefix: str, who: str | None, tmp_path: Path) -> None:
@@ -204,3 +207,33 @@ def test_a_vocabulary_that_is_a_pointer_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(POINTER)
     with pytest.raises(RequestError, match=r"tokenizer\.model is a Git LFS pointer"):
         load_tokenizer(str(tmp_path), False)
+
+
+PIECES = [
+    *(
+        "model",
+        "pytorch_model",
+        "consolidated",
+        "adapter_model",
+        "x",
+        "aa",
+        "-00001-of-00002",
+        "-00002-of-00003",
+        ".00",
+    ),
+    *(".safetensors", ".bin", ".pth", ".gguf", ".part", "1of2", "1", ".index.json", ".zip", ".fp16", ".", "-", ".tmp"),
+]
+
+
+def test_any_names_in_a_folder_are_a_choice_or_one_line() -> None:
+    chance, lines = random.Random(5), set()
+    for _ in range(4000):
+        names = ["".join(chance.choices(PIECES, k=chance.randrange(1, 5))) for _ in range(chance.randrange(4))]
+        names += chance.sample(["config.json", "params.json", "adapter_config.json"], chance.randrange(3))
+        try:
+            chosen = choose_weights(names, chance.choice([None, None, "fp16"]), "m")
+            assert chosen and set(chosen) <= set(names)
+        except LaminaError as error:
+            assert "\n" not in str(error)
+            lines.add(type(error))
+    assert lines == {UnsupportedError, CheckpointError, MissingShardError, RequestError}

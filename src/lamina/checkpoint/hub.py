@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import logging
 import os
 import shutil
 import threading
@@ -190,14 +191,25 @@ def _fetch_small(request: Request, listing: Listing, also: Iterable[str]) -> str
 def _snapshot(request: Request, revision: str | None, names: Iterable[str], counter: _Counter) -> str:
     from huggingface_hub import snapshot_download
 
-    return snapshot_download(
-        request.model,
-        revision=revision,
-        cache_dir=request.cache_dir,
-        token=request.token,
-        allow_patterns=[glob.escape(name) for name in names],
-        tqdm_class=_silent_bar(counter),
-    )
+    patterns = [glob.escape(name) for name in names]
+    log = logging.getLogger("huggingface_hub._snapshot_download")
+    if not patterns:
+        log.addFilter(_no_match_is_meant)
+    try:
+        return snapshot_download(
+            request.model,
+            revision=revision,
+            cache_dir=request.cache_dir,
+            token=request.token,
+            allow_patterns=patterns,
+            tqdm_class=_silent_bar(counter),
+        )
+    finally:
+        log.removeFilter(_no_match_is_meant)
+
+
+def _no_match_is_meant(record: logging.LogRecord) -> bool:
+    return "No files matched" not in record.getMessage()
 
 
 class _Counter:

@@ -96,7 +96,7 @@ def choose_remote(request: Request, listing: Listing) -> list[str]:
         if inside := sorted({name.rpartition("/")[0] for name in files if name.endswith(ends)}):
             raise CheckpointError(
                 f"there are no weights in {where} but in folders of it ({', '.join(inside[:4])}): name one, such as "
-                f"subfolder={inside[0]!r}"
+                f"from_pretrained(..., subfolder={inside[0]!r})"
             )
     return choose_weights(own, request.variant, where)
 
