@@ -151,6 +151,19 @@ def test_what_a_stale_index_loads_is_what_plain_transformers_loads(tmp_path: Pat
         assert len(streamed.lamina.stats.fallbacks) == 1
 
 
+def test_a_needed_tensor_that_its_shard_lacks_is_named_with_the_shard(tmp_path: Path) -> None:
+    model = Sharded(tmp_path)
+    name = min(model.held[_file(1)])
+    model.held[_file(1)].remove(name)
+    model.write(_file(1))
+    folder = model.save()
+    line = (
+        rf"the model wants tensor '{name}', which no file of .* holds: the index promises '{name}' in {_file(1)}, which"
+    )
+    with pytest.raises(MissingTensorError, match=line):
+        build(Request(str(folder), {}), open_checkpoint(folder))
+
+
 def test_a_shard_that_is_missing_is_missed_even_where_nobody_needs_it(tmp_path: Path) -> None:
     model = Sharded(tmp_path)
     model.index["nobody.needs.this"] = "model-00009-of-00009.safetensors"

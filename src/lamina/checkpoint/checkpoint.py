@@ -67,6 +67,7 @@ class Checkpoint:
         row_orders: for tensors whose rows a file holds in another order: row i of the tensor is its row `order[i]`.
         dtype: what a model is computed in whose config does not say: see `judged_dtype`. None where nothing tells.
         fallbacks: what had to be decided because the files do not agree.
+        absent: tensors that the index promises and no file holds, with the file that it names. Not all are needed.
     """
 
     root: str
@@ -76,6 +77,7 @@ class Checkpoint:
     row_orders: Mapping[str, Sequence[int]] = field(default_factory=dict)
     dtype: str | None = None
     fallbacks: tuple[str, ...] = ()
+    absent: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def nbytes(self) -> int:
@@ -247,7 +249,8 @@ def _open_indexed(root: str, index: str, names: list[str], read_pickled: FileRea
         others = f" (and {len(missing) - 1} more of {len(shards)})" if len(missing) > 1 else ""
         raise MissingShardError(f"{index} needs {missing[0]}{others}: {missing_file(os.path.join(root, missing[0]))}")
     merge = functools.partial(merge_indexed, weight_map=weight_map, index=index)
-    return _open_shards(root, shards, read_pickled, merge, index_dtype(raw, index))
+    opened = _open_shards(root, shards, read_pickled, merge, index_dtype(raw, index))
+    return replace(opened, absent={name: file for name, file in weight_map.items() if name not in opened.tensors})
 
 
 def _is_broken_link(root: str, name: str) -> bool:

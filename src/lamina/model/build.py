@@ -244,10 +244,11 @@ def _check(info: Mapping[str, Any], checkpoint: Checkpoint, names: Iterable[str]
     missing = sorted(info["missing_keys"])
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise MissingTensorError(
-            f"the model wants tensor {missing[0]!r}{more}, which no file of {where} holds: "
-            + (_renamed(missing, names) or "the checkpoint is incomplete or of another model")
-        )
+        why = _renamed(missing, names) or "the checkpoint is incomplete or of another model"
+        if promised := next((name for name in missing if name in checkpoint.absent), None):
+            file = checkpoint.absent[promised]
+            why = f"the index promises {promised!r} in {file}, which is damaged or of another model: fetch both again"
+        raise MissingTensorError(f"the model wants tensor {missing[0]!r}{more}, which no file of {where} holds: {why}")
 
 
 def _renamed(missing: Sequence[str], names: Iterable[str]) -> str | None:
