@@ -20,6 +20,7 @@ from lamina import AutoModel, FallbackWarning
 from lamina.checkpoint import open_checkpoint
 from lamina.errors import CheckpointError, MissingShardError, MissingTensorError
 from lamina.model.build import Request, build
+from lamina.store import split
 
 INDEX = "model.safetensors.index.json"
 SHARDS = 3
@@ -149,6 +150,9 @@ def test_what_a_stale_index_loads_is_what_plain_transformers_loads(tmp_path: Pat
         ids = torch.arange(3, 12)[None]
         assert torch.equal(streamed(ids).logits, plain(ids).logits)
         assert len(streamed.lamina.stats.fallbacks) == 1
+    with pytest.warns(FallbackWarning, match="is in two files"):
+        store = split(folder, to=tmp_path / "store").folder
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(store)(ids).logits, plain(ids).logits)
 
 
 def test_a_needed_tensor_that_its_shard_lacks_is_named_with_the_shard(tmp_path: Path) -> None:

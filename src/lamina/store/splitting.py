@@ -12,6 +12,7 @@ from lamina.checkpoint import metadata_folder
 from lamina.checkpoint.gguf_name import split_name
 from lamina.checkpoint.store import PLAIN, Manifest, check_compression
 from lamina.errors import LaminaError, UnsupportedError
+from lamina.fallbacks import Fallbacks
 from lamina.store.files import Progress
 from lamina.store.original import IN_CACHE, Deletion, delete_original_files
 from lamina.store.place import check_place, default_folder
@@ -108,6 +109,7 @@ def split(
     if manifest is None or not is_whole(folder):
         source = open_source(model, trust_remote_code=trust_remote_code, variant=variant, progress=progress, **hub)
         check_place(folder, source.checkpoint.root)
+        Fallbacks().say(source.checkpoint.fallbacks)
         manifest, kept = Work(folder, compression, source, trust_remote_code, progress, announce).run()
     else:
         kept = len(manifest.files) - 1
