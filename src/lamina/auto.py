@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 import lamina.model
 from lamina.decode.speculator import AUTO, NONE, draft_name
 from lamina.drafting import SOURCE, Drafting, announced
-from lamina.errors import RequestError
+from lamina.errors import RequestError, UnsupportedError
 from lamina.model.arguments import ordinarily
-from lamina.model.auto import Encode
+from lamina.model.auto import Encode, chosen_gguf
 from lamina.model.install import in_place_of
 from lamina.plan.plan import Plan
 from lamina.store import as_if_split, default_folder, is_store_of, split
@@ -57,7 +57,9 @@ class AutoModel:
         """A transformers model whose weights stay on disk as far as the memory does not hold them.
 
         Args:
-            model: hub id, local folder, one `.safetensors` file in a folder with its config, or a `.gguf` file.
+            model: hub id, local folder, one `.safetensors` file in a folder with its config, or a `.gguf` file. One of
+                several GGUF files of a folder or hub id is `org/model:file.gguf`, or by a part of its name
+                `org/model:Q4_K_M`; `gguf_file=` says the same.
             memory: most resident memory of the process, in bytes or as text ("4GB", "4GiB"). Default: 90% of
                 what is free, seen through cgroup limits.
             device_memory: the same for the accelerator.
@@ -103,9 +105,10 @@ class AutoModel:
             transformers_kwargs.setdefault("token", hf_token)
         transformers_kwargs, device = lamina.model.taken(transformers_kwargs, device)
         told = bool(transformers_kwargs.pop("output_loading_info", False))
+        stored = compression is not None or layer_shards_saving_path is not None or delete_original
+        model = _gguf_named(model, transformers_kwargs, stored)
         source = {key: transformers_kwargs[key] for key in SOURCE if transformers_kwargs.get(key) is not None}
         drafting = Drafting(draft, model, source, transformers_kwargs, (memory, device_memory, context), progress)
-        stored = compression is not None or layer_shards_saving_path is not None or delete_original
         stored = stored and not is_store_of(model, compression or PLAIN)
         asked: dict[str, Any] = {"memory": memory, "device_memory": device_memory, "device": device, "context": context}
         asked |= {"progress": progress, "beside": drafting.beside}
@@ -163,6 +166,7 @@ def plan_model(
     model = _named(model)
     transformers_kwargs, device = lamina.model.taken(transformers_kwargs, device)
     transformers_kwargs.pop("output_loading_info", None)
+    model = _gguf_named(model, transformers_kwargs, compression is not None)
     source = {key: transformers_kwargs[key] for key in SOURCE if transformers_kwargs.get(key) is not None}
     drafting = Drafting(draft, model, source, transformers_kwargs, (memory, device_memory, context), progress, False)
     folder, encode = _as_it_will_be(model, compression, source)
@@ -188,6 +192,24 @@ def bench_model(model: str, *, draft: str | None = None, **request: Any) -> dict
     """
     draft = NONE if draft_name(draft) == AUTO else draft
     return lamina.model.bench_model(model, load=AutoModel.from_pretrained, draft=draft, **request)
+
+
+def _gguf_named(model: str, options: dict[str, Any], stored: bool) -> str:
+    """The model without the GGUF file that its name ends with, which is put among the options.
+
+    Raises:
+        UnsupportedError: a store of it is asked for.
+    """
+    model, chosen = chosen_gguf(str(model), options.pop("gguf_file", None))
+    if chosen is None:
+        return model
+    if stored:
+        raise UnsupportedError(
+            f"{chosen} of {model} is small already and streams as it is: leave compression, layer_shards_saving_path "
+            "and delete_original out"
+        )
+    options["gguf_file"] = chosen
+    return model
 
 
 def _as_it_will_be(

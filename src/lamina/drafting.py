@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from lamina.checkpoint.gguf_name import ENDING, split_name
 from lamina.decode.speculator import (
     AUTO,
     LOOKUP,
@@ -86,6 +87,7 @@ class Drafting:
         self._companion: Companion | None = None
         self._target: Described | None = None
         self.writes = False
+        self._is_gguf = options.get("gguf_file") is not None or model.lower().endswith(ENDING)
         if self.wanted == AUTO:
             self._find_copy()
         elif self.wanted not in (NONE, LOOKUP):
@@ -144,6 +146,9 @@ class Drafting:
     def _find_copy(self) -> None:
         """A copy in 4 bits where there is one already; it is nobody's wish to have one written."""
         self.chosen, self.reason = LOOKUP, "no copy of the model in 4 bits is there: draft='self' writes one"
+        if self._is_gguf:  # a store beside it is of other weights
+            self.reason = "no copy in 4 bits is made of a GGUF file"
+            return
         try:
             if self._is_there(SELF):
                 self._companion, _ = self._describe(SELF)
@@ -173,11 +178,17 @@ class Drafting:
 
     def _describe(self, name: str) -> tuple[Companion, bool]:
         """The model of a draft as it is or as it will be, and whether a store of it is to be written for that."""
+        if name == SELF and self._is_gguf:
+            raise UnsupportedError(
+                "no copy in 4 bits is made of a GGUF file: draft='lookup' or a smaller model can propose"
+            )
         if name == SELF and is_store_of(self._model, COPY):
             raise UnsupportedError(
                 f"{self._model} has 4 bits a weight already: a copy of it would be no smaller; "
                 f"draft='lookup' or a smaller model can propose"
             )
+        if name != SELF and split_name(name)[1] is not None:
+            return self._other(name), False  # a GGUF file
         if self._is_there(name):
             return self._written(name), False
         if name == SELF:

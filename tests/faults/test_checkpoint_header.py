@@ -253,7 +253,9 @@ def test_gguf_under_another_name(path: Path) -> None:
 
 
 def test_pickle_under_another_name(path: Path) -> None:
-    assert "PyTorch pickle" in file_refusal(path, b"PK\x03\x04" + bytes(64), UnsupportedError)
+    assert "if torch.save wrote it, give it the ending .bin" in file_refusal(
+        path, b"PK\x03\x04" + bytes(64), UnsupportedError
+    )
 
 
 def test_no_such_file(path: Path) -> None:

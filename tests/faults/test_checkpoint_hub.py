@@ -19,7 +19,6 @@ from lamina.errors import (
     HeaderError,
     LaminaError,
     MissingShardError,
-    MissingTensorError,
     ModelNotFoundError,
     RequestError,
     TruncatedError,
@@ -169,7 +168,7 @@ def test_repository_of_another_format_is_refused_before_the_download(
     hub: FakeHub, face: Callable[..., object], name: str
 ) -> None:
     hub.add("org/model", {**CONFIG, name: bytes(1000)})
-    assert "cannot be streamed yet" in refusal(face, UnsupportedError)
+    assert name in refusal(face, UnsupportedError)
     assert hub.files_served() == []
 
 
@@ -181,8 +180,35 @@ def test_pickles_have_no_headers_to_plan_from(hub: FakeHub) -> None:
 
 @pytest.mark.parametrize("face", [locate, remote_headers])
 def test_repository_without_weights(hub: FakeHub, face: Callable[..., object]) -> None:
-    hub.add("org/model", {**CONFIG, "consolidated.safetensors": b"in a layout that transformers does not read"})
+    hub.add("org/model", {**CONFIG, "README.md": b""})
     assert "there are no weights in org/model" in refusal(face, CheckpointError)
+
+
+@pytest.mark.parametrize("face", [locate, remote_headers])
+@pytest.mark.parametrize(
+    ("files", "error", "line"),
+    [
+        ({"consolidated.safetensors": b""}, UnsupportedError, "org/model has Mistral's own layout alone"),
+        ({"original/consolidated.00.pth": b"", "consolidated.00.pth": b""}, UnsupportedError, "Meta's own layout"),
+        (
+            {"fp16/model.safetensors": b"", "fp16/config.json": b"{}"},
+            CheckpointError,
+            "such as from_pretrained(..., subfolder='fp16')",
+        ),
+        ({"tf_model.h5": b""}, UnsupportedError, "holds no weights but tf_model.h5, which is TensorFlow weights"),
+        (
+            {"adapter_model.safetensors": b"", "adapter_config.json": b'{"base_model_name_or_path": "org/base"}'},
+            UnsupportedError,
+            "org/model holds an adapter for org/base, not a model: give the model that it belongs to, Auto",
+        ),
+    ],
+)
+def test_repository_of_something_else_says_what_to_do(
+    hub: FakeHub, face: Callable[..., object], files: dict[str, bytes], error: type[LaminaError], line: str
+) -> None:
+    hub.add("org/model", files)
+    assert line in refusal(face, error)
+    assert not any(name.endswith((".safetensors", ".pth", ".h5")) for name in hub.fetched())
 
 
 @pytest.mark.parametrize("face", [locate, remote_headers])
@@ -272,14 +298,22 @@ def test_remote_header_that_lies(hub: FakeHub) -> None:
     refusal(remote_headers, HeaderError)
 
 
-def test_remote_tensor_that_its_shard_does_not_hold(hub: FakeHub) -> None:
+def test_remote_index_that_is_older_than_its_files_is_read_as_a_local_one(hub: FakeHub) -> None:
     hub.add("org/model", {**SHARDED, "model-2.safetensors": to_bytes({"other": vector(1)})})
-    assert "'b'" in refusal(remote_headers, MissingTensorError)
-
-
-def test_remote_tensor_in_two_shards(hub: FakeHub) -> None:
+    assert {"a", "other"} <= set(remote_headers("org/model").tensors)
     hub.add("org/model", {**SHARDED, "model-2.safetensors": to_bytes({"a": vector(1), "b": vector(2)})})
-    assert "is both in model-1.safetensors and in model-2.safetensors" in refusal(remote_headers, CheckpointError)
+    (said,) = remote_headers("org/model").fallbacks
+    assert "tensor 'a' is in two files (model-1.safetensors and model-2.safetensors): model-1.safetensors is us" in said
+
+
+def test_remote_headers_speak_for_the_dtype_as_local_ones(hub: FakeHub) -> None:
+    files = {"z": ("F32", [1], bytes(4)), "b": ("BF16", [1], bytes(2)), "a": ("I8", [1], bytes(1))}
+    hub.add("org/model", {**CONFIG, "model.safetensors": to_bytes(files)})
+    assert remote_headers("org/model").dtype == "BF16"
+    index = {"metadata": {"dtype": "float16"}, "weight_map": dict.fromkeys(files, "one.safetensors")}
+    sharded = {"one.safetensors": to_bytes(files), "model.safetensors.index.json": json.dumps(index).encode()}
+    hub.add("org/model", {**CONFIG, **sharded})
+    assert remote_headers("org/model").dtype == "F16"
 
 
 def test_remote_header_cut_short_is_asked_for_again(hub: FakeHub) -> None:

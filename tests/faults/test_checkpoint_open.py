@@ -15,7 +15,6 @@ from lamina.errors import (
     HeaderError,
     LaminaError,
     MissingShardError,
-    MissingTensorError,
     ModelNotFoundError,
     RequestError,
     TruncatedError,
@@ -79,17 +78,24 @@ def test_folder_without_weights(tmp_path: Path) -> None:
     assert "it needs model.safetensors" in refusal(tmp_path, CheckpointError)
 
 
-@pytest.mark.parametrize("name", ["model.ckpt", "tf_model.h5", "m.Q4_K_M.gguf"])
+FORMS = {
+    "model.ckpt": "a PyTorch pickle under another ending: give it the ending .bin",
+    "tf_model.h5": r"TensorFlow weights: transformers 4 reads it",
+    "flax_model.msgpack": "Flax weights: transformers 4 reads it",
+    "model.onnx": "an ONNX graph: take the safetensors or GGUF",
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
 def test_folder_of_another_format(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"")
-    line = refusal(tmp_path, UnsupportedError)
-    assert name in line and "cannot be streamed yet: convert" in line
+    assert f"holds no weights but {name}, which is {FORMS[name]}" in refusal(tmp_path, UnsupportedError)
+    assert f"{name} is {FORMS[name]}" in refusal(tmp_path / name, UnsupportedError)
 
 
-@pytest.mark.parametrize("name", ["m.gguf", "model.ckpt"])
-def test_file_of_another_format(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"")
-    assert "cannot be streamed yet" in refusal(tmp_path / name, UnsupportedError)
+def test_folder_of_gguf_files(tmp_path: Path) -> None:
+    (tmp_path / "m.Q4_K_M.gguf").write_bytes(b"")
+    assert f"as in `lamina run {tmp_path}:m.Q4_K_M.gguf`" in refusal(tmp_path, UnsupportedError)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00001.bin", "last.pth", "last.pt"])
@@ -223,25 +229,40 @@ def test_shards_of_an_absurd_number(tmp_path: Path) -> None:
     assert "lacks model-00002-of-999999.safetensors" in refusal(tmp_path, MissingShardError)
 
 
-def test_tensor_that_its_shard_does_not_hold(tmp_path: Path) -> None:
+def test_tensor_that_no_shard_holds_is_none_of_the_checkpoint(tmp_path: Path) -> None:
     write_sharded(tmp_path, SHARDS)
     write(tmp_path / "model-00002-of-00003.safetensors", {"other": vector(2)})
-    line = refusal(tmp_path, MissingTensorError)
-    assert "tensor 'b' is in model-00002-of-00003.safetensors, which does not hold it" in line
+    assert set(open_checkpoint(tmp_path).tensors) == {"a", "other", "c"}
 
 
 def test_tensor_in_another_shard_than_the_index_says(tmp_path: Path) -> None:
     write_sharded(tmp_path, SHARDS)
     weight_map = {"a": "model-00002-of-00003.safetensors", "b": "model-00001-of-00003.safetensors"}
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    refusal(tmp_path, MissingTensorError)
+    assert {name: Path(e.extent.file).name for name, e in open_checkpoint(tmp_path).tensors.items()} == {
+        "a": "model-00001-of-00003.safetensors",
+        "b": "model-00002-of-00003.safetensors",
+    }
 
 
-def test_tensor_in_two_shards(tmp_path: Path) -> None:
+@pytest.mark.parametrize("chosen", [1, 2, None])
+def test_tensor_in_two_shards_is_the_one_of_the_index_else_the_last(tmp_path: Path, chosen: int | None) -> None:
     write_sharded(tmp_path, SHARDS)
+    write(tmp_path / "model-00001-of-00003.safetensors", {"a": vector(1), "d": vector(1)})
     write(tmp_path / "model-00002-of-00003.safetensors", {"b": vector(2), "a": vector(1)})
-    line = refusal(tmp_path, CheckpointError)
-    assert "tensor 'a' is both in model-00001-of-00003.safetensors and in model-00002-of-00003.safetensors" in line
+    weight_map = {name: file for file, own in SHARDS.items() for name in own}
+    weight_map["d"] = "model-00001-of-00003.safetensors"
+    weight_map["a"] = f"model-0000{chosen}-of-00003.safetensors"
+    if chosen is None:
+        del weight_map["a"]
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    opened = open_checkpoint(tmp_path)
+    used = f"model-0000{chosen or 2}-of-00003.safetensors"
+    assert Path(opened.tensors["a"].extent.file).name == used
+    (said,) = opened.fallbacks
+    both = "model-00001-of-00003.safetensors and model-00002-of-00003.safetensors"
+    why = "the last, for" if chosen is None else "as"
+    assert said.startswith(f"tensor 'a' is in two files ({both}): {used} is used, {why} {INDEX}")
 
 
 def test_tensor_in_two_loose_files(tmp_path: Path) -> None:

@@ -122,6 +122,7 @@ def test_every_option_reaches_from_pretrained_under_its_own_name(run: Run, libra
         "dtype": "float32",
         "attn_implementation": "eager",
         "revision": "v1",
+        "gguf_file": "a.gguf",
         "cache_dir": "/c",
         "token": "t",
     }

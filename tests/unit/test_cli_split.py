@@ -92,9 +92,9 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_split_writes_the_folder_to_stdout_and_the_summary_to_stderr(run: Run, store: Store) -> None:
-    result = run("split", "m", "--compression", "4bit", "--to", "d", "--delete-original", "--revision", "v1")
+    result = run("split", "m", "--compression", "4bit", "--to", "d", "--delete-original", "--gguf-file", "a")
     assert result.code == 0 and result.out == "/models/m-4bit\n"
-    asked = {"model": "m", "to": "d", "compression": "4bit", "delete_original": True, "revision": "v1"}
+    asked = {"model": "m", "to": "d", "compression": "4bit", "delete_original": True, "gguf_file": "a"}
     assert store.calls == [asked]
     assert "1.00 GB became 290 MB (29.0%) · 34 files · 12.5 s" in result.err
 

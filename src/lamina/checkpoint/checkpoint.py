@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,15 +12,26 @@ from functools import cached_property
 
 from lamina.checkpoint.choose import (
     INDEX_ENDING,
+    INDEX_FILE,
     PICKLED_INDEX_ENDING,
     check_subfolder,
     choose_weights,
+    index_dtype,
     is_pickled,
-    other_format,
     parse_index,
 )
 from lamina.checkpoint.extent import TensorEntry
 from lamina.checkpoint.header import MAX_HEADER_BYTES, Fingerprint, missing_file, read_header_and_fingerprint
+from lamina.checkpoint.mistaken import (
+    ADAPTER_CONFIG,
+    adapter_alone,
+    folder_inside,
+    in_parts,
+    is_archive,
+    lone_adapter,
+    other_format,
+)
+from lamina.checkpoint.shards import judged_dtype, merge_indexed, merge_tensors
 from lamina.checkpoint.store import (
     MANIFEST,
     apply_manifest,
@@ -33,7 +46,6 @@ from lamina.errors import (
     ChangedError,
     CheckpointError,
     MissingShardError,
-    MissingTensorError,
     ModelNotFoundError,
     RequestError,
     UnsupportedError,
@@ -53,6 +65,9 @@ class Checkpoint:
         tensors: every tensor by its name in the checkpoint.
         fingerprints: each local file as it was when its header was read.
         row_orders: for tensors whose rows a file holds in another order: row i of the tensor is its row `order[i]`.
+        dtype: what a model is computed in whose config does not say: see `judged_dtype`. None where nothing tells.
+        fallbacks: what had to be decided because the files do not agree.
+        absent: tensors that the index promises and no file holds, with the file that it names. Not all are needed.
     """
 
     root: str
@@ -60,6 +75,9 @@ class Checkpoint:
     tensors: Mapping[str, TensorEntry]
     fingerprints: Mapping[str, Fingerprint] = field(default_factory=dict)
     row_orders: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    dtype: str | None = None
+    fallbacks: tuple[str, ...] = ()
+    absent: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def nbytes(self) -> int:
@@ -112,9 +130,8 @@ def open_checkpoint(
         RequestError: no such subfolder or variant.
         UnsupportedError: weights in another format only.
         MissingShardError: a file that the index names is not there.
-        MissingTensorError: a tensor that the index names is not in its file.
         HeaderError, TruncatedError: see `read_header`.
-        CheckpointError: no weights, a bad index, a tensor in two files, or something that cannot be read.
+        CheckpointError: no weights, a bad index, without one a tensor in two files, or something that cannot be read.
     """
     root = os.path.abspath(os.path.expanduser(os.fspath(path)))
     if not _is_folder(root):
@@ -128,43 +145,17 @@ def open_checkpoint(
         return _open_store(root, variant)
     if is_partial(names):
         raise partial_store(root)
-    chosen = choose_weights(names, variant, root)
+    if adapter_alone(names):
+        raise lone_adapter(root, _small_file(os.path.join(root, ADAPTER_CONFIG)))
+    try:
+        chosen = choose_weights(names, variant, root)
+    except CheckpointError as error:
+        if type(error) is CheckpointError and (inside := folder_inside(root)) is not None:
+            raise CheckpointError(f"there are no weights in {root}: {inside}") from None
+        raise
     if chosen[0].endswith(".json"):
         return _open_indexed(root, chosen[0], names, read_pickled)
     return _open_shards(root, chosen, read_pickled)
-
-
-def check_index(weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry], index: str) -> None:
-    """Compares what an index promises with what the headers hold.
-
-    Raises:
-        MissingTensorError: a tensor is in none of the files, or in another than the index says.
-    """
-    for name, file in weight_map.items():
-        entry = tensors.get(name)
-        if entry is None or os.path.basename(entry.extent.file) != file:
-            raise MissingTensorError(
-                f"{index} says that tensor {quote(name)} is in {file}, which does not hold it: fetch both again"
-            )
-
-
-def merge_tensors(shards: Iterable[Mapping[str, TensorEntry]]) -> dict[str, TensorEntry]:
-    """The tensors of several files as one mapping.
-
-    Raises:
-        CheckpointError: two files hold a tensor of the same name.
-    """
-    merged: dict[str, TensorEntry] = {}
-    for shard in shards:
-        twice = next((name for name in shard if name in merged), None)
-        if twice is not None:
-            first, second = (os.path.basename(each[twice].extent.file) for each in (merged, shard))
-            raise CheckpointError(
-                f"tensor {quote(twice)} is both in {first} and in {second}: "
-                "keep the files of one model only, or fetch it again"
-            )
-        merged.update(shard)
-    return merged
 
 
 def _is_folder(path: str) -> bool:
@@ -190,8 +181,28 @@ def _open_file(path: str, read_pickled: FileReader | None) -> Checkpoint:
     if name.endswith((INDEX_ENDING, PICKLED_INDEX_ENDING)):
         return _open_indexed(root, name, _list_folder(root), read_pickled)
     if form := other_format(name):
-        raise UnsupportedError(f"{path} holds {form}, which cannot be streamed yet: convert it to safetensors")
+        raise UnsupportedError(f"{path} is {form}")
+    if name.lower().endswith(".gguf"):
+        raise UnsupportedError(f"{path} is a GGUF file: lamina.checkpoint.gguf.open_gguf reads it")
+    if is_archive(name):
+        raise UnsupportedError(f"{path} is an archive: unpack it, and give the folder that comes out")
+    if (known := in_parts([name, *_beside(root, name)], root)) is not None:
+        raise known
     raise UnsupportedError(f"{path} is no weights file: give the folder of a model, or a .safetensors file")
+
+
+def _beside(root: str, name: str) -> list[str]:
+    """The files that may be parts of the same one."""
+    stem = re.split(r"\.(?:part|split)|[.-]\d+$", name)[0]
+    return [each for each in _list_folder(root) if each.startswith(stem)]
+
+
+def _small_file(path: str) -> bytes | None:
+    try:
+        with open(path, "rb") as handle:
+            return handle.read(MAX_HEADER_BYTES)
+    except OSError:
+        return None
 
 
 def _list_folder(root: str) -> list[str]:
@@ -209,30 +220,43 @@ def _open_store(root: str, variant: str | None) -> Checkpoint:
     manifest = read_manifest(root)
     check_files(manifest, root)
     stored = _open_shards(root, weight_files(manifest))
-    return replace(stored, tensors=apply_manifest(manifest, stored.tensors))
+    tensors = apply_manifest(manifest, stored.tensors)
+    stated = index_dtype(read_index(os.path.join(root, INDEX_FILE)), INDEX_FILE) if INDEX_FILE in manifest.files else ""
+    return replace(stored, tensors=tensors, dtype=judged_dtype(tensors, stated))
 
 
-def _open_shards(root: str, names: Iterable[str], read_pickled: FileReader | None = None) -> Checkpoint:
+def _open_shards(
+    root: str,
+    names: Iterable[str],
+    read_pickled: FileReader | None = None,
+    merge: Callable[[Sequence[Mapping[str, TensorEntry]]], tuple[dict[str, TensorEntry], tuple[str, ...]]]
+    | None = None,
+    stated_dtype: str = "",
+) -> Checkpoint:
     read = {}
     for file in (os.path.join(root, name) for name in names):
         if is_pickled(file) and read_pickled is None:
-            raise UnsupportedError(f"{file} is a PyTorch pickle, which cannot be read here: convert it to safetensors")
+            raise UnsupportedError(f"{file} is a PyTorch pickle, which cannot be read here: pass read_pickled")
         reader = read_pickled if is_pickled(file) and read_pickled is not None else read_header_and_fingerprint
         read[file] = reader(file)
-    tensors = merge_tensors(found for found, _ in read.values())
-    return Checkpoint(root, tuple(read), tensors, {file: fingerprint for file, (_, fingerprint) in read.items()})
+    shards = [found for found, _ in read.values()]
+    tensors, fallbacks = merge(shards) if merge is not None else (merge_tensors(shards), ())
+    fingerprints = {file: fingerprint for file, (_, fingerprint) in read.items()}
+    dtype = judged_dtype(shards[0], stated_dtype)
+    return Checkpoint(root, tuple(read), tensors, fingerprints, dtype=dtype, fallbacks=fallbacks)
 
 
 def _open_indexed(root: str, index: str, names: list[str], read_pickled: FileReader | None) -> Checkpoint:
-    weight_map = parse_index(read_index(os.path.join(root, index)), index)
+    raw = read_index(os.path.join(root, index))
+    weight_map = parse_index(raw, index)
     shards = sorted(set(weight_map.values()))
     missing = sorted(set(shards).difference(names)) or [each for each in shards if _is_broken_link(root, each)]
     if missing:
         others = f" (and {len(missing) - 1} more of {len(shards)})" if len(missing) > 1 else ""
         raise MissingShardError(f"{index} needs {missing[0]}{others}: {missing_file(os.path.join(root, missing[0]))}")
-    checkpoint = _open_shards(root, shards, read_pickled)
-    check_index(weight_map, checkpoint.tensors, index)
-    return checkpoint
+    merge = functools.partial(merge_indexed, weight_map=weight_map, index=index)
+    opened = _open_shards(root, shards, read_pickled, merge, index_dtype(raw, index))
+    return replace(opened, absent={name: file for name, file in weight_map.items() if name not in opened.tensors})
 
 
 def _is_broken_link(root: str, name: str) -> bool:

@@ -10,8 +10,10 @@ import os
 import re
 from collections.abc import Collection
 
+from lamina.checkpoint.gguf_name import ENDING, gguf_alone
+from lamina.checkpoint.mistaken import ADAPTER_WEIGHTS, instead_of_weights, other_format
 from lamina.checkpoint.strict import parse_object, quote, refuse_other_content
-from lamina.errors import CheckpointError, LaminaError, MissingShardError, RequestError, UnsupportedError
+from lamina.errors import CheckpointError, LaminaError, MissingShardError, RequestError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -20,14 +22,6 @@ PICKLED_FILE = "pytorch_model.bin"
 PICKLED_INDEX_ENDING = ".bin.index.json"
 PICKLED_ENDINGS = (".bin", ".pt", ".pth")
 
-_OTHER_FORMATS = {
-    ".gguf": "GGUF",
-    ".ckpt": "PyTorch pickles",
-    ".h5": "TensorFlow weights",
-    ".msgpack": "Flax weights",
-}
-_ADAPTER_FILE = "adapter_model.safetensors"
-_ADAPTER_PICKLE = "adapter_model.bin"
 # What trainers leave beside the weights, in the format of weights.
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states", "trainer_state")
 _SHARD_NUMBER = re.compile(r"(.*)-(\d{1,6})-of-(\d{1,6})(.*)(\.safetensors|\.bin)")
@@ -61,15 +55,14 @@ def choose_weights(names: Collection[str], variant: str | None, where: str) -> l
         if wanted in names:
             return [wanted]
     loose = sorted(name for name in names if name.endswith(".safetensors") and not name.startswith("."))
-    none_of_the_model = all(name == _ADAPTER_FILE or name.startswith("consolidated") for name in loose)
-    if none_of_the_model and (pickled := _choose_pickled(names, variant, where)):
-        return pickled
-    if not loose:
-        raise _no_weights(names, where)
-    if loose == [_ADAPTER_FILE]:
-        raise UnsupportedError(f"{where} holds an adapter, not a model: give the model that it belongs to")
-    chosen = _of_variant(loose, variant, where)
+    loose = [name for name in loose if name not in ADAPTER_WEIGHTS]
     # Mistral repositories hold the same weights once more, in a layout that transformers does not read.
+    if all(name.startswith("consolidated") for name in loose):
+        if pickled := _choose_pickled(names, variant, where):
+            return pickled
+        if not loose or "params.json" in names or "config.json" not in names:
+            raise _no_weights(names, where)
+    chosen = _of_variant(loose, variant, where)
     chosen = [name for name in chosen if not name.startswith("consolidated")] or chosen
     _check_numbering(chosen, where)
     return chosen
@@ -87,10 +80,9 @@ def _choose_pickled(names: Collection[str], variant: str | None, where: str) -> 
         if wanted in names:
             return [wanted]
     found = sorted(n for n in names if is_pickled(n) and not n.startswith((*_NO_WEIGHTS, ".", "consolidated")))
+    found = [name for name in found if name not in ADAPTER_WEIGHTS]
     if variant or not found or any(other_format(name) for name in names):
         return []
-    if found == [_ADAPTER_PICKLE]:
-        raise UnsupportedError(f"{where} holds an adapter, not a model: give the model that it belongs to")
     shards = [name for name in found if name.startswith("pytorch_model-")]
     if not shards and len(found) > 1:
         raise RequestError(f"{where} has the weights {', '.join(found[:4])}, and nothing says which: give one of them")
@@ -121,17 +113,11 @@ def _check_numbering(names: list[str], where: str) -> None:
 
 
 def _no_weights(names: Collection[str], where: str) -> LaminaError:
-    for name in sorted(names):
-        if form := other_format(name):
-            return UnsupportedError(
-                f"{where} holds {form} only ({name}), which cannot be streamed yet: convert them to safetensors"
-            )
+    if any(name.lower().endswith(ENDING) for name in names):
+        return gguf_alone(names, where)
+    if (known := instead_of_weights(names, where)) is not None:
+        return known
     return CheckpointError(f"there are no weights in {where}: it needs {SINGLE_FILE}, or {INDEX_FILE} and its shards")
-
-
-def other_format(name: str) -> str | None:
-    """What a weight file of another format is called, by the end of its name; None for any other file."""
-    return _OTHER_FORMATS.get(os.path.splitext(name)[1].lower())
 
 
 def small_files(names: Collection[str], subfolder: str, trust_remote_code: bool) -> list[str]:
@@ -184,6 +170,13 @@ def parse_index(raw: bytes, name: str) -> dict[str, str]:
             kind = "pickle" if name.endswith(PICKLED_INDEX_ENDING) else "safetensors file"
             raise CheckpointError(f"{name} names the file {quote(file)}, which is no {kind}: fetch it again")
     return weight_map
+
+
+def index_dtype(raw: bytes, name: str) -> str:
+    """What the metadata of an index says the weights are, in torch's words; empty where it says nothing."""
+    metadata = parse_object(raw, name, CheckpointError).get("metadata")
+    stated = metadata.get("dtype") if isinstance(metadata, dict) else None
+    return stated if isinstance(stated, str) else ""
 
 
 def is_plain_name(name: str) -> bool:

@@ -11,15 +11,16 @@ out: tensors lie one behind the other, each padded to the file's alignment. Arra
 from __future__ import annotations
 
 import os
-import re
 import stat
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lamina.checkpoint.checkpoint import Checkpoint, merge_tensors
+from lamina.checkpoint.checkpoint import Checkpoint
 from lamina.checkpoint.extent import DTYPE_BYTES, Encoding, Extent, TensorEntry
+from lamina.checkpoint.gguf_name import gguf_alone, gguf_models, part_names
 from lamina.checkpoint.header import Fingerprint, missing_file
+from lamina.checkpoint.shards import merge_tensors
 from lamina.checkpoint.strict import quote, refuse_other_content
 from lamina.errors import CheckpointError, HeaderError, MissingShardError, TruncatedError, UnsupportedError
 
@@ -66,7 +67,6 @@ _MOST_DIMENSIONS = 4
 _LONGEST_KEY = (1 << 16) - 1
 _MAX_INT = 2**63 - 1
 _FIRST_READ = 1 << 20
-_SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 Value = int | float | bool | str
 
@@ -136,10 +136,9 @@ def find_gguf(path: str | os.PathLike[str]) -> str | None:
         return None  # whoever opens the folder says why
     if any(name.endswith((".safetensors", ".safetensors.index.json")) or name in PICKLES for name in names):
         return None
-    found = [name for name in names if name.lower().endswith(".gguf") and not name.startswith((".", "mmproj"))]
-    models = [name for name in found if not (match := _SPLIT.fullmatch(name)) or int(match[2]) == 1]
+    models = gguf_models(names)
     if len(models) > 1:
-        raise UnsupportedError(f"{root} holds {len(models)} GGUF models: name one, such as {models[0]}")
+        raise gguf_alone(names, os.fspath(path).rstrip(os.sep))
     return os.path.join(root, models[0]) if models else None
 
 
@@ -168,14 +167,6 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
     fingerprints = {file: part.fingerprint for file, part in parts.items()}
     checkpoint = Checkpoint(os.path.dirname(first), tuple(files), tensors, fingerprints)
     return GgufFile(checkpoint, parts[files[0]].fields)
-
-
-def part_names(name: str) -> list[str]:
-    """The names of all parts of a split model, by that of one; the name alone where it is none of a part."""
-    match = _SPLIT.fullmatch(name)
-    if match is None or not 1 <= int(match[2]) <= int(match[3]):
-        return [name]
-    return [f"{match[1]}-{number:05d}-of-{match[3]}.gguf" for number in range(1, int(match[3]) + 1)]
 
 
 def _parts(first: str) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import logging
 import os
 import shutil
 import threading
@@ -15,7 +16,9 @@ from typing import Any
 
 from lamina.checkpoint.checkpoint import read_index
 from lamina.checkpoint.choose import check_subfolder, choose_weights, parse_index, small_files
+from lamina.checkpoint.gguf_name import gguf_alone, gguf_models, local_names
 from lamina.checkpoint.hub_errors import clear_errors
+from lamina.checkpoint.mistaken import lone_adapter
 from lamina.checkpoint.remote import remote_headers
 from lamina.checkpoint.repository import (
     OFFLINE,
@@ -23,6 +26,7 @@ from lamina.checkpoint.repository import (
     RemoteFile,
     Request,
     Token,
+    adapter_of,
     check_listed,
     choose_remote,
     in_subfolder,
@@ -139,6 +143,11 @@ def _can_only_be_a_path(name: str) -> bool:
 
 
 def _download(request: Request, listing: Listing, progress: Progress | None) -> str:
+    if lone := adapter_of(request, listing):
+        with clear_errors(request.model, request.revision):
+            folder = _fetch_small(request, listing, [lone])
+        with open(os.path.join(folder, lone), "rb") as file:
+            raise lone_adapter(request.model, file.read())
     chosen = choose_remote(request, listing)
     with clear_errors(request.model, request.revision):
         indexes = [name for name in chosen if name.endswith(".json")]
@@ -182,14 +191,25 @@ def _fetch_small(request: Request, listing: Listing, also: Iterable[str]) -> str
 def _snapshot(request: Request, revision: str | None, names: Iterable[str], counter: _Counter) -> str:
     from huggingface_hub import snapshot_download
 
-    return snapshot_download(
-        request.model,
-        revision=revision,
-        cache_dir=request.cache_dir,
-        token=request.token,
-        allow_patterns=[glob.escape(name) for name in names],
-        tqdm_class=_silent_bar(counter),
-    )
+    patterns = [glob.escape(name) for name in names]
+    log = logging.getLogger("huggingface_hub._snapshot_download")
+    if not patterns:
+        log.addFilter(_no_match_is_meant)
+    try:
+        return snapshot_download(
+            request.model,
+            revision=revision,
+            cache_dir=request.cache_dir,
+            token=request.token,
+            allow_patterns=patterns,
+            tqdm_class=_silent_bar(counter),
+        )
+    finally:
+        log.removeFilter(_no_match_is_meant)
+
+
+def _no_match_is_meant(record: logging.LogRecord) -> bool:
+    return "No files matched" not in record.getMessage()
 
 
 class _Counter:
@@ -276,6 +296,8 @@ def _snapshot_in_cache(request: Request, why: str) -> str:
             "run once with the network, or give a folder"
         ) from None
     if not any(os.path.exists(os.path.join(folder, top, "config.json")) for top in ("", request.subfolder)):
+        if gguf_models(names := local_names(folder)):
+            raise gguf_alone(names, request.model)
         raise MissingShardError(f"{request.model} has no config.json in {folder}, and {why}: run once with the network")
     return folder
 

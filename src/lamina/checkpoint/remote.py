@@ -6,20 +6,23 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from lamina.checkpoint.checkpoint import Checkpoint, check_index, merge_tensors
-from lamina.checkpoint.choose import check_subfolder, is_pickled, parse_index
+from lamina.checkpoint.checkpoint import Checkpoint
+from lamina.checkpoint.choose import check_subfolder, index_dtype, is_pickled, parse_index
 from lamina.checkpoint.extent import TensorEntry
 from lamina.checkpoint.header import MAX_HEADER_BYTES, PREFIX_BYTES, header_length, parse_header
 from lamina.checkpoint.hub_errors import clear_errors, transport_error
+from lamina.checkpoint.mistaken import ADAPTER_CONFIG, lone_adapter
 from lamina.checkpoint.repository import (
     Listing,
     Request,
     Token,
+    adapter_of,
     check_listed,
     choose_remote,
     in_subfolder,
     list_repository,
 )
+from lamina.checkpoint.shards import judged_dtype, merge_indexed, merge_tensors
 from lamina.checkpoint.store import MANIFEST, apply_manifest, parse_manifest
 from lamina.errors import CheckpointError, UnsupportedError
 
@@ -44,7 +47,7 @@ def remote_headers(
 
     Raises:
         ModelNotFoundError, RequestError, UnsupportedError, MissingShardError: as `locate`.
-        HeaderError, TruncatedError, MissingTensorError: as `open_checkpoint`.
+        HeaderError, TruncatedError: as `open_checkpoint`.
         CheckpointError: no connection, or an answer that makes no sense.
     """
     with clear_errors(model, revision):
@@ -53,10 +56,15 @@ def remote_headers(
         if isinstance(listing, str):
             raise CheckpointError(f"the headers of {model} cannot be read: {listing}")
         weight_map: dict[str, str] = {}
+        fallbacks: tuple[str, ...] = ()
+        stated = ""
+        if adapter_of(request, listing):
+            raise lone_adapter(model, _whole_file(request, listing, ADAPTER_CONFIG))
         files = choose_remote(request, listing)
         if files[0].endswith(".json"):
             index = files[0]
-            weight_map = parse_index(_whole_file(request, listing, index), index)
+            raw = _whole_file(request, listing, index)
+            weight_map, stated = parse_index(raw, index), index_dtype(raw, index)
             files = sorted(set(weight_map.values()))
             check_listed(request, listing, files, index)
         if is_pickled(files[0]):
@@ -66,13 +74,17 @@ def remote_headers(
         # A 405B model has 191 files: one after the other they would take a minute of waiting.
         with ThreadPoolExecutor(_REQUESTS_AT_ONCE, "lamina-headers") as pool:
             shards = list(pool.map(partial(_remote_header, request, listing), files))
-        tensors = merge_tensors(shards)
+        if weight_map:
+            tensors, fallbacks = merge_indexed(shards, weight_map, index)
+        else:
+            tensors = merge_tensors(shards)
+        first = shards[0]
         if in_subfolder(request, MANIFEST) in listing.files:
             stored = parse_manifest(_whole_file(request, listing, MANIFEST), _address(request, listing, MANIFEST))
-            tensors = apply_manifest(stored, tensors)
-    if weight_map:
-        check_index(weight_map, tensors, index)
-    return Checkpoint(_address(request, listing), tuple(_address(request, listing, name) for name in files), tensors)
+            first = tensors = apply_manifest(stored, tensors)
+    addresses = tuple(_address(request, listing, name) for name in files)
+    dtype = judged_dtype(first, stated)
+    return Checkpoint(_address(request, listing), addresses, tensors, dtype=dtype, fallbacks=fallbacks)
 
 
 def _address(request: Request, listing: Listing, name: str = "") -> str:

@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lamina.checkpoint.choose import choose_weights
+from lamina.checkpoint.choose import (
+    INDEX_ENDING,
+    INDEX_FILE,
+    PICKLED_ENDINGS,
+    PICKLED_FILE,
+    SINGLE_FILE,
+    choose_weights,
+)
+from lamina.checkpoint.gguf_name import gguf_alone, gguf_models
 from lamina.checkpoint.hub_errors import first_line, is_unreachable, translate, transport_error
+from lamina.checkpoint.mistaken import ADAPTER_CONFIG, adapter_alone, instead_of_weights
 from lamina.errors import CheckpointError, MissingShardError
 
 Token = str | bool | None
@@ -74,9 +83,30 @@ def choose_remote(request: Request, listing: Listing) -> list[str]:
     """`choose_weights` for a repository: file names without the subfolder. Raises what that raises."""
     top = f"{request.subfolder}/" if request.subfolder else ""
     names = [name[len(top) :] for name in listing.files if name.startswith(top) and "/" not in name[len(top) :]]
+    where = f"{request.model}{'/' if top else ''}{top.rstrip('/')}"
     # transformers cannot read Mistral's own layout, so a repository that has only this has no weights.
-    names = [name for name in names if not name.startswith("consolidated")]
-    return choose_weights(names, request.variant, f"{request.model}{'/' if top else ''}{top.rstrip('/')}")
+    own = [name for name in names if not name.startswith("consolidated")]
+    if not any(name.endswith((".safetensors", INDEX_ENDING, *PICKLED_ENDINGS)) for name in own):
+        files = [name for name in listing.files if name.startswith(top)]  # some keep each in a folder of its own
+        if gguf_models(files):
+            raise gguf_alone(files, request.model)
+        if known := instead_of_weights(names, where):
+            raise known
+        ends = (SINGLE_FILE, INDEX_FILE, PICKLED_FILE)
+        if inside := sorted({name.rpartition("/")[0] for name in files if name.endswith(ends)}):
+            raise CheckpointError(
+                f"there are no weights in {where} but in folders of it ({', '.join(inside[:4])}): name one, such as "
+                f"from_pretrained(..., subfolder={inside[0]!r})"
+            )
+    return choose_weights(own, request.variant, where)
+
+
+def adapter_of(request: Request, listing: Listing) -> str | None:
+    """The config of the adapter that a repository is in place of a model; None where it is something else."""
+    top = in_subfolder(request, "")
+    alone = adapter_alone([name[len(top) :] for name in listing.files if name.startswith(top)])
+    config = in_subfolder(request, ADAPTER_CONFIG)
+    return config if alone and config in listing.files else None
 
 
 def in_subfolder(request: Request, name: str) -> str:

@@ -8,16 +8,31 @@ from typing import Any, NoReturn
 
 from lamina.errors import CheckpointError, UnsupportedError
 
-_NOT_WEIGHTS: tuple[tuple[bytes, type[Exception], str], ...] = (
+NOT_THE_FILE: tuple[tuple[bytes, str], ...] = (
     (
         b"version https://git-lfs",
-        CheckpointError,
         "is a Git LFS pointer, not the file itself: run `git lfs pull` in the folder, or download the model again",
     ),
-    (b"GGUF", UnsupportedError, "is a GGUF file under another name: GGUF cannot be streamed yet, use the safetensors"),
-    (b"PK\x03\x04", UnsupportedError, "is a PyTorch pickle under another name: convert it to safetensors first"),
-    (b"<!DOCTYPE", CheckpointError, "is a web page, not the file itself: download it again"),
-    (b"<html", CheckpointError, "is a web page, not the file itself: download it again"),
+    (b"<!DOCTYPE", "is a web page, not the file itself: download it again"),
+    (b"<!doctype", "is a web page, not the file itself: download it again"),
+    (b"<html", "is a web page, not the file itself: download it again"),
+)
+"""How files begin that are often in the place of others, and what is said of them."""
+
+NOT_JSON: tuple[tuple[bytes, str], ...] = (
+    (b"\xef\xbb\xbf", "begins with a byte order mark, which JSON does not allow: save it as UTF-8 without BOM"),
+    (b"\xff\xfe", "is not UTF-8 but UTF-16: save it as UTF-8 without BOM"),
+    (b"\xfe\xff", "is not UTF-8 but UTF-16: save it as UTF-8 without BOM"),
+    (b"\x1f\x8b", "is compressed with gzip: unpack it"),
+)
+"""The same of text. What is no text may well begin so."""
+
+_OTHER_WEIGHTS = (
+    (b"GGUF", "is a GGUF file under another name: give it the ending .gguf"),
+    (
+        b"PK\x03\x04",
+        "is a zip archive: if torch.save wrote it, give it the ending .bin; if it holds the model's files, unpack it",
+    ),
 )
 
 
@@ -28,9 +43,12 @@ def quote(name: str) -> str:
 
 def refuse_other_content(start: bytes, what: str) -> None:
     """Raises what fits when a file begins like something that people often have in its place."""
-    for magic, error, message in _NOT_WEIGHTS:
-        if start[: len(magic)] == magic:
-            raise error(f"{what} {message}")
+    for magic, message in NOT_THE_FILE:
+        if start.startswith(magic):
+            raise CheckpointError(f"{what} {message}")
+    for magic, message in _OTHER_WEIGHTS:
+        if start.startswith(magic):
+            raise UnsupportedError(f"{what} {message}")
 
 
 def parse_object(raw: bytes, what: str, error: type[CheckpointError]) -> dict[str, Any]:
@@ -55,6 +73,9 @@ def parse_object(raw: bytes, what: str, error: type[CheckpointError]) -> dict[st
             raise error(f"{what} names {quote(twice)} twice: the file is damaged, fetch it again")
         return found
 
+    for magic, message in (*NOT_THE_FILE, *NOT_JSON):
+        if raw.startswith(magic):
+            raise error(f"{what} {message}")
     try:
         text = raw.decode("utf-8")
         value = json.loads(text, object_pairs_hook=unique, parse_int=_number, parse_constant=reject_constant)

@@ -17,7 +17,12 @@ import typer
 from lamina.errors import RequestError
 from lamina.sizes import parse_size
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder or file, or a Hugging Face id.")]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A local folder or file, or a Hugging Face id; with :FILE or :Q4_K_M one GGUF file of it."
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,9 @@ class ModelOptions:
     ] = None
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads for the arithmetic.")] = None
     revision: Annotated[str | None, typer.Option(metavar="REF", help="Branch, tag or commit on the hub.")] = None
+    gguf_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Which GGUF file of the folder or repository; as MODEL:FILE.")
+    ] = None
     cache_dir: Annotated[str | None, typer.Option(metavar="DIR", help="Where hub downloads are kept.")] = None
     token: Annotated[
         str | None, typer.Option(metavar="TOKEN", help="Hub token. Default: HF_TOKEN or the saved login.")
@@ -97,6 +105,9 @@ class SourceOptions:
     """Where the checkpoint comes from: what `lamina.store.split` is given besides its own arguments."""
 
     revision: Annotated[str | None, typer.Option(metavar="REF", help="Branch, tag or commit on the hub.")] = None
+    gguf_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Which GGUF file of the folder or repository; as MODEL:FILE.")
+    ] = None
     cache_dir: Annotated[str | None, typer.Option(metavar="DIR", help="Where hub downloads are kept.")] = None
     token: Annotated[
         str | None, typer.Option(metavar="TOKEN", help="Hub token. Default: HF_TOKEN or the saved login.")
@@ -110,6 +121,7 @@ class SourceOptions:
     def as_kwargs(self) -> dict[str, Any]:
         """What was asked for, under the names of `split`."""
         given = {"revision": self.revision, "cache_dir": self.cache_dir, "token": self.token}
+        given["gguf_file"] = self.gguf_file
         kwargs: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         if self.offline:
             kwargs["local_files_only"] = True

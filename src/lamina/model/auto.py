@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 
 from lamina.checkpoint import Checkpoint, open_checkpoint
 from lamina.checkpoint.gguf import find_gguf
-from lamina.errors import BudgetError, RequestError, UnsupportedError
+from lamina.checkpoint.gguf_name import choose_gguf, local_names, split_name
+from lamina.errors import BudgetError, RequestError
+from lamina.model.adapter import refuse_adapter
 from lamina.model.arguments import check_format, ordinarily, sorted_out
 from lamina.model.budget import SHORTEST_CONTEXT, default_context, make_budget
 from lamina.model.build import Request, build, config_place
@@ -196,8 +198,12 @@ def _found(prepared: Prepared, not_written: bool) -> tuple[Hardware, tuple[str, 
 
 
 def _fallbacks(prepared: Described, readers: Readers | None) -> tuple[str, ...]:
-    """Second ways of a model: in the trace, in decoding, in reading as far as was read."""
-    found = [*prepared.trace.fallbacks, *without_kernels(prepared.weights.schedule.weights.values())]
+    """Second ways of a model: in its files, in the trace, in decoding, in reading as far as was read."""
+    found = [
+        *prepared.there.fallbacks,
+        *prepared.trace.fallbacks,
+        *without_kernels(prepared.weights.schedule.weights.values()),
+    ]
     return (*found, *(readers.fallbacks if readers is not None else ()))
 
 
@@ -241,11 +247,14 @@ def describe_model(
     options.pop("output_loading_info", None)
     hub = {key: options[key] for key in HUB if options.get(key) is not None}
     variant = options.pop("variant", None)
-    if file := _gguf_file(str(model), hub, options.pop("gguf_file", None), progress, weights_wanted):
+    model, chosen = chosen_gguf(str(model), options.pop("gguf_file", None))
+    if file := _gguf_file(model, hub, chosen, progress, weights_wanted):
         gguf = load_gguf(file, {key: value for key, value in options.items() if key not in hub})
         request, checkpoint = Request(gguf.path, options, trust, gguf), gguf.checkpoint
     else:
-        folder, checkpoint = _open(str(model), hub, variant, trust, progress, weights_wanted)
+        folder, checkpoint = _open(model, hub, variant, trust, progress, weights_wanted)
+        if said := refuse_adapter(os.path.join(folder, hub.get("subfolder", "")), model):
+            checkpoint = dataclasses.replace(checkpoint, fallbacks=(*checkpoint.fallbacks, said))
         request = Request(folder, options, trust)
     options.pop("subfolder", None)  # the folder is that one already
     check_format(options, checkpoint)
@@ -323,23 +332,34 @@ def _open(
     return checkpoint.root, checkpoint
 
 
+def chosen_gguf(model: str, gguf_file: str | None) -> tuple[str, str | None]:
+    """The model alone, and which GGUF file of it was asked for, either way.
+
+    Raises:
+        RequestError: both ways, and not the same.
+    """
+    model, chosen = split_name(model)
+    if chosen and gguf_file and chosen != gguf_file:
+        raise RequestError(f"{model}:{chosen} and gguf_file={gguf_file!r} name two GGUF files: give one")
+    return model, chosen or gguf_file
+
+
 def _gguf_file(
     model: str, hub: Mapping[str, Any], name: str | None, progress: Progress | None, wanted: bool
 ) -> str | None:
-    """The GGUF file that is meant: named by itself, by `gguf_file`, or the only weights of a folder."""
+    """The GGUF file that is meant: named by itself, by `gguf_file` or its own name's end, or the only weights there."""
     subfolder = hub.get("subfolder", "")
     if name is None:
         return find_gguf(os.path.join(model, subfolder) if subfolder else model)
     if _is_local(model):
-        path = os.path.join(os.path.expanduser(model), subfolder, name)
-        if not os.path.isfile(path):
-            raise RequestError(f"there is no file {path}: gguf_file is the name of one in the model's folder")
-        return path
-    if not wanted:
-        raise UnsupportedError(f"a GGUF file is planned from its own header: download {name} of {model} first")
+        root = os.path.join(os.path.expanduser(model), subfolder)
+        path = os.path.join(root, name)
+        return path if os.path.isfile(path) else os.path.join(root, choose_gguf(local_names(root), name, model))
+    from lamina.checkpoint.hub import local_path
     from lamina.checkpoint.hub_gguf import locate_gguf
 
-    return locate_gguf(model, name, progress=progress, **hub)
+    local_path(model)  # says what is wrong with one that can only be a path
+    return locate_gguf(model, name, progress=progress, wanted=wanted, **hub)
 
 
 def _is_local(model: str) -> bool:

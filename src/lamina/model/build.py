@@ -12,8 +12,10 @@ import copy
 import functools
 import logging
 import os
+import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -57,6 +59,13 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "F8_E8M0": torch.float8_e8m0fnu,
 }
 COMPARED_BYTES = 4 << 20  # at once, of two weights that may be one
+WRAPPERS = {  # what begins the names of tensors that were saved out of a wrapper
+    "module.": "torch's DataParallel",
+    "_orig_mod.": "torch.compile",
+    "base_model.model.": "PEFT",
+    "_fsdp_wrapped_module.": "FSDP",
+    "_forward_module.": "Lightning",
+}
 
 
 @dataclass(frozen=True)
@@ -203,11 +212,11 @@ def _build(request: Request, checkpoint: Checkpoint, loading_info: dict[str, Any
     text = config.sub_configs.get("text_config")
     if text is not None and getattr(model_class, "config_class", None) is text:
         config = config.get_text_config()  # a text model out of a multimodal checkpoint, as AutoModelForCausalLM does
-    state = _state(request, checkpoint, config, quantization)
     for name in ("_from_auto", "torch_dtype", "code_revision"):
         options.pop(name, None)
     # the config took it in, but a text model's config is a part of it that does not know
-    options["dtype"] = request.options.get("dtype") or request.options.get("torch_dtype") or "auto"
+    options["dtype"] = _dtype(request, checkpoint, config)
+    state = _state(request, checkpoint, options["dtype"], quantization)
     options["ignore_mismatched_sizes"] = True  # transformers then names them; `_check` refuses
     generation = _generation_config(request)
     unstored = Unstored(checkpoint.nbytes, where)
@@ -224,7 +233,7 @@ def _build(request: Request, checkpoint: Checkpoint, loading_info: dict[str, Any
             if "unexpected keyword argument" in text:
                 raise RequestError(f"neither Lamina nor {model_class.__name__} knows this option: {text}") from error
             raise
-    _check(info, checkpoint)
+    _check(info, checkpoint, state)
     if unstored.left_out:
         raise CheckpointError(
             f"{where} asks for {format_size(unstored.left_out)} of weights that no file of {checkpoint.root} holds"
@@ -239,8 +248,18 @@ def _build(request: Request, checkpoint: Checkpoint, loading_info: dict[str, Any
     return model
 
 
+def _dtype(request: Request, checkpoint: Checkpoint, config: PreTrainedConfig) -> Any:
+    """What was asked for; else the config's; else that of the tensor by which transformers would judge the files."""
+    asked = request.options.get("dtype") or request.options.get("torch_dtype") or "auto"
+    if asked != "auto" or request.gguf is not None:
+        return asked
+    if (own := getattr(config, "dtype", None)) is not None:
+        return own
+    return TORCH_DTYPES.get(checkpoint.dtype or "", asked)
+
+
 def _state(
-    request: Request, checkpoint: Checkpoint, config: PreTrainedConfig, quantization: Mapping[str, Any] | None
+    request: Request, checkpoint: Checkpoint, dtype: Any, quantization: Mapping[str, Any] | None
 ) -> dict[str, DiskTensor]:
     """What transformers' loader gets for the checkpoint's tensors."""
     if request.gguf is not None:
@@ -250,10 +269,7 @@ def _state(
     }
     if quantization is None:
         return state
-    wanted = request.options.get("dtype") or request.options.get("torch_dtype") or "auto"
-    if wanted == "auto":
-        wanted = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    dtype = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     return unpacked_state(state, checkpoint, quantization, dtype if isinstance(dtype, torch.dtype) else None)
 
 
@@ -331,7 +347,7 @@ def _generation_config(request: Request) -> GenerationConfig | None:
         return generation_config_in(folder, **hub)
 
 
-def _check(info: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+def _check(info: Mapping[str, Any], checkpoint: Checkpoint, names: Iterable[str]) -> None:
     where = checkpoint.root
     mismatched = sorted(info["mismatched_keys"], key=str)
     if mismatched:
@@ -343,10 +359,34 @@ def _check(info: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     missing = sorted(info["missing_keys"])
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise MissingTensorError(
-            f"the model wants tensor {missing[0]!r}{more}, which no file of {where} holds: "
-            f"the checkpoint is incomplete or of another model"
-        )
+        why = _renamed(missing, names) or "the checkpoint is incomplete or of another model"
+        if promised := next((name for name in missing if name in checkpoint.absent), None):
+            file = checkpoint.absent[promised]
+            why = f"the index promises {promised!r} in {file}, which is damaged or of another model: fetch both again"
+        raise MissingTensorError(f"the model wants tensor {missing[0]!r}{more}, which no file of {where} holds: {why}")
+
+
+def _renamed(missing: Sequence[str], names: Iterable[str]) -> str | None:
+    """What to do where what is missing is there, under names with a common beginning more, or less."""
+    held, wanted = set(names), set(missing)
+    more = Counter(name[: -len(end)] for name in held for end in _ends(name) if end in wanted)
+    for prefix, _ in more.most_common(1):
+        if all(name.startswith(prefix) for name in held):
+            why = next((f", which {by} adds" for start, by in WRAPPERS.items() if prefix.startswith(start)), "")
+            mapping = {f"^{re.escape(prefix)}": ""}
+            renaming = f"from_pretrained(..., key_mapping={mapping!r}) takes it off"
+            return f"all names there begin with {prefix!r}{why}: {renaming}"
+    less = Counter(name[: -len(end)] for name in missing for end in _ends(name) if end in held)
+    for prefix, count in less.most_common(1):
+        if 2 * count > len(missing):
+            return f"the names there lack the beginning {prefix!r}: from_pretrained(..., key_mapping=...) renames them"
+    return None
+
+
+def _ends(name: str) -> list[str]:
+    """`b.c` and `c` of `a.b.c`."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(1, len(parts))]
 
 
 @contextmanager

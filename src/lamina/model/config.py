@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from lamina.checkpoint.mistaken import why_unreadable
 from lamina.errors import CheckpointError, LaminaError, UnsupportedError
 from lamina.fallbacks import cause
 
@@ -62,10 +63,8 @@ def read_json(path: str) -> dict[str, Any]:
             found = json.loads(file.read().decode("utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except RecursionError:
-        raise CheckpointError(f"{path} is nested too deeply: {advice}") from None
-    except ValueError as error:  # not UTF-8 is one, too
-        raise CheckpointError(f"{path} is not JSON ({error}): {advice}") from None
+    except (RecursionError, ValueError) as error:  # not UTF-8 is one, too
+        raise CheckpointError(why_unreadable(path) or f"{path} is not JSON ({error}): {advice}") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds a JSON {type(found).__name__}, not an object: {advice}")
     return found

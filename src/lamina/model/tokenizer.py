@@ -10,11 +10,15 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from lamina.checkpoint.mistaken import unreadable_in
 from lamina.errors import CheckpointError, RequestError
 from lamina.model.config import read_json
 
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))  # the first there counts
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+FILES = (
+    *("tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model"),
+    *("special_tokens_map.json", "added_tokens.json", "config.json"),
+)
 TIMES_ITS_FILE = 16
 INSTEAD = "pass token ids instead (--prompt-ids on the command line)"
 
@@ -104,7 +108,7 @@ def usable(
     Args:
         load: makes it.
         place: where it comes from, for an error.
-        at_fault: finds the file that is damaged, after a failure; None where it cannot tell.
+        at_fault: says what is wrong with which file, after a failure; None where it cannot tell.
 
     Raises:
         RequestError: it cannot be loaded or used.
@@ -119,25 +123,29 @@ def usable(
         if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
             raise
         text = " ".join(str(error).split())[:200] or type(error).__name__
-        file = at_fault()
-        where = f"{place}: {file} is damaged, fetch it again" if file else place
+        why = at_fault()
+        where = f"{place}: {why}" if why else place
         raise RequestError(f"no usable tokenizer in {where} ({text}); {INSTEAD}") from error
     return tokenizer
 
 
 def _at_fault(folder: str) -> str | None:
-    """The file of a folder over which a tokenizer fails: one that is no JSON, or what its own reader refuses."""
+    """What is wrong with the file over which a folder's tokenizer fails, as far as its bytes and its reader tell."""
+    if why := unreadable_in(folder, FILES):
+        return why
     present = [name for name in FILES if os.path.isfile(os.path.join(folder, name))]
     for name in present:
         try:
-            read_json(os.path.join(folder, name))
-        except CheckpointError:
-            return name
+            if name.endswith(".json"):
+                read_json(os.path.join(folder, name))
+        except CheckpointError as error:
+            return str(error)
+    damaged = "{} is damaged, fetch it again"
     if "tokenizer.json" in present:
         try:
             Tokenizer.from_file(os.path.join(folder, "tokenizer.json")).encode("a")
         except BaseException as error:
             if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
                 raise
-            return "tokenizer.json"
-    return "tokenizer_config.json" if "tokenizer_config.json" in present else None
+            return damaged.format("tokenizer.json")
+    return damaged.format("tokenizer_config.json") if "tokenizer_config.json" in present else None

@@ -14,6 +14,7 @@ from typing import Any
 
 from lamina.checkpoint import Checkpoint, Extent, Fingerprint, open_checkpoint
 from lamina.errors import ChangedError, CheckpointError, ReadError, TruncatedError, UnsupportedError
+from lamina.model.adapter import refuse_adapter
 from lamina.model.pickled import read_pickled
 from lamina.store.files import Progress
 from lamina.stream.files import patiently
@@ -71,6 +72,7 @@ def open_source(
         found, variant=variant, subfolder=hub.get("subfolder") or "", read_pickled=read_pickled
     )
     check_not_encoded(model, checkpoint)
+    refuse_adapter(checkpoint.root, model)
     commit = SNAPSHOT.search(os.path.abspath(found))
     return Source(_name(path) if is_local else model, commit[1] if commit else None, checkpoint)
 

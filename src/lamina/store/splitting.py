@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lamina.checkpoint import metadata_folder
+from lamina.checkpoint.gguf_name import split_name
 from lamina.checkpoint.store import PLAIN, Manifest, check_compression
-from lamina.errors import LaminaError
+from lamina.errors import LaminaError, UnsupportedError
+from lamina.fallbacks import Fallbacks
 from lamina.store.files import Progress
 from lamina.store.original import IN_CACHE, Deletion, delete_original_files
 from lamina.store.place import check_place, default_folder
@@ -77,7 +79,8 @@ def split(
         variant: as transformers has it.
         progress: told the stage (`download`, `wait`, `check`, `split`, `verify`), bytes done and bytes in all.
         announce: told the folder, the bytes and about the seconds, before a byte is written; not where all is there.
-        hub: `revision`, `cache_dir`, `token`, `local_files_only`, `subfolder`; None where not given.
+        hub: `revision`, `cache_dir`, `token`, `local_files_only`, `subfolder`; None where not given. A `gguf_file` is
+            refused.
 
     Raises:
         RequestError: a wrong argument, or a folder that holds something else.
@@ -88,7 +91,9 @@ def split(
     began = time.perf_counter()
     compression = check_compression(PLAIN if compression is None else compression)
     hub = {key: value for key, value in hub.items() if value is not None}
-    model = os.fspath(model)
+    model, chosen = split_name(model)
+    if chosen := chosen or hub.pop("gguf_file", None):
+        raise UnsupportedError(f"{chosen} of {model} is small already and streams as it is: a GGUF file needs no split")
     local = os.path.exists(os.path.expanduser(model))
     model = os.path.expanduser(model) if local else model
     if to is None:
@@ -104,6 +109,7 @@ def split(
     if manifest is None or not is_whole(folder):
         source = open_source(model, trust_remote_code=trust_remote_code, variant=variant, progress=progress, **hub)
         check_place(folder, source.checkpoint.root)
+        Fallbacks().say(source.checkpoint.fallbacks)
         manifest, kept = Work(folder, compression, source, trust_remote_code, progress, announce).run()
     else:
         kept = len(manifest.files) - 1

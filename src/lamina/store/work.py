@@ -7,10 +7,13 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import lamina
 from lamina.checkpoint import open_checkpoint
 from lamina.checkpoint.choose import INDEX_FILE, small_files
+from lamina.checkpoint.mistaken import ADAPTER_CONFIG
+from lamina.checkpoint.shards import STATED
 from lamina.checkpoint.store import JOURNAL, MANIFEST, PLAIN, Manifest, ManifestFile, manifest_text, read_manifest
 from lamina.errors import ChangedError, CheckpointError, RequestError
 from lamina.model.build import Request, build
@@ -140,7 +143,7 @@ class Work:
         self.checkpoint.verify_unchanged()
         small = copy_small_files(self.checkpoint.root, self.folder, self.trust)
         finished = [journal.finished[file.name] for file in files]
-        index = _index_text(finished).encode()
+        index = _index_text(finished, self.checkpoint.dtype).encode()
         listed = {each.name: ManifestFile(each.nbytes, each.sha256) for each in finished}
         listed[INDEX_FILE] = ManifestFile(len(index), write_whole(self.folder, INDEX_FILE, index))
         tensors = {name: tensor for each in finished for name, tensor in each.tensors.items()}
@@ -156,7 +159,7 @@ def copy_small_files(root: str, folder: str, trust_remote_code: bool) -> dict[st
     """Config, generation config, tokenizer and chat templates as they are; never a manifest. What was written."""
     copied = {}
     for name in small_files(_names(root), "", trust_remote_code):
-        if name == MANIFEST:
+        if name in (MANIFEST, ADAPTER_CONFIG):  # an adapter's weights are not copied either
             continue
         target = os.path.join(folder, name)
         with refusals(target):
@@ -180,9 +183,13 @@ def _names(root: str) -> list[str]:
     return names
 
 
-def _index_text(finished: Sequence[Finished]) -> str:
+def _index_text(finished: Sequence[Finished], dtype: str | None) -> str:
+    """The index. It says the dtype, which transformers would else judge by the first file, and that is another now."""
     weight_map = {name: each.name for each in finished for name in each.tensors}
-    content = {"metadata": {"total_size": sum(each.nbytes for each in finished)}, "weight_map": weight_map}
+    metadata: dict[str, Any] = {"total_size": sum(each.nbytes for each in finished)}
+    if dtype is not None:
+        metadata["dtype"] = next(word for word, name in STATED.items() if name == dtype)
+    content = {"metadata": metadata, "weight_map": weight_map}
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
