@@ -266,6 +266,31 @@ def test_chat_without_a_template_is_a_wrong_request(run: Run, library: Library) 
         assert "no chat template" in result.err
 
 
+@pytest.mark.parametrize("command", [("run", "m", "Hi"), ("run", "m", "Hi", "--json"), ("plan", "m"), ("bench", "m")])
+def test_a_stdout_that_nobody_reads_is_no_failure(
+    run: Run, library: Library, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as nobody:
+        monkeypatch.setattr(sys, "stdout", nobody)
+        result = run(*command, "--quiet")
+    assert result.code == 0
+    assert result.err.replace("a library prints to stdout\n", "") == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a file that is always full")
+@pytest.mark.parametrize("command", [("run", "m", "Hi"), ("run", "m", "Hi", "--json"), ("plan", "m"), ("bench", "m")])
+def test_a_full_disk_under_stdout_is_one_line_and_exit_1(
+    run: Run, library: Library, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        result = run(*command, "--quiet")
+    assert result.code == 1
+    assert one_line(result) == "lamina: cannot write the result: No space left on device"
+
+
 def test_quiet_leaves_stderr_empty(run: Run, library: Library) -> None:
     assert run("run", "m", "Hi", "--quiet", "--json").err == "a library prints to stdout\n"
 

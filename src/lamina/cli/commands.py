@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lamina.cli import engine, report
+from lamina.cli import engine, output, report
 from lamina.cli.generation import Notes, encode, encode_chat, generate, read_prompt
 from lamina.cli.live import stdio, telling
 from lamina.cli.options import ModelArgument, ModelOptions, Sampling, Verbosity, parse_prompt_ids
@@ -75,10 +75,10 @@ def run(
         if not json:
             terminal.write("\n")
     if json:
-        typer.echo(report.as_json({"text": text, "tokens": tokens, "stats": stats}))
+        output.put(report.as_json({"text": text, "tokens": tokens, "stats": stats}))
     notes.answered(stats)
     if not verbosity.quiet:
-        typer.echo(report.summary(stats, len(tokens)), err=True)
+        output.tell(report.summary(stats, len(tokens)))
 
 
 def plan(
@@ -100,9 +100,9 @@ def plan(
     progress = Progress(1)
     with _stdout_for_the_result(True), stdio(json=True, quiet=verbosity.quiet).showing(progress.describe):
         planned = engine.plan(model, options, progress.report)
-    typer.echo(report.as_json(planned) if json else report.plan_table(planned))
+    output.put(report.as_json(planned) if json else report.plan_table(planned))
     if json and not verbosity.quiet:
-        Notes(_to_stderr).answered(planned, off=False)
+        Notes(output.tell).answered(planned, off=False)
 
 
 def bench(
@@ -147,11 +147,11 @@ def bench(
         result = engine.bench(
             model, options, progress.report, prompt_tokens=prompt_tokens, new_tokens=new_tokens, prompt_ids=ids, **asked
         )
-    typer.echo(report.as_json(result) if json else report.bench_table(result))
+    output.put(report.as_json(result) if json else report.bench_table(result))
     if not verbosity.quiet:
-        Notes(_to_stderr).answered(result)
+        Notes(output.tell).answered(result)
     if json and profile and not verbosity.quiet:
-        typer.echo(report.trace_line(result["profile"]["trace"]), err=True)
+        output.tell(report.trace_line(result["profile"]["trace"]))
 
 
 @contextlib.contextmanager
@@ -170,10 +170,6 @@ def _tokenizer(model: Any, *, needed: bool) -> Any | None:
         if needed:
             raise
         return None
-
-
-def _to_stderr(line: str) -> None:
-    typer.echo(line, err=True)
 
 
 def _nowhere(piece: str) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from lamina.cli import interrupt
 from lamina.cli.options import ModelOptions, SourceOptions
 from lamina.errors import CheckpointError
 
@@ -46,6 +47,7 @@ def _imported(name: str, options: ModelOptions | SourceOptions) -> Any:
         gc.enable()
     if options.threads is not None:
         importlib.import_module("torch").set_num_threads(options.threads)
+    interrupt.raise_first()
     return module
 
 

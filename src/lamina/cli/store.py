@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lamina.checkpoint.store import check_compression
-from lamina.cli import engine, report
+from lamina.cli import engine, output, report
 from lamina.cli.live import Terminal, stdio
 from lamina.cli.options import ModelArgument, SourceOptions, Verbosity
 from lamina.cli.progress import Progress
@@ -67,9 +67,9 @@ def split(
     result = engine.as_dict(made)
     for path, why in result["kept"].items():
         terminal.note(f"kept: {path} {why}")
-    typer.echo(report.as_json(result) if json else result["folder"])
+    output.put(report.as_json(result) if json else result["folder"])
     if not verbosity.quiet:
-        typer.echo(report.split_summary(result), err=True)
+        output.tell(report.split_summary(result))
 
 
 def verify(
@@ -93,9 +93,9 @@ def verify(
         checked = engine.store_library(SourceOptions()).verify(folder, progress=progress.report)
     result = engine.as_dict(checked)
     if json:
-        typer.echo(report.as_json(result))
+        output.put(report.as_json(result))
     for fault in [] if json else result["faults"]:
-        typer.echo(f"{fault['file']} {fault['what']}")
+        output.put(f"{fault['file']} {fault['what']}")
     if count := len(result["faults"]):
         raise CheckpointError(
             f"{count} of {result['files']} files in {result['folder']} {'is' if count == 1 else 'are'} damaged: "
@@ -103,7 +103,7 @@ def verify(
         )
     if not verbosity.quiet:
         size = format_size(result["bytes"])
-        typer.echo(f"{result['files']} files, {size} ({result['compression']}): all as written", err=True)
+        output.tell(f"{result['files']} files, {size} ({result['compression']}): all as written")
 
 
 class _Waiting:
