@@ -17,6 +17,7 @@ from lamina.decode.speculator import AUTO, NONE, draft_name
 from lamina.drafting import SOURCE, Drafting, announced
 from lamina.errors import RequestError
 from lamina.model.auto import Encode
+from lamina.model.check import check_options
 from lamina.model.install import in_place_of
 from lamina.plan.plan import Plan
 from lamina.store import as_if_split, default_folder, is_store_of, split
@@ -36,8 +37,8 @@ class AutoModel:
     def from_pretrained(
         model: str,
         *,
-        memory: int | str | None = None,
-        device_memory: int | str | None = None,
+        memory: float | str | None = None,
+        device_memory: float | str | None = None,
         device: str | torch.device = "auto",
         compression: str | None = None,
         draft: str | None = "auto",
@@ -93,6 +94,14 @@ class AutoModel:
             UnsupportedError: it cannot be streamed.
             WriteError: the store cannot be written.
         """
+        check_options(
+            transformers_kwargs,
+            memory=memory,
+            device_memory=device_memory,
+            device=device,
+            context=context,
+            compression=compression,
+        )
         if hf_token is not None:
             transformers_kwargs.setdefault("token", hf_token)
         source = {key: transformers_kwargs[key] for key in SOURCE if transformers_kwargs.get(key) is not None}
@@ -133,8 +142,8 @@ class AutoModel:
 def plan_model(
     model: str,
     *,
-    memory: int | str | None = None,
-    device_memory: int | str | None = None,
+    memory: float | str | None = None,
+    device_memory: float | str | None = None,
     device: str | torch.device = "auto",
     context: int | None = None,
     compression: str | None = None,
@@ -151,6 +160,14 @@ def plan_model(
     With a compression, and no store of it yet, it is the plan of the store that would be written; a copy for drafting
     that is not written yet is counted as it will be.
     """
+    check_options(
+        transformers_kwargs,
+        memory=memory,
+        device_memory=device_memory,
+        device=device,
+        context=context,
+        compression=compression,
+    )
     source = {key: transformers_kwargs[key] for key in SOURCE if transformers_kwargs.get(key) is not None}
     drafting = Drafting(draft, model, source, transformers_kwargs, (memory, device_memory, context), progress, False)
     folder, encode = _as_it_will_be(model, compression, source)

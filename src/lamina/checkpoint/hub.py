@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from lamina.caller import option
 from lamina.checkpoint.checkpoint import read_index
 from lamina.checkpoint.choose import check_subfolder, choose_weights, parse_index, small_files
 from lamina.checkpoint.hub_errors import clear_errors
@@ -251,7 +252,7 @@ def _check_space(request: Request, nbytes: int) -> None:
     if nbytes > free:
         raise CheckpointError(
             f"{request.model} needs {format_size(nbytes)} more in {_cache(request)}, where {format_size(free)} "
-            "are free: make room, or choose another place with cache_dir or HF_HOME"
+            f"are free: make room, or choose another place with {option('cache_dir')} or HF_HOME"
         )
 
 

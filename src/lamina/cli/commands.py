@@ -12,9 +12,21 @@ import typer
 from lamina.cli import engine, output, report
 from lamina.cli.generation import Notes, encode, encode_chat, generate, read_prompt
 from lamina.cli.live import stdio, telling
-from lamina.cli.options import ModelArgument, ModelOptions, Sampling, Verbosity, parse_prompt_ids
+from lamina.cli.options import (
+    MOST_TOKENS,
+    ModelArgument,
+    ModelOptions,
+    Sampling,
+    Verbosity,
+    check_file_to_write,
+    check_prompt_ids,
+    parse_prompt_ids,
+    vocabulary_of,
+)
 from lamina.cli.progress import Progress
 from lamina.errors import RequestError
+
+TRACE = "lamina-trace.json"
 
 PromptIds = Annotated[str | None, typer.Option(metavar="IDS", help="Token ids instead of text, e.g. 1,2,3.")]
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout.")]
@@ -26,7 +38,7 @@ def run(
         str | None, typer.Argument(metavar="PROMPT", help="The text to continue; standard input where omitted or -.")
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, help="The longest answer.")
+        int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, max=MOST_TOKENS, help="The longest answer.")
     ] = 64,
     prompt_ids: PromptIds = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt as a question, with the chat template.")] = False,
@@ -44,7 +56,7 @@ def run(
       lamina run org/model "Why is the sky blue?" --chat -n 200
       lamina run ./model --json < prompt.txt > answer.json
     """
-    request = read_prompt(prompt, prompt_ids)
+    request = read_prompt(model, prompt, prompt_ids)
     if chat and isinstance(request, list):
         raise RequestError("--chat needs the prompt as text, not as --prompt-ids")
     terminal = stdio(json=json, quiet=verbosity.quiet)
@@ -107,15 +119,15 @@ def plan(
 
 def bench(
     model: ModelArgument,
-    prompt_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Length of the prompt.")] = 16,
-    new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens to generate.")] = 8,
+    prompt_tokens: Annotated[int, typer.Option(metavar="N", min=1, max=MOST_TOKENS, help="Length of the prompt.")] = 16,
+    new_tokens: Annotated[int, typer.Option(metavar="N", min=1, max=MOST_TOKENS, help="Tokens to generate.")] = 8,
     prompt_ids: PromptIds = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Say where the time of a token goes, and write a trace of some.")
     ] = False,
     trace: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Where --profile writes the trace. Default: lamina-trace.json."),
+        typer.Option(metavar="FILE", help=f"Where --profile writes the trace. Default: {TRACE}."),
     ] = None,
     json: Json = False,
     *,
@@ -133,9 +145,12 @@ def bench(
       lamina bench ./model --memory 4GB --profile --trace trace.json   (open it at https://ui.perfetto.dev)
     """
     ids = None if prompt_ids is None else parse_prompt_ids(prompt_ids)
+    check_prompt_ids(ids or [], vocabulary_of(model))
     if trace is not None and not profile:
         raise RequestError(f"--trace {trace} without --profile: only a profile writes a trace, give both")
     asked: dict[str, Any] = {"profile": True} if profile else {}
+    if profile:
+        check_file_to_write("trace", trace or TRACE)
     if trace is not None:
         asked["trace"] = trace
     progress, terminal = Progress(new_tokens), stdio(json=True, quiet=verbosity.quiet)

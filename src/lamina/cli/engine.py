@@ -102,6 +102,22 @@ def token_inputs(model: Any, ids: list[int]) -> dict[str, Any]:
     return {"input_ids": row, "attention_mask": torch.ones_like(row)}
 
 
+def vocabulary(model: Any) -> int | None:
+    """How many tokens a loaded model has."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+    found = getattr(text, "vocab_size", None)
+    return found if isinstance(found, int) else None
+
+
+def most_tokens(model: Any) -> int | None:
+    """The longest text that a loaded model was made for; None where it does not say."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+    found = getattr(text, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def set_seed(seed: int) -> None:
     """Make the sampling that follows repeatable."""
     importlib.import_module("torch").manual_seed(seed)

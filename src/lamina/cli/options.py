@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
+import math
+import os
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from lamina.caller import Command, option, speaking
+from lamina.checkpoint.store import check_compression
 from lamina.errors import RequestError
-from lamina.sizes import parse_size
+from lamina.sizes import parse_memory
+
+MOST_TOKENS = 2**31 - 1
+DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A local folder or file, or a Hugging Face id.")]
 
@@ -31,9 +39,9 @@ class ModelOptions:
         str | None, typer.Option(metavar="SIZE", help="Memory on the accelerator, e.g. 4GB. Default: what is free.")
     ] = None
     device: Annotated[str | None, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1. Default: auto.")] = None
-    context: Annotated[int | None, typer.Option(metavar="N", min=1, help="Tokens of context to keep memory for.")] = (
-        None
-    )
+    context: Annotated[
+        int | None, typer.Option(metavar="N", min=1, max=MOST_TOKENS, help="Tokens of context to keep memory for.")
+    ] = None
     compression: Annotated[
         str | None, typer.Option(metavar="CODEC", help="How the weights are stored: 8bit, 4bit, lossless.")
     ] = None
@@ -73,7 +81,13 @@ class ModelOptions:
     def __post_init__(self) -> None:
         for name in ("memory", "device_memory"):
             if (value := getattr(self, name)) is not None:
-                parse_size(value, what="--" + name.replace("_", "-"))
+                parse_memory(value, what=option(name))
+        if self.compression is not None:
+            check_compression(self.compression)
+        if self.dtype is not None and self.dtype.removeprefix("torch.") not in DTYPES:
+            raise RequestError(f"{option('dtype')} {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        check_threads(self.threads)
+        check_folder("cache_dir", self.cache_dir)
 
     def as_kwargs(self) -> dict[str, Any]:
         """What was asked for, under the names of `from_pretrained`; what was not is left to its defaults."""
@@ -82,7 +96,7 @@ class ModelOptions:
         kwargs = {name: value for name in names if (value := getattr(self, name)) is not None}
         for name in ("memory", "device_memory"):
             if name in kwargs:
-                kwargs[name] = parse_size(kwargs[name])
+                kwargs[name] = parse_memory(kwargs[name])
         if self.offline:
             kwargs["local_files_only"] = True
         if self.trust_remote_code:
@@ -106,6 +120,10 @@ class SourceOptions:
         bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model.")
     ] = False
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads for the arithmetic.")] = None
+
+    def __post_init__(self) -> None:
+        check_threads(self.threads)
+        check_folder("cache_dir", self.cache_dir)
 
     def as_kwargs(self) -> dict[str, Any]:
         """What was asked for, under the names of `split`."""
@@ -131,6 +149,13 @@ class Sampling:
     top_k: Annotated[int | None, typer.Option(metavar="K", min=1, help="Sample from the K likeliest tokens.")] = None
     seed: Annotated[int | None, typer.Option(metavar="N", help="Makes sampling repeatable.")] = None
 
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_p"):
+            if (value := getattr(self, name)) is not None and not math.isfinite(value):
+                raise RequestError(f"{option(name)} must be a number, got {value}")
+        if self.seed is not None and not 0 <= self.seed < 2**64:
+            raise RequestError(f"{option('seed')} must be 0 to {2**64 - 1}, got {self.seed}")
+
     def as_kwargs(self) -> dict[str, Any]:
         """The arguments of `generate`. A temperature of 0 means no sampling."""
         chosen = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
@@ -149,6 +174,30 @@ class Verbosity:
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False
 
 
+def check_threads(threads: int | None) -> None:
+    """Refuse more threads than there are processors: each would wait for the others, thousands for ever."""
+    most = os.cpu_count() or 1
+    if threads is not None and threads > most:
+        raise RequestError(f"{option('threads', threads)} is more than the {most} processors here: give at most {most}")
+
+
+def check_folder(name: str, folder: str | None) -> None:
+    """Refuse what is there and is no folder."""
+    if folder is not None and os.path.exists(folder) and not os.path.isdir(folder):
+        raise RequestError(f"{option(name)} {folder} is no folder")
+
+
+def check_file_to_write(name: str, file: str) -> None:
+    """Refuse a file that cannot be written, before there is something to write."""
+    folder = os.path.dirname(os.path.abspath(file))
+    if os.path.isdir(file):
+        raise RequestError(f"{option(name)} {file} is a folder: name a file")
+    if not os.path.isdir(folder):
+        raise RequestError(f"{option(name)} {file}: there is no folder {folder}")
+    if not os.access(file if os.path.exists(file) else folder, os.W_OK):
+        raise RequestError(f"{option(name)} {file} may not be written by this user: choose another place")
+
+
 def parse_prompt_ids(text: str) -> list[int]:
     """`"1,2,3"` as `[1, 2, 3]`.
 
@@ -157,8 +206,34 @@ def parse_prompt_ids(text: str) -> list[int]:
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() for part in parts):
-        raise RequestError(f"--prompt-ids {text!r} is not a list of token ids: write for example 1,2,3")
+        shown = text if len(text) <= 40 else text[:40] + "..."
+        raise RequestError(f"{option('prompt_ids')} {shown!r} is not a list of token ids: write for example 1,2,3")
+    if wrong := next((part for part in parts if len(part) > 18), None):
+        raise RequestError(f"{option('prompt_ids')}: there is no token {wrong[:18]}..., of any model")
     return [int(part) for part in parts]
+
+
+def check_prompt_ids(ids: list[int], vocabulary: int | None) -> None:
+    """Refuse token ids that the model does not have, as far as its vocabulary is known.
+
+    Raises:
+        RequestError: it names the first.
+    """
+    if vocabulary and (wrong := next((token for token in ids if token >= vocabulary), None)) is not None:
+        raise RequestError(
+            f"{option('prompt_ids')}: this model has no token {wrong}, its tokens are 0 to {vocabulary - 1}"
+        )
+
+
+def vocabulary_of(model: str) -> int | None:
+    """How many tokens a local model has, as far as its config says so in so many words; nothing is imported for it."""
+    try:
+        with open(os.path.join(os.path.expanduser(model), "config.json"), encoding="utf-8") as opened:
+            config = json.load(opened)
+        found = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    except (OSError, ValueError, AttributeError):
+        return None  # what is wrong with it is said when it is opened
+    return found if isinstance(found, int) else None
 
 
 def expand(command: Callable[..., None]) -> Callable[..., None]:
@@ -168,11 +243,12 @@ def expand(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def call(**values: Any) -> None:
-        grouped = {
-            name: group(**{field.name: values.pop(field.name) for field in fields(group)})
-            for name, group in groups.items()
-        }
-        command(**values, **grouped)
+        with speaking(Command(command.__name__, dict(values))):
+            grouped = {
+                name: group(**{field.name: values.pop(field.name) for field in fields(group)})
+                for name, group in groups.items()
+            }
+            command(**values, **grouped)
 
     shown: list[inspect.Parameter] = []
     for parameter in parameters:

@@ -50,11 +50,11 @@ def put(text: str) -> None:
     write(sys.stdout, f"{text}\n")
 
 
-def tell(line: str, stream: IO[str] | None = None) -> None:
+def tell(line: str, stream: IO[str] | None = None, *, end: str = "\n") -> None:
     """A line about what goes on, on stderr; where nobody reads that, the result matters still."""
     stream = stream or sys.stderr
     with suppress(OSError):
-        stream.write(f"{line}\n")
+        stream.write(f"{line}{end}")
         stream.flush()
 
 

@@ -11,7 +11,7 @@ import typer
 from lamina.checkpoint.store import check_compression
 from lamina.cli import engine, output, report
 from lamina.cli.live import Terminal, stdio
-from lamina.cli.options import ModelArgument, SourceOptions, Verbosity
+from lamina.cli.options import ModelArgument, SourceOptions, Verbosity, check_folder
 from lamina.cli.progress import Progress
 from lamina.errors import CheckpointError
 from lamina.sizes import format_size
@@ -49,6 +49,7 @@ def split(
     """
     if compression is not None:
         check_compression(compression)
+    check_folder("to", to)
     terminal, progress = stdio(json=True, quiet=verbosity.quiet), Progress(1)
     told = _Waiting(terminal, progress)
     with contextlib.redirect_stdout(sys.stderr), terminal.showing(progress.describe):

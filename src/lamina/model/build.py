@@ -19,6 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from lamina.caller import option
 from lamina.checkpoint import Checkpoint, TensorEntry
 from lamina.errors import CheckpointError, MissingTensorError, RequestError, UnsupportedError
 from lamina.model.disk_tensor import DiskTensor, recording
@@ -106,7 +107,8 @@ def load_config(request: Request) -> tuple[PreTrainedConfig, dict[str, Any]]:
             raise CheckpointError(f"no config.json in {folder}: fetch it, it belongs beside the weights") from error
         if "trust_remote_code" in text:
             raise RequestError(
-                f"the model in {request.folder} brings its own code: read it, then pass trust_remote_code=True"
+                f"the model in {request.folder} brings its own code: read it, then pass "
+                f"{option('trust_remote_code', True)}"
             ) from error
         if "does not recognize this architecture" in text or "Unrecognized model" in text:
             raise UnsupportedError(f"transformers does not know the model in {request.folder}: {text[:200]}") from error

@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from lamina.caller import token_ids_instead
 from lamina.checkpoint import DTYPE_BYTES, Checkpoint, TensorEntry
 from lamina.checkpoint.extent import Encoding
 from lamina.checkpoint.gguf import CODEC_PREFIX, GgufFile, open_gguf
@@ -94,10 +95,7 @@ class GgufModel:
                 tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(folder, gguf_file=name)
         except Exception as error:  # what the tokenizers package raises has no other class
             text = " ".join(str(error).split())
-            raise RequestError(
-                f"no usable tokenizer in {self.path}: {text[:200]}; pass token ids instead "
-                "(--prompt-ids on the command line)"
-            ) from error
+            raise RequestError(f"no usable tokenizer in {self.path}: {text[:200]}; {token_ids_instead()}") from error
         return tokenizer
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from lamina.caller import token_ids_instead
 from lamina.errors import RequestError
 
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))  # the first there counts
@@ -84,9 +85,7 @@ def load_tokenizer(folder: str, trust_remote_code: bool, **options: Any) -> PreT
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
         text = " ".join(str(error).split())
-        raise RequestError(
-            f"no usable tokenizer in {folder}: {text[:200]}; pass token ids instead (--prompt-ids on the command line)"
-        ) from error
+        raise RequestError(f"no usable tokenizer in {folder}: {text[:200]}; {token_ids_instead()}") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes such a one where there are no files
-        raise RequestError(f"no tokenizer in {folder}: pass token ids instead (--prompt-ids on the command line)")
+        raise RequestError(f"no tokenizer in {folder}: {token_ids_instead()}")
     return tokenizer

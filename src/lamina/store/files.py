@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from lamina.caller import another_place
 from lamina.errors import CheckpointError, WriteError
 from lamina.sizes import format_size
 
@@ -31,7 +32,7 @@ def refusals(path: str) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             what += "; what is finished is kept: make room and run it again, it goes on where it stopped"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            advice = "choose another place with --to (layer_shards_saving_path)"
+            advice = another_place()
         raise WriteError(f"cannot write {path}: {what}", advice) from error
 
 
@@ -166,5 +167,5 @@ def check_room(folder: str, needed: int) -> None:
     if needed > free:
         raise WriteError(
             f"{folder} needs {format_size(needed)} more, {format_size(free)} are free there",
-            "make room, or choose another place with --to",
+            f"make room, or {another_place()}",
         )
