@@ -168,7 +168,7 @@ class Conversation:
                     )
             except BudgetError as error:
                 if tokens:
-                    self._note(f"\nlamina: the answer ends here, for want of memory: {one_line(error)}")
+                    self._note(f"lamina: the answer ends here, for want of memory: {one_line(error)}")
                 elif self._forget_oldest():
                     continue
                 else:

@@ -7,6 +7,7 @@ is put together here: what is already there when a line has ended was not typed 
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import select
 import sys
@@ -38,6 +39,8 @@ class Messages:
             with suppress(ImportError):
                 readline = importlib.import_module("readline")  # editing and history for input()
                 readline.parse_and_bind("set enable-bracketed-paste on")  # which Python switches off
+                if os.environ.get("NO_COLOR"):
+                    readline.parse_and_bind("set enable-active-region off")  # what was pasted, in other colours
 
     def next(self) -> str | None:
         """The next message, without the white space around it; empty where nothing was said.

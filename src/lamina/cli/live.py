@@ -7,6 +7,7 @@ on the current row, and both go through one lock. Without a terminal on stderr n
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 import time
@@ -32,8 +33,9 @@ class Terminal:
         self._status = status
         self._shared = text.isatty()  # the text's cursor is then the one that the status is drawn at
         self._shown = shown and _is_terminal(status)
+        self._notebook = in_notebook()
         self._lock = threading.RLock()  # Ctrl-C may come while it is held, and clears as well
-        self._drawn = False
+        self._drawn = 0  # letters of the status line that stands there
         self._colours: bool | None = None
         self._column = 0
 
@@ -52,6 +54,8 @@ class Terminal:
         """A whole line about what goes on, beside the text."""
         with self._lock:
             self._clear()
+            if self._shared and self._column:
+                self.write("\n")
             output.tell(line, self._status)
 
     @contextmanager
@@ -82,12 +86,12 @@ class Terminal:
 
     def _draw(self, parts: list[str]) -> None:
         self._clear()
+        if self._notebook and self._column:  # it cannot go back to anywhere but the beginning of the line
+            return
         line = fit(parts, self._width(), self._column)
         if line:
-            self._drawn = True
-            with suppress(OSError):  # the terminal is gone: the result may go elsewhere
-                self._status.write(f"{_SAVE}{self._dim(line)}")
-                self._status.flush()
+            self._drawn = len(line)
+            self._send(f"\r{line}" if self._notebook else f"{_SAVE}{self._dim(line)}")
 
     def _dim(self, line: str) -> str:
         """The line as the terminal and the user (NO_COLOR) want it."""
@@ -105,10 +109,13 @@ class Terminal:
 
     def _clear(self) -> None:
         if self._drawn:
-            self._drawn = False
-            with suppress(OSError):
-                self._status.write(_RESTORE_AND_CLEAR)
-                self._status.flush()
+            self._send(f"\r{' ' * self._drawn}\r" if self._notebook else _RESTORE_AND_CLEAR)
+            self._drawn = 0
+
+    def _send(self, codes: str) -> None:
+        with suppress(OSError):  # the terminal is gone: the result may go elsewhere
+            self._status.write(codes)
+            self._status.flush()
 
     def _width(self) -> int:
         from rich.console import Console
@@ -153,6 +160,15 @@ def telling(terminal: Terminal, *, quiet: bool) -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
+
+
+def in_notebook() -> bool:
+    """Whether what is written is shown in a notebook's cell, which knows no codes of a terminal but the colours.
+
+    `!lamina ...` has a terminal there, with nothing but its surroundings to tell it from others.
+    """
+    names = ("JPY_PARENT_PID", "COLAB_RELEASE_TAG", "DATABRICKS_RUNTIME_VERSION")
+    return "ipykernel" in sys.modules or any(name in os.environ for name in names)
 
 
 def _is_terminal(stream: IO[str]) -> bool:
