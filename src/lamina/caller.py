@@ -26,6 +26,8 @@ class Command:
     given: Mapping[str, Any] = field(default_factory=dict)
 
 
+FLAGS = {"local_files_only": "offline"}  # what the command line calls otherwise
+
 _ANYTHING = object()  # an option without a value
 _command: Command | None = None  # of this process, whichever thread meets the error
 
@@ -43,6 +45,8 @@ def speaking(command: Command) -> Iterator[None]:
 
 def option(name: str, value: Any = _ANYTHING) -> str:
     """An option by its keyword, with a value or without, as the caller would write it."""
+    if _command is not None:
+        name = FLAGS.get(name, name)
     if _command is None or name not in _command.given:
         written = f"{name}=" if value is _ANYTHING else f"{name}={value!r}"
         return written if _command is None else f"{written} in Python"

@@ -23,6 +23,8 @@ def test_an_option_is_a_keyword_in_python_and_a_flag_on_the_command_line() -> No
         assert (option("memory"), option("memory", "4GB")) == ("--memory", "--memory 4GB")
         assert option("device_memory", "a b") == "--device-memory 'a b'"
         assert option("trust_remote_code", True) == "--trust-remote-code"
+    with speaking(Command("run", {"offline": False})):
+        assert option("local_files_only", True) == "--offline"
     assert option("memory") == "memory="
 
 
@@ -54,7 +56,10 @@ def _keywords() -> set[str]:
 
     faces = (AutoModel.from_pretrained, plan_model, bench_model, split, ModelOptions, SourceOptions)
     names = {name for face in faces for name in inspect.signature(face).parameters}
-    return (names | {"dtype", "attn_implementation", "experts_implementation"}) - {"model", "transformers_kwargs"}
+    return (names | {"dtype", "attn_implementation", "experts_implementation", "local_files_only"}) - {
+        "model",
+        "transformers_kwargs",
+    }
 
 
 def _texts(file: Path) -> Iterator[tuple[int, str]]:

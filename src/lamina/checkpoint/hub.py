@@ -19,7 +19,6 @@ from lamina.checkpoint.choose import check_subfolder, choose_weights, parse_inde
 from lamina.checkpoint.hub_errors import clear_errors
 from lamina.checkpoint.remote import remote_headers
 from lamina.checkpoint.repository import (
-    OFFLINE,
     Listing,
     RemoteFile,
     Request,
@@ -28,6 +27,7 @@ from lamina.checkpoint.repository import (
     choose_remote,
     in_subfolder,
     list_repository,
+    offline,
 )
 from lamina.checkpoint.strict import quote
 from lamina.errors import CheckpointError, MissingShardError, ModelNotFoundError
@@ -83,7 +83,7 @@ def locate(
     listing = None if local_files_only else list_repository(request)
     if isinstance(listing, Listing):
         return _download(request, listing, progress)
-    return _whole_in_cache(request, listing or OFFLINE)
+    return _whole_in_cache(request, listing or offline())
 
 
 def metadata_folder(
@@ -107,7 +107,7 @@ def metadata_folder(
     if isinstance(listing, Listing):
         with clear_errors(request.model, revision):
             return _fetch_small(request, listing, ())
-    return _snapshot_in_cache(request, listing or OFFLINE)
+    return _snapshot_in_cache(request, listing or offline())
 
 
 def local_path(model: str | os.PathLike[str]) -> str | None:

@@ -8,7 +8,7 @@ from lamina.checkpoint.choose import check_subfolder
 from lamina.checkpoint.gguf import part_names
 from lamina.checkpoint.hub import Progress, download_files, remember_commit
 from lamina.checkpoint.hub_errors import clear_errors
-from lamina.checkpoint.repository import OFFLINE, Listing, Request, Token, in_subfolder, list_repository
+from lamina.checkpoint.repository import Listing, Request, Token, in_subfolder, list_repository, offline
 from lamina.checkpoint.strict import quote
 from lamina.errors import MissingShardError, RequestError
 
@@ -41,7 +41,7 @@ def locate_gguf(
     names = [in_subfolder(request, each) for each in part_names(name)]
     listing = None if local_files_only else list_repository(request)
     if not isinstance(listing, Listing):
-        return _in_cache(request, names, listing or OFFLINE)
+        return _in_cache(request, names, listing or offline())
     if in_subfolder(request, name) not in listing.files:
         there = sorted(each for each in listing.files if each.lower().endswith(".gguf"))
         others = (
