@@ -64,7 +64,7 @@ def explained(budget: int, used: int | None) -> Iterator[str]:
         return
     yield (
         f"the other is {format_size(used)}, of a memory cgroup that held the command to {format_size(budget)}: it "
-        "counts what the kernel caches of files as well, but not pages of libraries that other processes had brought in before"
+        "counts what the kernel caches of files as well, but not pages of libraries that other processes had brought in"
     )
 
 

@@ -383,6 +383,14 @@ def test_help_and_mistakes_are_answered_without_torch(arguments: list[str], code
 
 
 def test_every_command_shows_examples(run: Run) -> None:
-    for command in ("run", "chat", "plan", "bench"):
+    for command in ("run", "chat", "plan", "bench", "split", "verify"):
         help_text = run(command, "--help").out
         assert help_text.count(f"  lamina {command} ") >= 2, command
+    everything = run("--help").out
+    assert everything.count("  lamina ") >= 3
+    assert "..." not in everything.partition("Commands:")[2], "each command's line is whole"
+
+
+def test_a_command_that_is_nearly_right_is_named(run: Run) -> None:
+    assert "'chat'" in one_line(run("chta", "m"))
+    assert "--memory" in one_line(run("run", "m", "Hi", "--memroy", "4GB"))

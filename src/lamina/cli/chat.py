@@ -14,7 +14,7 @@ from lamina.cli import engine, interrupt, output, report
 from lamina.cli.generation import Notes, encode_chat, generate, text_of
 from lamina.cli.lines import BLOCK, Messages, leaves
 from lamina.cli.live import Terminal, now, stdio, telling
-from lamina.cli.options import MOST_TOKENS, ModelArgument, ModelOptions, Sampling, Verbosity
+from lamina.cli.options import MOST_TOKENS, ModelArgument, ModelOptions, Sampling, Verbosity, check_tokens
 from lamina.cli.progress import Progress
 from lamina.cli.report import one_line
 from lamina.errors import BudgetError, RequestError
@@ -32,7 +32,7 @@ def chat(
     model: ModelArgument,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system prompt.")] = None,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, max=MOST_TOKENS, help="The longest answer.")
+        int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, help="The longest answer.")
     ] = 512,
     *,
     sampling: Sampling,
@@ -50,6 +50,7 @@ def chat(
       lamina chat org/model --system "Answer in one sentence." --temperature 0.7
       lamina chat ./model --memory 4GB --context 8192
     """
+    check_tokens("max_new_tokens", max_new_tokens)
     if system is not None:
         system = text_of(system, "the system prompt")
     terminal = stdio(json=False, quiet=verbosity.quiet)

@@ -13,13 +13,13 @@ from lamina.cli import engine, output, report
 from lamina.cli.generation import Notes, encode, encode_chat, generate, read_prompt
 from lamina.cli.live import stdio, telling
 from lamina.cli.options import (
-    MOST_TOKENS,
     ModelArgument,
     ModelOptions,
     Sampling,
     Verbosity,
     check_file_to_write,
     check_prompt_ids,
+    check_tokens,
     parse_prompt_ids,
     vocabulary_of,
 )
@@ -38,7 +38,7 @@ def run(
         str | None, typer.Argument(metavar="PROMPT", help="The text to continue; standard input where omitted or -.")
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, max=MOST_TOKENS, help="The longest answer.")
+        int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, help="The longest answer.")
     ] = 64,
     prompt_ids: PromptIds = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt as a question, with the chat template.")] = False,
@@ -56,6 +56,7 @@ def run(
       lamina run org/model "Why is the sky blue?" --chat -n 200
       lamina run ./model --json < prompt.txt > answer.json
     """
+    check_tokens("max_new_tokens", max_new_tokens)
     request = read_prompt(model, prompt, prompt_ids)
     if chat and isinstance(request, list):
         raise RequestError("--chat needs the prompt as text, not as --prompt-ids")
@@ -119,8 +120,8 @@ def plan(
 
 def bench(
     model: ModelArgument,
-    prompt_tokens: Annotated[int, typer.Option(metavar="N", min=1, max=MOST_TOKENS, help="Length of the prompt.")] = 16,
-    new_tokens: Annotated[int, typer.Option(metavar="N", min=1, max=MOST_TOKENS, help="Tokens to generate.")] = 8,
+    prompt_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Length of the prompt.")] = 16,
+    new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens to generate.")] = 8,
     prompt_ids: PromptIds = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Say where the time of a token goes, and write a trace of some.")
@@ -144,6 +145,8 @@ def bench(
       lamina bench ./model --memory 4GB --prompt-tokens 128 --new-tokens 16 --json
       lamina bench ./model --memory 4GB --profile --trace trace.json   (open it at https://ui.perfetto.dev)
     """
+    check_tokens("prompt_tokens", prompt_tokens)
+    check_tokens("new_tokens", new_tokens)
     ids = None if prompt_ids is None else parse_prompt_ids(prompt_ids)
     check_prompt_ids(ids or [], vocabulary_of(model))
     if trace is not None and not profile:

@@ -43,7 +43,15 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Run language models that are bigger than memory: the weights stay on disk and stream through a small window."""
+    """Run language models that are bigger than memory: the weights stay on disk and stream through a small window.
+
+    \b
+    Examples:
+      lamina run ./model "The capital of France is" --memory 4GB
+      lamina chat org/model --memory 4GB
+      lamina plan ./model --memory 4GB      (what would live where, before anything is read)
+      lamina run --help                     (each command has examples)
+    """
 
 
 def main(argv: Sequence[str] | None = None) -> None:

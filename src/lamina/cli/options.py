@@ -39,9 +39,9 @@ class ModelOptions:
         str | None, typer.Option(metavar="SIZE", help="Memory on the accelerator, e.g. 4GB. Default: what is free.")
     ] = None
     device: Annotated[str | None, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1. Default: auto.")] = None
-    context: Annotated[
-        int | None, typer.Option(metavar="N", min=1, max=MOST_TOKENS, help="Tokens of context to keep memory for.")
-    ] = None
+    context: Annotated[int | None, typer.Option(metavar="N", min=1, help="Tokens of context to keep memory for.")] = (
+        None
+    )
     compression: Annotated[
         str | None, typer.Option(metavar="CODEC", help="How the weights are stored: 8bit, 4bit, lossless.")
     ] = None
@@ -88,6 +88,8 @@ class ModelOptions:
             raise RequestError(f"{option('dtype')} {self.dtype!r} is not one of {', '.join(DTYPES)}")
         check_threads(self.threads)
         check_folder("cache_dir", self.cache_dir)
+        if self.context is not None:
+            check_tokens("context", self.context)
 
     def as_kwargs(self) -> dict[str, Any]:
         """What was asked for, under the names of `from_pretrained`; what was not is left to its defaults."""
@@ -179,6 +181,12 @@ def check_threads(threads: int | None) -> None:
     most = os.cpu_count() or 1
     if threads is not None and threads > most:
         raise RequestError(f"{option('threads', threads)} is more than the {most} processors here: give at most {most}")
+
+
+def check_tokens(name: str, tokens: int) -> None:
+    """Refuse a number of tokens that no text has."""
+    if tokens > MOST_TOKENS:
+        raise RequestError(f"{option(name)} must be at most {MOST_TOKENS} tokens, got {tokens}")
 
 
 def check_folder(name: str, folder: str | None) -> None:

@@ -79,7 +79,7 @@ def verify(
     *,
     verbosity: Verbosity,
 ) -> None:
-    """Read a split model back and compare every byte with what was written.
+    """Compare every byte of a split model with what was written.
 
     Names each file that is not what it was; the exit code is then 1.
 
