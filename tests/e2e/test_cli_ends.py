@@ -65,16 +65,6 @@ def test_ctrl_c_at_any_moment_is_one_line_and_130(moment: str, folder: Path) -> 
     assert "Traceback" not in err
 
 
-def test_a_reader_that_takes_five_letters_and_goes_is_no_failure(folder: Path) -> None:  # noqa: F811
-    process = start("run", str(folder), "Hi", "-n", "500", "--context", "600")
-    assert process.stdout is not None and process.stderr is not None
-    assert process.stdout.read(5)
-    process.stdout.close()
-    err = process.stderr.read()
-    assert process.wait(timeout=300) == 0, err
-    assert "Broken pipe" not in err and "Traceback" not in err and "Error" not in err
-
-
 @pytest.mark.parametrize("arguments", [("--help",), ("run", "--help")])
 def test_a_stdout_that_nobody_reads_ends_quietly(arguments: tuple[str, ...]) -> None:
     read, write = os.pipe()

@@ -230,10 +230,10 @@ def test_ctrl_c_ends_a_run_with_one_line(folder: Path) -> None:
     ]
 
 
-def test_a_reader_that_goes_away_is_no_traceback(folder: Path) -> None:
+def test_a_reader_that_goes_away_is_no_failure(folder: Path) -> None:
     process: Any = start(folder)
     process.stdout.close()
     process.stdout = None
     code, err = ended(process)
-    assert code != 0
-    assert "Traceback" not in err
+    assert code == 0
+    assert "Traceback" not in err and "roken" not in err
