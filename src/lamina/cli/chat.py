@@ -117,7 +117,8 @@ class Conversation:
         """Raise now what the first question would raise: no tokenizer or chat template, a system prompt too long."""
         _, tokens = self._encoded([*self._begun, _said("user", "?")])
         if tokens >= self._limit:
-            raise RequestError(f"the system prompt takes {tokens} tokens, the context has {self._limit}: shorten it")
+            what = "the system prompt takes" if self._begun else "the shortest question takes"
+            raise RequestError(f"{what} {tokens} tokens, the context has {self._limit}: {option('context')} gives more")
 
     def ask(
         self, question: str, write: Callable[[str], None], count: Callable[[int], None], stopped: Callable[[], bool]

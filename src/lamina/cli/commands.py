@@ -121,7 +121,7 @@ def plan(
 def bench(
     model: ModelArgument,
     prompt_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Length of the prompt.")] = 16,
-    new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens to generate.")] = 8,
+    new_tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens to generate.")] = 8,
     prompt_ids: PromptIds = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Say where the time of a token goes, and write a trace of some.")

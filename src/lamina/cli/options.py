@@ -22,6 +22,7 @@ from lamina.checkpoint.store import check_compression
 from lamina.errors import RequestError
 from lamina.sizes import parse_memory
 
+LEAST_TEMPERATURE = 1e-4  # below it the quotients are no numbers any more
 MOST_TOKENS = 2**31 - 1
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 
@@ -84,7 +85,7 @@ class ModelOptions:
                 parse_memory(value, what=option(name))
         if self.compression is not None:
             check_compression(self.compression)
-        if self.dtype is not None and self.dtype.removeprefix("torch.") not in DTYPES:
+        if self.dtype is not None and self.dtype not in DTYPES:
             raise RequestError(f"{option('dtype')} {self.dtype!r} is not one of {', '.join(DTYPES)}")
         check_threads(self.threads)
         check_folder("cache_dir", self.cache_dir)
@@ -155,6 +156,9 @@ class Sampling:
         for name in ("temperature", "top_p"):
             if (value := getattr(self, name)) is not None and not math.isfinite(value):
                 raise RequestError(f"{option(name)} must be a number, got {value}")
+        if self.temperature and self.temperature < LEAST_TEMPERATURE:
+            given = option("temperature", self.temperature)
+            raise RequestError(f"{given} is too little to sample with: give 0 for the likeliest token")
         if self.seed is not None and not 0 <= self.seed < 2**64:
             raise RequestError(f"{option('seed')} must be 0 to {2**64 - 1}, got {self.seed}")
 
@@ -252,6 +256,9 @@ def expand(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def call(**values: Any) -> None:
         with speaking(Command(command.__name__, dict(values))):
+            for name, shown in (("model", "MODEL"), ("folder", "DIR"), ("to", "--to")):
+                if values.get(name) == "":
+                    raise RequestError(f"{shown} is empty: name a folder" + ", a file or a hub id" * (name == "model"))
             grouped = {
                 name: group(**{field.name: values.pop(field.name) for field in fields(group)})
                 for name, group in groups.items()
