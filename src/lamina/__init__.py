@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from lamina.errors import (
     BudgetError,
     ChangedError,
@@ -24,7 +22,10 @@ from lamina.errors import (
 )
 from lamina.fallbacks import FallbackWarning
 
+TYPE_CHECKING = False  # as `typing` has it, whose import takes longer than all else here: Ctrl-C may come meanwhile
 if TYPE_CHECKING:
+    from typing import Any
+
     from lamina.auto import AutoModel, plan_model
 
 __version__ = "0.1.0"

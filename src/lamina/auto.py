@@ -19,6 +19,7 @@ from lamina.drafting import SOURCE, Drafting, announced
 from lamina.errors import RequestError, UnsupportedError
 from lamina.model.arguments import ordinarily
 from lamina.model.auto import Encode, chosen_gguf
+from lamina.model.check import check_options
 from lamina.model.install import in_place_of
 from lamina.plan.plan import Plan
 from lamina.store import as_if_split, default_folder, is_store_of, split
@@ -39,8 +40,8 @@ class AutoModel:
     def from_pretrained(
         model: str,
         *,
-        memory: int | str | None = None,
-        device_memory: int | str | None = None,
+        memory: float | str | None = None,
+        device_memory: float | str | None = None,
         device: str | torch.device = "auto",
         compression: str | None = None,
         draft: str | None = "auto",
@@ -101,6 +102,14 @@ class AutoModel:
             WriteError: the store cannot be written.
         """
         model = _named(model)
+        check_options(
+            transformers_kwargs,
+            memory=memory,
+            device_memory=device_memory,
+            device=device,
+            context=context,
+            compression=compression,
+        )
         if hf_token is not None:
             transformers_kwargs.setdefault("token", hf_token)
         transformers_kwargs, device = lamina.model.taken(transformers_kwargs, device)
@@ -145,8 +154,8 @@ class AutoModel:
 def plan_model(
     model: str,
     *,
-    memory: int | str | None = None,
-    device_memory: int | str | None = None,
+    memory: float | str | None = None,
+    device_memory: float | str | None = None,
     device: str | torch.device = "auto",
     context: int | None = None,
     compression: str | None = None,
@@ -164,6 +173,14 @@ def plan_model(
     that is not written yet is counted as it will be.
     """
     model = _named(model)
+    check_options(
+        transformers_kwargs,
+        memory=memory,
+        device_memory=device_memory,
+        device=device,
+        context=context,
+        compression=compression,
+    )
     transformers_kwargs, device = lamina.model.taken(transformers_kwargs, device)
     transformers_kwargs.pop("output_loading_info", None)
     model = _gguf_named(model, transformers_kwargs, compression is not None)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from lamina.caller import option
 from lamina.checkpoint.gguf_name import ENDING, split_name
 from lamina.decode.speculator import (
     AUTO,
@@ -74,7 +75,7 @@ class Drafting:
         model: str,
         source: dict[str, Any],
         options: dict[str, Any],
-        memory: tuple[int | str | None, int | str | None, int | None],
+        memory: tuple[float | str | None, float | str | None, int | None],
         progress: Progress | None = None,
         weights_wanted: bool = True,
     ) -> None:
@@ -145,7 +146,8 @@ class Drafting:
 
     def _find_copy(self) -> None:
         """A copy in 4 bits where there is one already; it is nobody's wish to have one written."""
-        self.chosen, self.reason = LOOKUP, "no copy of the model in 4 bits is there: draft='self' writes one"
+        self.chosen = LOOKUP
+        self.reason = f"no copy of the model in 4 bits is there: {option('draft', SELF)} writes one"
         if self._is_gguf:  # a store beside it is of other weights
             self.reason = "no copy in 4 bits is made of a GGUF file"
             return
@@ -185,7 +187,7 @@ class Drafting:
         if name == SELF and is_store_of(self._model, COPY):
             raise UnsupportedError(
                 f"{self._model} has 4 bits a weight already: a copy of it would be no smaller; "
-                f"draft='lookup' or a smaller model can propose"
+                f"{option('draft', LOOKUP)} or a smaller model can propose"
             )
         if name != SELF and split_name(name)[1] is not None:
             return self._other(name), False  # a GGUF file
@@ -223,8 +225,8 @@ class Drafting:
             return Companion(self._model, True, self._progress, self._weights_wanted, encode, **options)
         except UnsupportedError as error:
             raise UnsupportedError(
-                f"no copy in 4 bits can be made for draft='self': {error}; draft='lookup' or a smaller model "
-                f"can propose"
+                f"no copy in 4 bits can be made for {option('draft', SELF)}: {error}; {option('draft', LOOKUP)} or a "
+                f"smaller model can propose"
             ) from error
 
     def _other(self, model: str, encode: Encode | None = None) -> Companion:
@@ -298,6 +300,6 @@ def announced(what: str) -> Callable[[str, int, float], None]:
 def _advised(error: WriteError) -> WriteError:
     """The same about a copy for drafting, which has no place but one."""
     return WriteError(
-        f"no copy of the model for draft='self' can be written: {error.fact}",
-        "make room there, or take draft='lookup' or 'none' (--draft on the command line), which write nothing",
+        f"no copy of the model for {option('draft', SELF)} can be written: {error.fact}",
+        f"make room there, or take {option('draft', LOOKUP)} or {option('draft', NONE)}, which write nothing",
     )

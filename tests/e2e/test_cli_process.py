@@ -96,7 +96,7 @@ def expected(folder: Path) -> list[int]:
 def decoded(folder: Path, tokens: list[int]) -> str:
     from transformers import AutoTokenizer
 
-    return str(AutoTokenizer.from_pretrained(folder).decode(tokens, skip_special_tokens=True))
+    return str(AutoTokenizer.from_pretrained(folder).decode(tokens, skip_special_tokens=True)).rstrip("\ufffd")
 
 
 def test_run_continues_as_plain_transformers_does(folder: Path, expected: list[int]) -> None:
@@ -230,10 +230,10 @@ def test_ctrl_c_ends_a_run_with_one_line(folder: Path) -> None:
     ]
 
 
-def test_a_reader_that_goes_away_is_no_traceback(folder: Path) -> None:
+def test_a_reader_that_goes_away_is_no_failure(folder: Path) -> None:
     process: Any = start(folder)
     process.stdout.close()
     process.stdout = None
     code, err = ended(process)
-    assert code != 0
-    assert "Traceback" not in err
+    assert code == 0
+    assert "Traceback" not in err and "roken" not in err

@@ -531,7 +531,7 @@ def test_a_full_disk_is_told_before_a_copy_is_written(alone: Path, monkeypatch: 
     text = str(refused_with(WriteError, alone, draft="self"))
     assert "\n" not in text
     assert f"{alone}-4bit needs" in text and "1.00 kB are free there" in text
-    assert "draft='lookup' or 'none' (--draft on the command line)" in text
+    assert "take draft='lookup' or draft='none', which write nothing" in text
     assert "--to" not in text
     assert [each.name for each in alone.parent.iterdir()] == ["model"]
 

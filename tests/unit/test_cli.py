@@ -175,6 +175,40 @@ def test_without_a_prompt_a_terminal_is_not_read(
         ("bench", "m", "--trace", "t.json"),
         ("run", "m", "Hi", "--memory", "4XB"),
         ("plan", "m", "--device-memory", "0"),
+        ("plan", "m", "--memory", "4"),
+        ("bench", "m", "--memory", "nan"),
+        ("run", "m", "Hi", "--dtype", "int3"),
+        ("run", "m", "Hi", "--compression", "9bit"),
+        ("plan", "m", "--compression", "9bit"),
+        ("run", "m", "Hi", "--threads", "9999"),
+        ("chat", "m", "--threads", "9999"),
+        ("plan", "m", "--threads", "9999"),
+        ("bench", "m", "--threads", "9999"),
+        ("split", "m", "--threads", "9999"),
+        ("split", "m", "--compression", "9bit"),
+        ("split", "m", "--to", __file__),
+        ("run", "m", "Hi", "--cache-dir", __file__),
+        ("split", "m", "--cache-dir", __file__),
+        ("run", "m", "Hi", "--seed", "-1"),
+        ("run", "m", "Hi", "--seed", str(2**64)),
+        ("run", "m", "Hi", "--temperature", "nan"),
+        ("run", "m", "Hi", "--temperature", "1e-300"),
+        ("run", "", "Hi"),
+        ("plan", ""),
+        ("verify", ""),
+        ("split", "m", "--to", ""),
+        ("bench", "m", "--new-tokens", "1"),
+        ("chat", "m", "--top-p", "nan"),
+        ("run", "m", "Hi", "--temperature", "inf"),
+        ("run", "m", "Hi", "--context", str(10**12)),
+        ("run", "m", "Hi", "--max-new-tokens", str(10**12)),
+        ("bench", "m", "--prompt-tokens", str(10**12)),
+        ("bench", "m", "--new-tokens", str(10**12)),
+        ("run", "m", "--prompt-ids", "1," + "9" * 5000),
+        ("bench", "m", "--profile", "--trace", "/no/such/folder/t.json"),
+        ("bench", "m", "--profile", "--trace", "/"),
+        ("run", "m", "bytes that are not text: \udcff"),
+        ("chat", "m", "--system", "\udcff"),
         ("run", "m", "Hi", "--max-new-tokens", "0"),
         ("run", "m", "Hi", "--temperature", "-1"),
         ("run", "m", "Hi", "--threads", "few"),
@@ -187,8 +221,32 @@ def test_a_wrong_request_is_one_line_and_exit_2(run: Run, library: Library, argu
     result = run(*arguments)
     assert result.code == 2
     assert result.out == ""
-    assert one_line(result)
+    assert len(one_line(result)) < 300
     assert library.opened == [], "it is answered before anything is opened"
+
+
+def test_bytes_that_are_not_text_are_refused_as_a_prompt(
+    library: Library, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff\xfe"), errors="surrogateescape"))
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", "m"])
+    line = "lamina: the prompt on standard input is not UTF-8 text: byte 3 of 4 is 0xff\n"
+    assert capsys.readouterr().err == line
+    assert library.opened == []
+
+
+@pytest.mark.parametrize("config", [{"vocab_size": 100}, {"text_config": {"vocab_size": 100}}])
+@pytest.mark.parametrize("command", ["run", "bench"])
+def test_a_token_that_the_model_does_not_have_is_refused_before_it_is_opened(
+    run: Run, library: Library, tmp_path: Path, command: str, config: dict[str, Any]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    result = run(command, str(tmp_path), "--prompt-ids", "1,2,99999999")
+    assert result.code == 2
+    assert one_line(result).endswith("--prompt-ids: this model has no token 99999999, its tokens are 0 to 99")
+    assert library.opened == []
+    assert run(command, str(tmp_path), "--prompt-ids", "1,2,99").code == 0
 
 
 @pytest.mark.parametrize(
@@ -267,6 +325,31 @@ def test_chat_without_a_template_is_a_wrong_request(run: Run, library: Library) 
         assert "no chat template" in result.err
 
 
+@pytest.mark.parametrize("command", [("run", "m", "Hi"), ("run", "m", "Hi", "--json"), ("plan", "m"), ("bench", "m")])
+def test_a_stdout_that_nobody_reads_is_no_failure(
+    run: Run, library: Library, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as nobody:
+        monkeypatch.setattr(sys, "stdout", nobody)
+        result = run(*command, "--quiet")
+    assert result.code == 0
+    assert result.err.replace("a library prints to stdout\n", "") == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a file that is always full")
+@pytest.mark.parametrize("command", [("run", "m", "Hi"), ("run", "m", "Hi", "--json"), ("plan", "m"), ("bench", "m")])
+def test_a_full_disk_under_stdout_is_one_line_and_exit_1(
+    run: Run, library: Library, command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        result = run(*command, "--quiet")
+    assert result.code == 1
+    assert one_line(result) == "lamina: cannot write the result: No space left on device"
+
+
 def test_quiet_leaves_stderr_empty(run: Run, library: Library) -> None:
     assert run("run", "m", "Hi", "--quiet", "--json").err == "a library prints to stdout\n"
 
@@ -307,6 +390,14 @@ def test_help_and_mistakes_are_answered_without_torch(arguments: list[str], code
 
 
 def test_every_command_shows_examples(run: Run) -> None:
-    for command in ("run", "chat", "plan", "bench"):
+    for command in ("run", "chat", "plan", "bench", "split", "verify"):
         help_text = run(command, "--help").out
         assert help_text.count(f"  lamina {command} ") >= 2, command
+    everything = run("--help").out
+    assert everything.count("  lamina ") >= 3
+    assert "..." not in everything.partition("Commands:")[2], "each command's line is whole"
+
+
+def test_a_command_that_is_nearly_right_is_named(run: Run) -> None:
+    assert "'chat'" in one_line(run("chta", "m"))
+    assert "--memory" in one_line(run("run", "m", "Hi", "--memroy", "4GB"))

@@ -122,7 +122,7 @@ def test_the_summary_shows_drafted_tokens(run: Run, folder: Path) -> None:
 def test_the_default_says_what_it_found(run: Run, folder: Path) -> None:
     result = run("run", *asked(folder))
     assert "draft: lookup" in result.err
-    assert "draft='self' writes one" in result.err
+    assert "--draft self writes one" in result.err
 
 
 @pytest.mark.parametrize("command", ["run", "bench", "plan"])
@@ -199,7 +199,7 @@ def test_a_copy_is_refused_in_a_line_and_nothing_is_left(
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
     result = run("run", *asked(model, "--draft", "self"))
     assert result.code == 1
-    assert "--draft on the command line" in one_line(result)
+    assert "take --draft lookup or --draft none, which write nothing" in one_line(result)
     assert [each.name for each in tmp_path.iterdir()] == ["model"]
 
 

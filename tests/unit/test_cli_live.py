@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +42,7 @@ class Screen(io.StringIO):
 def screen(monkeypatch: pytest.MonkeyPatch) -> Screen:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.delenv("JPY_PARENT_PID", raising=False)
     return Screen()
 
 
@@ -75,6 +77,68 @@ def test_the_status_is_drawn_by_itself_while_the_block_runs(screen: Screen, monk
     with Terminal(screen, screen, shown=True).showing(describe):
         assert asked.wait(timeout=60)
     assert screen.shown() == ""
+
+
+class Cell(io.StringIO):
+    """What a notebook's cell makes of what is written: a carriage return goes back to the beginning of the line."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def shown(self) -> list[str]:
+        assert "\x1b" not in self.getvalue()
+        lines = []
+        for line in self.getvalue().split("\n"):
+            row = ""
+            for over in line.split("\r"):
+                row = over + row[len(over) :]
+            lines.append(row.rstrip())
+        return lines
+
+
+def test_a_notebook_has_one_line_that_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JPY_PARENT_PID", "1")
+    monkeypatch.setenv("TERM", "xterm-color")
+    cell = Cell()
+    terminal = Terminal(cell, cell, shown=True)
+    for share in range(10):
+        terminal._draw([f"loading {share}%", *["10 s left"] * (share < 9)])
+    assert cell.shown() == ["loading 9%"]
+    terminal.write("The capital")
+    terminal._draw(["token 3 50%"])
+    terminal.write(" of France\n")
+    assert cell.shown() == ["The capital of France", ""]
+    terminal._draw(["token 4 50%"])
+    terminal.note("done")
+    assert cell.shown() == ["The capital of France", "done", ""]
+
+
+def test_no_color_leaves_the_colours_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    for setting, coloured in (("", True), ("1", False)):
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("NO_COLOR", setting)
+        screen = Screen()
+        terminal = Terminal(screen, screen, shown=True)
+        terminal._draw(["loading"])
+        assert ("\x1b[2m" in screen.getvalue()) is coloured
+        terminal.write("text")
+        assert screen.shown() == "text"
+
+
+def test_a_dumb_terminal_has_no_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr("lamina.cli.live._INTERVAL_S", 0.001)
+    screen = Screen()
+    with Terminal(screen, screen, shown=True).showing(lambda: ["loading"]):
+        time.sleep(0.05)
+    assert screen.getvalue() == ""
+
+
+def test_a_note_begins_a_line_of_its_own(screen: Screen) -> None:
+    terminal = Terminal(screen, screen, shown=True)
+    terminal.write("half a line")
+    terminal.note("lamina: a note")
+    assert screen.getvalue().endswith("half a line\nlamina: a note\n")
 
 
 @pytest.mark.parametrize("shown", [True, False])

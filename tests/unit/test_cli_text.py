@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,14 +31,28 @@ def test_an_unfinished_character_waits_for_its_last_byte() -> None:
     assert pieces == ["", "é", "", "", "€", "b"]
 
 
-def test_what_never_finishes_is_shown_at_the_end() -> None:
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_what_never_finishes_is_left_out(cut: int) -> None:
     stream = TextStream(Tokenizer(), list(b"a"))
-    assert stream.push(list("x€".encode()[:-1])) == ""
-    assert stream.finish() == "x\ufffd"
+    assert stream.push(list("x😀".encode()[:-cut])) == ""
+    assert stream.finish() == "x"
     assert stream.finish() == ""
 
 
-@given(st.text(max_size=40), st.text(max_size=40), st.integers(min_value=1, max_value=5))
+@given(st.text(max_size=20), st.integers(min_value=1, max_value=5), st.integers(min_value=0, max_value=80))
+def test_an_answer_that_is_cut_anywhere_shows_whole_characters(answer: str, step: int, cut: int) -> None:
+    stream = TextStream(Tokenizer(), list(b"a"))
+    ids = list(answer.encode()[:cut])
+    pieces = [stream.push(ids[start : start + step]) for start in range(0, len(ids), step)]
+    shown = "".join([*pieces, stream.finish()])
+    assert shown == bytes(ids).decode(errors="ignore").rstrip("\ufffd")
+
+
+@given(
+    st.text(max_size=40),
+    st.text(max_size=40).filter(lambda text: not text.endswith("\ufffd")),
+    st.integers(min_value=1, max_value=5),
+)
 def test_the_pieces_are_the_whole_text(prompt: str, answer: str, step: int) -> None:
     stream = TextStream(Tokenizer(), list(prompt.encode()))
     ids = list(answer.encode())

@@ -182,6 +182,7 @@ def test_experts_go_through_one_registry() -> None:
     registry = moe.ALL_EXPERTS_FUNCTIONS
     assert {"register", "get_interface"} <= set(dir(registry))
     assert isinstance(internals.ALL_ATTENTION_FUNCTIONS, AttentionInterface)
+    assert {"eager", "sdpa", "flash_attention_2", "flex_attention"} <= set(internals.attention_names())
 
 
 def test_a_family_says_whether_it_keeps_a_state() -> None:

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from lamina.caller import option
 from lamina.checkpoint.checkpoint import read_index
 from lamina.checkpoint.choose import check_subfolder, choose_weights, parse_index, small_files
 from lamina.checkpoint.gguf_name import gguf_alone, gguf_models, local_names
@@ -21,7 +22,6 @@ from lamina.checkpoint.hub_errors import clear_errors
 from lamina.checkpoint.mistaken import lone_adapter
 from lamina.checkpoint.remote import remote_headers
 from lamina.checkpoint.repository import (
-    OFFLINE,
     Listing,
     RemoteFile,
     Request,
@@ -31,6 +31,7 @@ from lamina.checkpoint.repository import (
     choose_remote,
     in_subfolder,
     list_repository,
+    offline,
 )
 from lamina.checkpoint.strict import quote
 from lamina.errors import CheckpointError, MissingShardError, ModelNotFoundError
@@ -86,7 +87,7 @@ def locate(
     listing = None if local_files_only else list_repository(request)
     if isinstance(listing, Listing):
         return _download(request, listing, progress)
-    return _whole_in_cache(request, listing or OFFLINE)
+    return _whole_in_cache(request, listing or offline())
 
 
 def metadata_folder(
@@ -110,7 +111,7 @@ def metadata_folder(
     if isinstance(listing, Listing):
         with clear_errors(request.model, revision):
             return _fetch_small(request, listing, ())
-    return _snapshot_in_cache(request, listing or OFFLINE)
+    return _snapshot_in_cache(request, listing or offline())
 
 
 def local_path(model: str | os.PathLike[str]) -> str | None:
@@ -271,7 +272,7 @@ def _check_space(request: Request, nbytes: int) -> None:
     if nbytes > free:
         raise CheckpointError(
             f"{request.model} needs {format_size(nbytes)} more in {_cache(request)}, where {format_size(free)} "
-            "are free: make room, or choose another place with cache_dir or HF_HOME"
+            f"are free: make room, or choose another place with {option('cache_dir')} or HF_HOME"
         )
 
 

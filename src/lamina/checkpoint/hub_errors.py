@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from lamina.caller import option
 from lamina.errors import CheckpointError, LaminaError, ModelNotFoundError, RequestError
 
 _AGAIN = "try again, finished files are kept"
@@ -53,15 +54,18 @@ def translate(exc: BaseException, model: str, revision: str | None) -> LaminaErr
     if isinstance(exc, errors.HfHubHTTPError):
         return _from_answer(exc, model, revision)
     if isinstance(exc, errors.LocalTokenNotFoundError):
-        return RequestError(f"token=True, but no token is saved for {model}: run `hf auth login`, or pass the token")
+        return RequestError(f"no token is saved for {model}: run `hf auth login`, or pass one with {option('token')}")
     if isinstance(exc, (errors.LocalEntryNotFoundError, transport_error(), errors.OfflineModeIsEnabled)):
         return CheckpointError(f"the hub cannot be reached for {model} ({first_line(exc)}): {_AGAIN}")
     if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT):
         return CheckpointError(
-            f"the disk became full while {model} was downloaded: free space, or choose another place with cache_dir"
+            f"the disk became full while {model} was downloaded: free space, or choose another place with "
+            f"{option('cache_dir')}"
         )
     if isinstance(exc, PermissionError):
-        return CheckpointError(f"{exc.filename} may not be written by this user: choose another place with cache_dir")
+        return CheckpointError(
+            f"{exc.filename} may not be written by this user: choose another place with {option('cache_dir')}"
+        )
     return CheckpointError(f"{model} could not be downloaded ({first_line(exc)}): {_AGAIN}")
 
 
@@ -72,12 +76,12 @@ def _from_answer(exc: Any, model: str, revision: str | None) -> LaminaError:
     if isinstance(exc, errors.GatedRepoError):
         return RequestError(
             f"{model} is gated: ask for access at https://huggingface.co/{model}, "
-            "then run `hf auth login` or pass token="
+            f"then run `hf auth login` or pass {option('token')}"
         )
     if isinstance(exc, errors.RepositoryNotFoundError):
         return ModelNotFoundError(
             f"there is no {model} on the hub, nor a folder of that name here: check the name, "
-            "and pass token= if it is private"
+            f"and pass {option('token')} if it is private"
         )
     if isinstance(exc, errors.RevisionNotFoundError):
         return RequestError(f"{model} has no revision {revision!r}: name a branch, tag or commit that exists")

@@ -9,7 +9,7 @@ from lamina.checkpoint.choose import check_subfolder
 from lamina.checkpoint.gguf_name import choose_gguf, local_names, part_names
 from lamina.checkpoint.hub import Progress, download_files, remember_commit
 from lamina.checkpoint.hub_errors import clear_errors
-from lamina.checkpoint.repository import OFFLINE, Listing, Request, Token, in_subfolder, list_repository
+from lamina.checkpoint.repository import Listing, Request, Token, in_subfolder, list_repository, offline
 from lamina.errors import MissingShardError, RequestError, UnsupportedError
 
 
@@ -44,7 +44,7 @@ def locate_gguf(
     request = Request(model, revision, cache_dir, token, check_subfolder(subfolder))
     listing = None if local_files_only else list_repository(request)
     if not isinstance(listing, Listing):
-        why, there = listing or OFFLINE, _cached_names(request)
+        why, there = listing or offline(), _cached_names(request)
         if not there:
             raise MissingShardError(f"{name} of {model} is not in the cache, and {why}: run with the network")
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from lamina.caller import option
 from lamina.checkpoint.choose import (
     INDEX_ENDING,
     INDEX_FILE,
@@ -21,7 +22,10 @@ from lamina.errors import CheckpointError, MissingShardError
 Token = str | bool | None
 """A token, True for the saved one, False for none, None for the saved one if there is one."""
 
-OFFLINE = "this run may not use the network (HF_HUB_OFFLINE or local_files_only)"
+
+def offline() -> str:
+    """Why nothing was asked of the hub."""
+    return f"this run may not use the network (HF_HUB_OFFLINE or {option('local_files_only', True)})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,7 @@ def list_repository(request: Request) -> Listing | str:
             request.model, revision=request.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
         )
     except errors.OfflineModeIsEnabled:
-        return OFFLINE
+        return offline()
     except (OSError, ValueError, transport_error()) as exc:
         if is_unreachable(exc):
             return f"the hub cannot be reached ({first_line(exc)})"

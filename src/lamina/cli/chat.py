@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
@@ -12,18 +9,23 @@ from typing import Annotated, Any
 
 import typer
 
-from lamina.cli import engine, report
-from lamina.cli.generation import Notes, encode_chat, generate
-from lamina.cli.live import Terminal, stdio, telling
-from lamina.cli.options import ModelArgument, ModelOptions, Sampling, Verbosity
+from lamina.caller import option
+from lamina.cli import engine, interrupt, output, report
+from lamina.cli.generation import Notes, encode_chat, generate, text_of
+from lamina.cli.lines import BLOCK, Messages, leaves
+from lamina.cli.live import Terminal, now, stdio, telling
+from lamina.cli.options import MOST_TOKENS, ModelArgument, ModelOptions, Sampling, Verbosity, check_tokens
 from lamina.cli.progress import Progress
 from lamina.cli.report import one_line
-from lamina.errors import RequestError
+from lamina.errors import BudgetError, RequestError
 
-_HELP = """/reset  forget the conversation
-/exit   end (or Ctrl-D)
+_HELP = f"""/reset  forget the conversation
+/bye    end (also /exit, /quit, exit, quit, or Ctrl-D)
 /help   this list
+{BLOCK}     begins a message of several lines, which the next {BLOCK} ends; what is pasted is one message
 Ctrl-C stops an answer at its next token; a second Ctrl-C at once."""
+
+SHARE_FOR_ANSWER = 4  # of the context a quarter is kept for the answer, or less where that is all it may have
 
 
 def chat(
@@ -39,58 +41,91 @@ def chat(
 ) -> None:
     """Talk with a model through its chat template.
 
+    A message is a line, what is pasted at once, or what stands between two lines of three double quotes. When the
+    conversation outgrows the context, its oldest turns are dropped.
+
     \b
     Examples:
       lamina chat ./model --memory 4GB
       lamina chat org/model --system "Answer in one sentence." --temperature 0.7
+      lamina chat ./model --memory 4GB --context 8192
     """
+    check_tokens("max_new_tokens", max_new_tokens)
+    if system is not None:
+        system = text_of(system, "the system prompt")
     terminal = stdio(json=False, quiet=verbosity.quiet)
     progress = Progress(max_new_tokens)
     with ExitStack() as stack:
         with terminal.showing(progress.describe), telling(terminal, quiet=verbosity.quiet):
             loaded = stack.enter_context(engine.opened(model, options, progress.report))
         progress.watch(loaded)
-        talk = Conversation(loaded, model, system, sampling, max_new_tokens)
+        talk = Conversation(loaded, model, system, sampling, max_new_tokens, options.context, terminal.note)
         talk.check()
         notes = Notes(None if verbosity.quiet else terminal.note)
         notes.loaded(loaded)
         if not verbosity.quiet:
-            typer.echo("/help lists the commands, Ctrl-D ends.", err=True)
-        while (line := _read_line()) is not None and line not in ("/exit", "/quit"):
-            if line == "/reset":
+            output.tell("/help lists the commands, Ctrl-D ends.")
+        messages = Messages()
+        while (message := _next(messages)) is not None and not leaves(message):
+            if message == "/reset":
                 talk.reset()
-            elif line == "/help":
-                typer.echo(_HELP, err=True)
-            elif line.startswith("/"):
-                typer.echo(f"lamina: no command {line.split()[0]}: /help lists them", err=True)
-            elif line:
-                _answer(talk, line, terminal, progress, notes, quiet=verbosity.quiet)
+                if not verbosity.quiet:
+                    output.tell("the conversation is forgotten")
+            elif message == "/help":
+                output.tell(_HELP)
+            elif message.startswith("/") and message[1:].isalpha():
+                output.tell(f"lamina: no command {message}: /help lists them")
+            elif message:
+                _answer(talk, message, terminal, progress, notes, quiet=verbosity.quiet)
 
 
 class Conversation:
-    """What has been said so far, and the model that answers it."""
+    """What has been said so far, and the model that answers it.
 
-    def __init__(self, model: Any, name: str, system: str | None, sampling: Sampling, max_new_tokens: int) -> None:
+    Args:
+        context: the most tokens of conversation and answer; None: as many as the model and the memory take.
+        note: is told in a line what was dropped.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        name: str,
+        system: str | None,
+        sampling: Sampling,
+        max_new_tokens: int,
+        context: int | None,
+        note: Callable[[str], None],
+    ) -> None:
         self.model = model
         self.messages: list[dict[str, str]] = []
         self._name = name
-        self._system = system
+        self._begun = [] if system is None else [{"role": "system", "content": system}]
         self._sampling = sampling
         self._max_new_tokens = max_new_tokens
+        limits = [tokens for tokens in (context, engine.most_tokens(model)) if tokens is not None]
+        self._limit = min(limits, default=MOST_TOKENS)
+        self._chosen = self._limit == context  # and not the model's own
+        self._note = note
         self.reset()
 
     def reset(self) -> None:
         """Forget everything but the system prompt."""
-        self.messages = [] if self._system is None else [{"role": "system", "content": self._system}]
+        self.messages = list(self._begun)
 
     def check(self) -> None:
-        """Raise now what the first question would raise: a missing tokenizer or chat template."""
-        encode_chat(self.model, self._name, [*self.messages, {"role": "user", "content": "?"}])
+        """Raise now what the first question would raise: no tokenizer or chat template, a system prompt too long."""
+        _, tokens = self._encoded([*self._begun, _said("user", "?")])
+        if tokens >= self._limit:
+            what = "the system prompt takes" if self._begun else "the shortest question takes"
+            raise RequestError(f"{what} {tokens} tokens, the context has {self._limit}: {option('context')} gives more")
 
     def ask(
         self, question: str, write: Callable[[str], None], count: Callable[[int], None], stopped: Callable[[], bool]
     ) -> int:
         """Answer `question`, and remember both; an answer that was stopped is remembered as far as it came.
+
+        Turns that there is no room for any more, in the context or in memory, are forgotten, the oldest first.
 
         Returns:
             How many tokens the answer has.
@@ -98,8 +133,7 @@ class Conversation:
         Raises:
             RequestError: the question cannot be answered, such as one longer than the context; it is forgotten.
         """
-        asked = [*self.messages, {"role": "user", "content": question}]
-        inputs = encode_chat(self.model, self._name, asked)
+        before, told = self.messages, False
         pieces: list[str] = []
         tokens = 0
 
@@ -107,41 +141,142 @@ class Conversation:
             pieces.append(piece)
             write(piece)
 
+        def tell() -> None:
+            nonlocal told
+            if not told and (gone := (len(before) - len(self.messages)) // 2):
+                turns = "turn was" if gone == 1 else f"{gone} turns were"
+                self._note(f"lamina: the oldest {turns} dropped to make room (/reset forgets the whole conversation)")
+            told = True
+
         def counted(new: int) -> None:
             nonlocal tokens
+            tell()
             tokens += new
             count(new)
 
-        with suppress(KeyboardInterrupt):
-            generate(
-                self.model,
-                inputs,
-                self._sampling,
-                self._max_new_tokens,
-                show,
-                tokenizer=self.model.tokenizer,
-                count=counted,
-                stopped=stopped,
-            )
-        self.messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
-        return tokens
+        while True:
+            try:
+                inputs, most = self._fitting(question)
+                with suppress(KeyboardInterrupt):
+                    generate(
+                        self.model,
+                        inputs,
+                        self._sampling,
+                        min(self._max_new_tokens, most),
+                        show,
+                        tokenizer=self.model.tokenizer,
+                        count=counted,
+                        stopped=stopped,
+                    )
+            except BudgetError as error:
+                if tokens:
+                    self._note(f"lamina: the answer ends here, for want of memory: {one_line(error)}")
+                elif self._forget_oldest():
+                    continue
+                else:
+                    self.messages = before
+                    raise
+            tell()
+            self.messages = [*self.messages, _said("user", question), _said("assistant", "".join(pieces))]
+            return tokens
+
+    def _fitting(self, question: str) -> tuple[dict[str, Any], int]:
+        """The inputs for a question, after as many turns as fit the context; and how many tokens its answer may have.
+
+        Raises:
+            RequestError: the question alone is longer than the context.
+        """
+        inputs, tokens = self._encoded([*self.messages, _said("user", question)])
+        wanted = min(self._max_new_tokens, max(self._limit // SHARE_FOR_ANSWER, 1))
+        if tokens + wanted > self._limit:
+            _, alone = self._encoded([*self._begun, _said("user", question)])
+            if alone >= self._limit:
+                more = f", or begin the chat with a larger {option('context')}" if self._chosen else ""
+                has = f"the context has {self._limit}"
+                raise RequestError(f"this message takes {alone} tokens, {has}: shorten it{more}")
+        while tokens + wanted > self._limit and self._forget_oldest():
+            inputs, tokens = self._encoded([*self.messages, _said("user", question)])
+        return inputs, self._limit - tokens
+
+    def _encoded(self, messages: list[dict[str, str]]) -> tuple[dict[str, Any], int]:
+        inputs = encode_chat(self.model, self._name, messages)
+        return inputs, len(inputs["input_ids"][0])
+
+    def _forget_oldest(self) -> bool:
+        """Forget the oldest question and its answer; False where there is none."""
+        first = len(self._begun)
+        if len(self.messages) <= first:
+            return False
+        self.messages = self.messages[:first] + self.messages[first + 2 :]
+        return True
+
+
+def _said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _next(messages: Messages) -> str | None:
+    """The next message; one that is not text is refused in a line, and the chat goes on."""
+    while True:
+        try:
+            return messages.next()
+        except RequestError as error:
+            output.tell(f"lamina: {one_line(error)}")
 
 
 def _answer(
     talk: Conversation, question: str, terminal: Terminal, progress: Progress, notes: Notes, *, quiet: bool
 ) -> None:
     progress.begin()
+    before, clock = engine.as_dict(talk.model.lamina.stats), Clock()
+
+    def count(tokens: int) -> None:
+        clock.count(tokens)
+        progress.count(tokens)
+
     try:
         with terminal.showing(progress.describe), _interrupt_once(progress) as stopped:
-            tokens = talk.ask(question, terminal.write, progress.count, stopped)
+            tokens = talk.ask(question, terminal.write, count, stopped)
     except RequestError as error:
-        typer.echo(f"lamina: {one_line(error)}", err=True)
+        output.tell(f"lamina: {one_line(error)}")
         return
     terminal.write("\n")
     stats = engine.as_dict(talk.model.lamina.stats)
     notes.answered(stats)
     if not quiet:
-        typer.echo(report.summary(stats, tokens), err=True)
+        output.tell(report.summary(report.of_one_answer(before, stats, clock), tokens))
+
+
+class Clock:
+    """When an answer's tokens came."""
+
+    def __init__(self) -> None:
+        self._began = self._last = now()
+        self._first: float | None = None
+        self._after = 0  # tokens after those that came first
+
+    def count(self, tokens: int) -> None:
+        """So many came now."""
+        self._last = now()
+        if self._first is None:
+            self._first = self._last
+        else:
+            self._after += tokens
+
+    @property
+    def seconds(self) -> float:
+        """From the question to the last token."""
+        return self._last - self._began
+
+    @property
+    def seconds_to_first_token(self) -> float | None:
+        """None where none came."""
+        return None if self._first is None else self._first - self._began
+
+    @property
+    def seconds_per_token(self) -> float | None:
+        """Of those after the first."""
+        return None if self._first is None or not self._after else (self._last - self._first) / self._after
 
 
 @contextmanager
@@ -156,26 +291,8 @@ def _interrupt_once(progress: Progress) -> Iterator[Callable[[], bool]]:
         pressed = True
         progress.note = "stopping at the next token; Ctrl-C again stops at once"
 
-    previous = signal.signal(signal.SIGINT, handle)
     try:
-        yield lambda: pressed
+        with interrupt.Apart(handle):
+            yield lambda: pressed
     finally:
-        signal.signal(signal.SIGINT, previous)
         progress.note = None
-
-
-def _read_line() -> str | None:
-    """What the user says next; None at the end of the input."""
-    while True:
-        try:
-            if sys.stdin.isatty():
-                with suppress(ImportError):
-                    importlib.import_module("readline")  # editing and history for input()
-                return input("> ").strip()
-            line = sys.stdin.readline()
-            return line.strip() if line else None
-        except EOFError:
-            typer.echo(err=True)
-            return None
-        except KeyboardInterrupt:
-            typer.echo("\nlamina: Ctrl-D or /exit ends the chat", err=True)

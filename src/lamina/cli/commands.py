@@ -9,12 +9,24 @@ from typing import Annotated, Any
 
 import typer
 
-from lamina.cli import engine, report
+from lamina.cli import engine, output, report
 from lamina.cli.generation import Notes, encode, encode_chat, generate, read_prompt
 from lamina.cli.live import stdio, telling
-from lamina.cli.options import ModelArgument, ModelOptions, Sampling, Verbosity, parse_prompt_ids
+from lamina.cli.options import (
+    ModelArgument,
+    ModelOptions,
+    Sampling,
+    Verbosity,
+    check_file_to_write,
+    check_prompt_ids,
+    check_tokens,
+    parse_prompt_ids,
+    vocabulary_of,
+)
 from lamina.cli.progress import Progress
 from lamina.errors import RequestError
+
+TRACE = "lamina-trace.json"
 
 PromptIds = Annotated[str | None, typer.Option(metavar="IDS", help="Token ids instead of text, e.g. 1,2,3.")]
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout.")]
@@ -44,7 +56,8 @@ def run(
       lamina run org/model "Why is the sky blue?" --chat -n 200
       lamina run ./model --json < prompt.txt > answer.json
     """
-    request = read_prompt(prompt, prompt_ids)
+    check_tokens("max_new_tokens", max_new_tokens)
+    request = read_prompt(model, prompt, prompt_ids)
     if chat and isinstance(request, list):
         raise RequestError("--chat needs the prompt as text, not as --prompt-ids")
     terminal = stdio(json=json, quiet=verbosity.quiet)
@@ -75,10 +88,10 @@ def run(
         if not json:
             terminal.write("\n")
     if json:
-        typer.echo(report.as_json({"text": text, "tokens": tokens, "stats": stats}))
+        output.put(report.as_json({"text": text, "tokens": tokens, "stats": stats}))
     notes.answered(stats)
     if not verbosity.quiet:
-        typer.echo(report.summary(stats, len(tokens)), err=True)
+        output.tell(report.summary(stats, len(tokens)))
 
 
 def plan(
@@ -100,22 +113,22 @@ def plan(
     progress = Progress(1)
     with _stdout_for_the_result(True), stdio(json=True, quiet=verbosity.quiet).showing(progress.describe):
         planned = engine.plan(model, options, progress.report)
-    typer.echo(report.as_json(planned) if json else report.plan_table(planned))
+    output.put(report.as_json(planned) if json else report.plan_table(planned))
     if json and not verbosity.quiet:
-        Notes(_to_stderr).answered(planned, off=False)
+        Notes(output.tell).answered(planned, off=False)
 
 
 def bench(
     model: ModelArgument,
     prompt_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Length of the prompt.")] = 16,
-    new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens to generate.")] = 8,
+    new_tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens to generate.")] = 8,
     prompt_ids: PromptIds = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Say where the time of a token goes, and write a trace of some.")
     ] = False,
     trace: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Where --profile writes the trace. Default: lamina-trace.json."),
+        typer.Option(metavar="FILE", help=f"Where --profile writes the trace. Default: {TRACE}."),
     ] = None,
     json: Json = False,
     *,
@@ -132,10 +145,15 @@ def bench(
       lamina bench ./model --memory 4GB --prompt-tokens 128 --new-tokens 16 --json
       lamina bench ./model --memory 4GB --profile --trace trace.json   (open it at https://ui.perfetto.dev)
     """
+    check_tokens("prompt_tokens", prompt_tokens)
+    check_tokens("new_tokens", new_tokens)
     ids = None if prompt_ids is None else parse_prompt_ids(prompt_ids)
+    check_prompt_ids(ids or [], vocabulary_of(model))
     if trace is not None and not profile:
         raise RequestError(f"--trace {trace} without --profile: only a profile writes a trace, give both")
     asked: dict[str, Any] = {"profile": True} if profile else {}
+    if profile:
+        check_file_to_write("trace", trace or TRACE)
     if trace is not None:
         asked["trace"] = trace
     progress, terminal = Progress(new_tokens), stdio(json=True, quiet=verbosity.quiet)
@@ -147,11 +165,11 @@ def bench(
         result = engine.bench(
             model, options, progress.report, prompt_tokens=prompt_tokens, new_tokens=new_tokens, prompt_ids=ids, **asked
         )
-    typer.echo(report.as_json(result) if json else report.bench_table(result))
+    output.put(report.as_json(result) if json else report.bench_table(result))
     if not verbosity.quiet:
-        Notes(_to_stderr).answered(result)
+        Notes(output.tell).answered(result)
     if json and profile and not verbosity.quiet:
-        typer.echo(report.trace_line(result["profile"]["trace"]), err=True)
+        output.tell(report.trace_line(result["profile"]["trace"]))
 
 
 @contextlib.contextmanager
@@ -170,10 +188,6 @@ def _tokenizer(model: Any, *, needed: bool) -> Any | None:
         if needed:
             raise
         return None
-
-
-def _to_stderr(line: str) -> None:
-    typer.echo(line, err=True)
 
 
 def _nowhere(piece: str) -> None:

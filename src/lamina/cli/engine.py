@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from lamina.cli import interrupt
 from lamina.cli.options import ModelOptions, SourceOptions
 from lamina.errors import CheckpointError
 
@@ -46,6 +47,7 @@ def _imported(name: str, options: ModelOptions | SourceOptions) -> Any:
         gc.enable()
     if options.threads is not None:
         importlib.import_module("torch").set_num_threads(options.threads)
+    interrupt.raise_first()
     return module
 
 
@@ -98,6 +100,22 @@ def token_inputs(model: Any, ids: list[int]) -> dict[str, Any]:
     torch = importlib.import_module("torch")
     row = torch.tensor([ids], device=model.device)
     return {"input_ids": row, "attention_mask": torch.ones_like(row)}
+
+
+def vocabulary(model: Any) -> int | None:
+    """How many tokens a loaded model has."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+    found = getattr(text, "vocab_size", None)
+    return found if isinstance(found, int) else None
+
+
+def most_tokens(model: Any) -> int | None:
+    """The longest text that a loaded model was made for; None where it does not say."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+    found = getattr(text, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def set_seed(seed: int) -> None:

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lamina.cli import engine, report
-from lamina.cli.options import Sampling, parse_prompt_ids
+from lamina.cli.options import Sampling, check_prompt_ids, parse_prompt_ids, vocabulary_of
 from lamina.cli.text import TextStream, TokenStream
 from lamina.errors import RequestError
 
 
-def read_prompt(prompt: str | None, prompt_ids: str | None) -> str | list[int]:
+def read_prompt(model: str, prompt: str | None, prompt_ids: str | None) -> str | list[int]:
     """The prompt as text or token ids: from the arguments, or from standard input where none or `-` is given.
 
     Raises:
@@ -21,22 +21,38 @@ def read_prompt(prompt: str | None, prompt_ids: str | None) -> str | list[int]:
     if prompt_ids is not None:
         if prompt is not None:
             raise RequestError("a prompt and --prompt-ids were given: give one of them")
-        return parse_prompt_ids(prompt_ids)
+        ids = parse_prompt_ids(prompt_ids)
+        check_prompt_ids(ids, vocabulary_of(model))
+        return ids
     if prompt is None or prompt == "-":
         if sys.stdin is None or sys.stdin.isatty():
             raise RequestError("no prompt: write one after the model, pipe one in, or give --prompt-ids")
-        try:
-            prompt = sys.stdin.read().removesuffix("\n").removesuffix("\r")
-        except UnicodeDecodeError as error:
-            raise RequestError(f"the prompt on standard input is not {error.encoding} text") from error
+        prompt = text_of(getattr(sys.stdin, "buffer", sys.stdin).read(), "the prompt on standard input")
+        prompt = prompt.removesuffix("\n").removesuffix("\r")
     if not prompt:
         raise RequestError("the prompt is empty")
-    return prompt
+    return text_of(prompt, "the prompt")
+
+
+def text_of(read: str | bytes, what: str) -> str:
+    """What was read or typed, which must be UTF-8; in a `str`, Python hides bytes that are not.
+
+    Raises:
+        RequestError: it says where the first wrong byte is.
+    """
+    raw = read.encode(errors="surrogateescape") if isinstance(read, str) else read
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"{what} is not UTF-8 text: byte {error.start + 1} of {len(raw)} is 0x{raw[error.start]:02x}"
+        ) from error
 
 
 def encode(model: Any, prompt: str | list[int]) -> dict[str, Any]:
     """The inputs of `generate` for a prompt taken as it is."""
     if isinstance(prompt, list):
+        check_prompt_ids(prompt, engine.vocabulary(model))
         return engine.token_inputs(model, prompt)
     return dict(model.tokenizer(prompt, return_tensors="pt").to(model.device))
 

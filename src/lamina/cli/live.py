@@ -7,12 +7,15 @@ on the current row, and both go through one lock. Without a terminal on stderr n
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO
+
+from lamina.cli import interrupt, output
 
 _INTERVAL_S = 0.25
 _SAVE, _RESTORE_AND_CLEAR = "\x1b7", "\x1b8\x1b[K"
@@ -30,16 +33,17 @@ class Terminal:
         self._status = status
         self._shared = text.isatty()  # the text's cursor is then the one that the status is drawn at
         self._shown = shown and _is_terminal(status)
-        self._lock = threading.Lock()
-        self._drawn = False
+        self._notebook = in_notebook()
+        self._lock = threading.RLock()  # Ctrl-C may come while it is held, and clears as well
+        self._drawn = 0  # letters of the status line that stands there
+        self._colours: bool | None = None
         self._column = 0
 
     def write(self, piece: str) -> None:
         """Write text at once; it is never mixed up with the status."""
         with self._lock:
             self._clear()
-            self._text.write(piece)
-            self._text.flush()
+            output.write(self._text, piece, now=True)
             if self._shared:
                 from rich.cells import cell_len
 
@@ -50,8 +54,9 @@ class Terminal:
         """A whole line about what goes on, beside the text."""
         with self._lock:
             self._clear()
-            self._status.write(f"{line}\n")
-            self._status.flush()
+            if self._shared and self._column:
+                self.write("\n")
+            output.tell(line, self._status)
 
     @contextmanager
     def showing(self, describe: Callable[[], list[str]]) -> Iterator[None]:
@@ -69,9 +74,11 @@ class Terminal:
 
         clock = threading.Thread(target=tick, name="lamina-status", daemon=True)
         clock.start()
+        interrupt.before_leaving = self._leave
         try:
             yield
         finally:
+            interrupt.before_leaving = None
             ended.set()
             clock.join()
             with self._lock:
@@ -79,17 +86,36 @@ class Terminal:
 
     def _draw(self, parts: list[str]) -> None:
         self._clear()
+        if self._notebook and self._column:  # it cannot go back to anywhere but the beginning of the line
+            return
         line = fit(parts, self._width(), self._column)
         if line:
-            self._status.write(f"{_SAVE}{_DIM}{line}{_PLAIN}")
-            self._status.flush()
-            self._drawn = True
+            self._drawn = len(line)
+            self._send(f"\r{line}" if self._notebook else f"{_SAVE}{self._dim(line)}")
+
+    def _dim(self, line: str) -> str:
+        """The line as the terminal and the user (NO_COLOR) want it."""
+        if self._colours is None:
+            from rich.console import Console
+
+            console = Console(file=self._status)
+            self._colours = console.color_system is not None and not console.no_color
+        return f"{_DIM}{line}{_PLAIN}" if self._colours else line
+
+    def _leave(self) -> None:
+        """Called when Ctrl-C ends the process as it is."""
+        if self._lock.acquire(timeout=1):
+            self._clear()
 
     def _clear(self) -> None:
         if self._drawn:
-            self._status.write(_RESTORE_AND_CLEAR)
+            self._send(f"\r{' ' * self._drawn}\r" if self._notebook else _RESTORE_AND_CLEAR)
+            self._drawn = 0
+
+    def _send(self, codes: str) -> None:
+        with suppress(OSError):  # the terminal is gone: the result may go elsewhere
+            self._status.write(codes)
             self._status.flush()
-            self._drawn = False
 
     def _width(self) -> int:
         from rich.console import Console
@@ -134,6 +160,15 @@ def telling(terminal: Terminal, *, quiet: bool) -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
+
+
+def in_notebook() -> bool:
+    """Whether what is written is shown in a notebook's cell, which knows no codes of a terminal but the colours.
+
+    `!lamina ...` has a terminal there, with nothing but its surroundings to tell it from others.
+    """
+    names = ("JPY_PARENT_PID", "COLAB_RELEASE_TAG", "DATABRICKS_RUNTIME_VERSION")
+    return "ipykernel" in sys.modules or any(name in os.environ for name in names)
 
 
 def _is_terminal(stream: IO[str]) -> bool:

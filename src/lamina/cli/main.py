@@ -5,7 +5,6 @@ Exit codes: 0 done; 2 the request is wrong; 1 it failed; 130 interrupted by Ctrl
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 import warnings
@@ -15,7 +14,7 @@ from typing import Annotated
 import typer
 
 import lamina
-from lamina.cli import commands, store
+from lamina.cli import commands, interrupt, output, store
 from lamina.cli.chat import chat
 from lamina.cli.options import expand
 from lamina.cli.report import one_line
@@ -44,7 +43,15 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Run language models that are bigger than memory: the weights stay on disk and stream through a small window."""
+    """Run language models that are bigger than memory: the weights stay on disk and stream through a small window.
+
+    \b
+    Examples:
+      lamina run ./model "The capital of France is" --memory 4GB
+      lamina chat org/model --memory 4GB
+      lamina plan ./model --memory 4GB      (what would live where, before anything is read)
+      lamina run --help                     (each command has examples)
+    """
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -57,32 +64,42 @@ def main(argv: Sequence[str] | None = None) -> None:
     debug = "--debug" in arguments
     if not debug:
         warnings.simplefilter("ignore")  # other libraries' advice to programmers
-    code = _run(arguments, debug=debug)
-    _flush()
-    sys.exit(code)
+    output.ready()
+    sys.exit(_run(arguments, debug=debug))
 
 
 def _run(arguments: list[str], *, debug: bool) -> int:
-    if not arguments:
-        arguments = ["--help"]
+    """Run the command, and say in one line what kept it from its end; its exit code."""
     try:
-        code = app(arguments, prog_name="lamina", standalone_mode=False)
-    except (LaminaError, typer.TyperException) as error:
+        code = app(arguments or ["--help"], prog_name="lamina", standalone_mode=False)
+        output.finish()
+    except output.OutputClosed:
+        output.give_up()
+        return 0
+    except SystemExit as stopped:  # typer's way of meeting a closed stdout while it shows help
+        if not isinstance(stopped.__context__, BrokenPipeError):
+            raise
+        output.give_up()
+        return 0
+    except BaseException as error:
         if debug:
             traceback.print_exc()
-        return _failed(error)
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        return _say(f"{type(error).__name__}: {one_line(error)} (run it again with --debug for the traceback)", 1)
-    if code == 130:
-        return _say("interrupted", 130)
+        code = _failed(error)
+        _flush()
+    finally:
+        interrupt.leave_at_once()
+    if code == interrupt.CODE or interrupt.pressed:  # whatever other libraries made of it
+        return _say("interrupted", interrupt.CODE)
     return code or 0
 
 
-def _failed(error: LaminaError | typer.TyperException) -> int:
+def _failed(error: BaseException) -> int:
+    if interrupt.pressed or isinstance(error, KeyboardInterrupt):
+        return interrupt.CODE
     if isinstance(error, LaminaError):
         return _say(one_line(error), 2 if isinstance(error, RequestError) else 1)
+    if not isinstance(error, typer.TyperException):
+        return _say(f"{type(error).__name__}: {one_line(error)} (run it again with --debug for the traceback)", 1)
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "lamina"
     message = " ".join(error.format_message().split()).rstrip(".")
@@ -90,13 +107,13 @@ def _failed(error: LaminaError | typer.TyperException) -> int:
 
 
 def _say(line: str, code: int) -> int:
-    typer.echo(f"lamina: {line}", err=True)
+    output.tell(f"lamina: {line}")
     return code
 
 
 def _flush() -> None:
-    """Flush now: a reader that has gone away (`lamina run ... | head`) is then no error at the exit."""
+    """What was written before a failure is written out; that this fails as well is no second line."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        output.finish()
+    except (output.OutputClosed, LaminaError):
+        output.give_up()

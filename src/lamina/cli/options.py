@@ -8,14 +8,23 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
+import math
+import os
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from lamina.caller import Command, option, speaking
+from lamina.checkpoint.store import check_compression
 from lamina.errors import RequestError
-from lamina.sizes import parse_size
+from lamina.sizes import parse_memory
+
+LEAST_TEMPERATURE = 1e-4  # below it the quotients are no numbers any more
+MOST_TOKENS = 2**31 - 1
+DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 
 ModelArgument = Annotated[
     str,
@@ -81,7 +90,15 @@ class ModelOptions:
     def __post_init__(self) -> None:
         for name in ("memory", "device_memory"):
             if (value := getattr(self, name)) is not None:
-                parse_size(value, what="--" + name.replace("_", "-"))
+                parse_memory(value, what=option(name))
+        if self.compression is not None:
+            check_compression(self.compression)
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise RequestError(f"{option('dtype')} {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        check_threads(self.threads)
+        check_folder("cache_dir", self.cache_dir)
+        if self.context is not None:
+            check_tokens("context", self.context)
 
     def as_kwargs(self) -> dict[str, Any]:
         """What was asked for, under the names of `from_pretrained`; what was not is left to its defaults."""
@@ -90,7 +107,7 @@ class ModelOptions:
         kwargs = {name: value for name in names if (value := getattr(self, name)) is not None}
         for name in ("memory", "device_memory"):
             if name in kwargs:
-                kwargs[name] = parse_size(kwargs[name])
+                kwargs[name] = parse_memory(kwargs[name])
         if self.offline:
             kwargs["local_files_only"] = True
         if self.trust_remote_code:
@@ -118,6 +135,10 @@ class SourceOptions:
     ] = False
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads for the arithmetic.")] = None
 
+    def __post_init__(self) -> None:
+        check_threads(self.threads)
+        check_folder("cache_dir", self.cache_dir)
+
     def as_kwargs(self) -> dict[str, Any]:
         """What was asked for, under the names of `split`."""
         given = {"revision": self.revision, "cache_dir": self.cache_dir, "token": self.token}
@@ -143,6 +164,16 @@ class Sampling:
     top_k: Annotated[int | None, typer.Option(metavar="K", min=1, help="Sample from the K likeliest tokens.")] = None
     seed: Annotated[int | None, typer.Option(metavar="N", help="Makes sampling repeatable.")] = None
 
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_p"):
+            if (value := getattr(self, name)) is not None and not math.isfinite(value):
+                raise RequestError(f"{option(name)} must be a number, got {value}")
+        if self.temperature and self.temperature < LEAST_TEMPERATURE:
+            given = option("temperature", self.temperature)
+            raise RequestError(f"{given} is too little to sample with: give 0 for the likeliest token")
+        if self.seed is not None and not 0 <= self.seed < 2**64:
+            raise RequestError(f"{option('seed')} must be 0 to {2**64 - 1}, got {self.seed}")
+
     def as_kwargs(self) -> dict[str, Any]:
         """The arguments of `generate`. A temperature of 0 means no sampling."""
         chosen = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
@@ -161,6 +192,36 @@ class Verbosity:
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False
 
 
+def check_threads(threads: int | None) -> None:
+    """Refuse more threads than there are processors: each would wait for the others, thousands for ever."""
+    most = os.cpu_count() or 1
+    if threads is not None and threads > most:
+        raise RequestError(f"{option('threads', threads)} is more than the {most} processors here: give at most {most}")
+
+
+def check_tokens(name: str, tokens: int) -> None:
+    """Refuse a number of tokens that no text has."""
+    if tokens > MOST_TOKENS:
+        raise RequestError(f"{option(name)} must be at most {MOST_TOKENS} tokens, got {tokens}")
+
+
+def check_folder(name: str, folder: str | None) -> None:
+    """Refuse what is there and is no folder."""
+    if folder is not None and os.path.exists(folder) and not os.path.isdir(folder):
+        raise RequestError(f"{option(name)} {folder} is no folder")
+
+
+def check_file_to_write(name: str, file: str) -> None:
+    """Refuse a file that cannot be written, before there is something to write."""
+    folder = os.path.dirname(os.path.abspath(file))
+    if os.path.isdir(file):
+        raise RequestError(f"{option(name)} {file} is a folder: name a file")
+    if not os.path.isdir(folder):
+        raise RequestError(f"{option(name)} {file}: there is no folder {folder}")
+    if not os.access(file if os.path.exists(file) else folder, os.W_OK):
+        raise RequestError(f"{option(name)} {file} may not be written by this user: choose another place")
+
+
 def parse_prompt_ids(text: str) -> list[int]:
     """`"1,2,3"` as `[1, 2, 3]`.
 
@@ -169,8 +230,34 @@ def parse_prompt_ids(text: str) -> list[int]:
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() for part in parts):
-        raise RequestError(f"--prompt-ids {text!r} is not a list of token ids: write for example 1,2,3")
+        shown = text if len(text) <= 40 else text[:40] + "..."
+        raise RequestError(f"{option('prompt_ids')} {shown!r} is not a list of token ids: write for example 1,2,3")
+    if wrong := next((part for part in parts if len(part) > 18), None):
+        raise RequestError(f"{option('prompt_ids')}: there is no token {wrong[:18]}..., of any model")
     return [int(part) for part in parts]
+
+
+def check_prompt_ids(ids: list[int], vocabulary: int | None) -> None:
+    """Refuse token ids that the model does not have, as far as its vocabulary is known.
+
+    Raises:
+        RequestError: it names the first.
+    """
+    if vocabulary and (wrong := next((token for token in ids if token >= vocabulary), None)) is not None:
+        raise RequestError(
+            f"{option('prompt_ids')}: this model has no token {wrong}, its tokens are 0 to {vocabulary - 1}"
+        )
+
+
+def vocabulary_of(model: str) -> int | None:
+    """How many tokens a local model has, as far as its config says so in so many words; nothing is imported for it."""
+    try:
+        with open(os.path.join(os.path.expanduser(model), "config.json"), encoding="utf-8") as opened:
+            config = json.load(opened)
+        found = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    except (OSError, ValueError, AttributeError):
+        return None  # what is wrong with it is said when it is opened
+    return found if isinstance(found, int) else None
 
 
 def expand(command: Callable[..., None]) -> Callable[..., None]:
@@ -180,11 +267,15 @@ def expand(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def call(**values: Any) -> None:
-        grouped = {
-            name: group(**{field.name: values.pop(field.name) for field in fields(group)})
-            for name, group in groups.items()
-        }
-        command(**values, **grouped)
+        with speaking(Command(command.__name__, dict(values))):
+            for name, shown in (("model", "MODEL"), ("folder", "DIR"), ("to", "--to")):
+                if values.get(name) == "":
+                    raise RequestError(f"{shown} is empty: name a folder" + ", a file or a hub id" * (name == "model"))
+            grouped = {
+                name: group(**{field.name: values.pop(field.name) for field in fields(group)})
+                for name, group in groups.items()
+            }
+            command(**values, **grouped)
 
     shown: list[inspect.Parameter] = []
     for parameter in parameters:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from lamina.sizes import format_rate, format_size
 
@@ -39,11 +39,14 @@ def summary(stats: Mapping[str, Any], tokens: int) -> str:
     parts = [f"{tokens} token" + ("" if tokens == 1 else "s")]
     if per_token := stats.get("seconds_per_token"):
         parts.append(f"{_number(per_token)} s/token")
+    elif first := stats.get("time_to_first_token_seconds"):
+        parts.append(f"{_number(first)} s")
     if (per_pass := stats.get("tokens_per_pass")) and per_pass > 1:
         parts.append(f"{per_pass:.2f} tokens a pass")
     if stats.get("drafted_tokens"):
         right = f"{stats['accepted_tokens']} of {stats['drafted_tokens']} drafted were right ({stats['draft']})"
-        parts.append(f"{right}, {stats['draft_share_of_time']:.0%} of the time drafting")
+        share = stats.get("draft_share_of_time")
+        parts.append(right if share is None else f"{right}, {share:.0%} of the time drafting")
     if (rate := stats.get("read_bytes_per_second")) and stats.get("bytes_read"):
         parts.append(format_rate(rate))
         parts.append(f"{stats.get('seconds_waiting_for_disk') or 0:.1f} s waiting for the disk")
@@ -56,6 +59,44 @@ def summary(stats: Mapping[str, Any], tokens: int) -> str:
         budget = stats.get("memory_budget_bytes")
         parts.append(f"peak {format_size(peak)}" + (f" of {format_size(budget)}" if budget else ""))
     return " · ".join(parts)
+
+
+class Answered(Protocol):
+    """When the tokens of an answer came."""
+
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def seconds_to_first_token(self) -> float | None: ...
+    @property
+    def seconds_per_token(self) -> float | None: ...
+
+
+_COUNTED = (
+    "bytes_read",
+    "seconds_waiting_for_disk",
+    "passes",
+    "new_tokens",
+    "drafted_tokens",
+    "accepted_tokens",
+    "experts_routed",
+    "expert_hits",
+    "experts_foreseen",
+)
+
+
+def of_one_answer(before: Mapping[str, Any], after: Mapping[str, Any], clock: Answered) -> dict[str, Any]:
+    """The stats of the last answer alone, out of those of a model that has given others before."""
+    of_it = dict(after)
+    for key in _COUNTED:
+        if after.get(key) is not None:
+            of_it[key] = after[key] - (before.get(key) or 0)
+    of_it["draft_share_of_time"] = None  # known of all answers together only
+    of_it["seconds_per_token"] = clock.seconds_per_token
+    of_it["time_to_first_token_seconds"] = clock.seconds_to_first_token
+    of_it["read_bytes_per_second"] = of_it.get("bytes_read", 0) / clock.seconds if clock.seconds > 0 else None
+    of_it["tokens_per_pass"] = of_it["new_tokens"] / of_it["passes"] if of_it.get("passes") else None
+    return of_it
 
 
 def drafting(stats: Mapping[str, Any]) -> str:

@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from lamina.checkpoint.store import check_compression
-from lamina.cli import engine, report
+from lamina.cli import engine, output, report
 from lamina.cli.live import Terminal, stdio
-from lamina.cli.options import ModelArgument, SourceOptions, Verbosity
+from lamina.cli.options import ModelArgument, SourceOptions, Verbosity, check_folder
 from lamina.cli.progress import Progress
 from lamina.errors import CheckpointError
 from lamina.sizes import format_size
@@ -49,6 +49,7 @@ def split(
     """
     if compression is not None:
         check_compression(compression)
+    check_folder("to", to)
     terminal, progress = stdio(json=True, quiet=verbosity.quiet), Progress(1)
     told = _Waiting(terminal, progress)
     with contextlib.redirect_stdout(sys.stderr), terminal.showing(progress.describe):
@@ -67,9 +68,9 @@ def split(
     result = engine.as_dict(made)
     for path, why in result["kept"].items():
         terminal.note(f"kept: {path} {why}")
-    typer.echo(report.as_json(result) if json else result["folder"])
+    output.put(report.as_json(result) if json else result["folder"])
     if not verbosity.quiet:
-        typer.echo(report.split_summary(result), err=True)
+        output.tell(report.split_summary(result))
 
 
 def verify(
@@ -78,7 +79,7 @@ def verify(
     *,
     verbosity: Verbosity,
 ) -> None:
-    """Read a split model back and compare every byte with what was written.
+    """Compare every byte of a split model with what was written.
 
     Names each file that is not what it was; the exit code is then 1.
 
@@ -93,9 +94,9 @@ def verify(
         checked = engine.store_library(SourceOptions()).verify(folder, progress=progress.report)
     result = engine.as_dict(checked)
     if json:
-        typer.echo(report.as_json(result))
+        output.put(report.as_json(result))
     for fault in [] if json else result["faults"]:
-        typer.echo(f"{fault['file']} {fault['what']}")
+        output.put(f"{fault['file']} {fault['what']}")
     if count := len(result["faults"]):
         raise CheckpointError(
             f"{count} of {result['files']} files in {result['folder']} {'is' if count == 1 else 'are'} damaged: "
@@ -105,7 +106,7 @@ def verify(
         terminal.note("config and tokenizer were not compared: an older lamina wrote the store and did not list them")
     if not verbosity.quiet:
         size = format_size(result["bytes"])
-        typer.echo(f"{result['files']} files, {size} ({result['compression']}): all as written", err=True)
+        output.tell(f"{result['files']} files, {size} ({result['compression']}): all as written")
 
 
 class _Waiting:

@@ -12,6 +12,7 @@ from typing import Any
 # Tokens of the prompt decoded along with the first new ones: whether a piece begins with a space depends on what
 # stands before it.
 _LEAD = 6
+UNFINISHED = "\ufffd"  # what bytes decode to that are no character, or not yet
 
 
 class TextStream:
@@ -27,16 +28,16 @@ class TextStream:
         """The text that `ids` make certain; empty while a character is unfinished."""
         self._ids += ids
         known, text = self._decode()
-        if len(text) <= len(known) or text.endswith("\ufffd"):
+        if len(text) <= len(known) or text.endswith(UNFINISHED):
             return ""
         self._start, self._shown = self._shown, len(self._ids)
         return text[len(known) :]
 
     def finish(self) -> str:
-        """What is left at the end, unfinished or not."""
+        """What is left at the end; of a character whose last bytes never came there is nothing to show."""
         known, text = self._decode()
         self._start = self._shown = len(self._ids)
-        return text[len(known) :]
+        return text[len(known) :].rstrip(UNFINISHED)
 
     def _decode(self) -> tuple[str, str]:
         known = self._ids[self._start : self._shown]

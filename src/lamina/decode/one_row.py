@@ -34,6 +34,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from lamina.caller import option
 from lamina.codec import Affine, Lossless, codec_for
 from lamina.codec.affine import LINEAR_TOKENS as AFFINE_TOKENS
 from lamina.codec.gguf import LINEAR_TOKENS as GGUF_TOKENS
@@ -108,12 +109,14 @@ def covers(model: PreTrainedModel) -> str | None:
         return f"{config.model_type} has recurrent layers: several tokens are computed by another formula than one"
     chosen = experts_implementation(config)
     if chosen not in (None, "eager") and experts_by_config(config):
-        return f"experts are computed by {chosen!r}, not one at a time: set experts_implementation='eager'"
+        return f"experts are computed by {chosen!r}, not one at a time: set {option('experts_implementation', 'eager')}"
     attention = attention_implementation(config)
     if attention not in (None, "eager", "sdpa"):
-        return f"attention is computed by {attention!r}: set attn_implementation='sdpa' or 'eager'"
+        ways = " or ".join(option("attn_implementation", way) for way in ("sdpa", "eager"))
+        return f"attention is computed by {attention!r}: set {ways}"
     if attention == "eager" and model.dtype is torch.float16 and _rounds_by_shape():
-        return "this processor's float16 products (AVX512-FP16) round by their shape: set attn_implementation='sdpa'"
+        way = option("attn_implementation", "sdpa")
+        return f"this processor's float16 products (AVX512-FP16) round by their shape: set {way}"
     if _rope_types(config) & set(LENGTH_DEPENDENT):
         return "the rotary angles depend on the length of the text"
     return None

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lamina.caller import option
 from lamina.decode import door
 from lamina.decode.attention import quicken
 from lamina.decode.draft import Draft
@@ -44,7 +45,7 @@ def draft_name(draft: str | None) -> str:
     if draft is None:
         return NONE
     if not isinstance(draft, str) or not draft:
-        raise RequestError(f"draft={draft!r}: give 'none', 'auto', 'lookup', 'self', or a model")
+        raise RequestError(f"{option('draft', draft)}: give 'none', 'auto', 'lookup', 'self', or a model")
     return draft
 
 

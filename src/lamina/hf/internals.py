@@ -204,6 +204,12 @@ def attention_implementation(config: Any) -> str | None:
     return chosen
 
 
+def attention_names() -> tuple[str, ...]:
+    """The ways of computing attention that transformers knows by name."""
+    names = {name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if not name.startswith("paged|")}
+    return tuple(sorted({"eager", *names}))
+
+
 # -- generation
 
 

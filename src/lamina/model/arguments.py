@@ -92,7 +92,6 @@ def sorted_out(
     _check_kind(left, "gguf_file", str | os.PathLike, "a file's name")
     _check_kind(left, "cache_dir", str | os.PathLike, "a folder")
     _check_kind(left, "key_mapping", Mapping, "a mapping of patterns to names")
-    _check_dtype(left)
     return left, device, ignored
 
 
@@ -133,19 +132,6 @@ def _check_kind(options: Mapping[str, Any], name: str, kinds: Any, wanted: str) 
     value = options.get(name)
     if value is not None and not isinstance(value, kinds):
         raise RequestError(f"{name} must be {wanted}, got {type(value).__name__} {_short(value)}")
-
-
-def _check_dtype(options: Mapping[str, Any]) -> None:
-    for name in ("dtype", "torch_dtype"):
-        value = options.get(name)
-        known = value in (None, "auto") or isinstance(
-            getattr(torch, value, None) if isinstance(value, str) else value, torch.dtype
-        )
-        if not known:
-            raise RequestError(f"{name} must be a dtype of torch, its name or 'auto', got {_short(value)}")
-        dtype = getattr(torch, value) if isinstance(value, str) and value != "auto" else value
-        if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
-            raise RequestError(f"{name} must be a floating point dtype, got {dtype}")
 
 
 def _placed(placed: Any, device: str | torch.device) -> str | torch.device:

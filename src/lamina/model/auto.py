@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from lamina.caller import option
 from lamina.checkpoint import Checkpoint, open_checkpoint
 from lamina.checkpoint.gguf import find_gguf
 from lamina.checkpoint.gguf_name import choose_gguf, local_names, split_name
@@ -49,8 +50,8 @@ HEADER_TIMES = 32  # bytes of memory for the tokenizer, for each of a GGUF heade
 def load_model(
     model: str,
     *,
-    memory: int | str | None = None,
-    device_memory: int | str | None = None,
+    memory: float | str | None = None,
+    device_memory: float | str | None = None,
     device: str | torch.device = "auto",
     prefetching: bool = True,
     context: int | None = None,
@@ -141,8 +142,8 @@ class Prepared(Described):
 def plan_model(
     model: str,
     *,
-    memory: int | str | None = None,
-    device_memory: int | str | None = None,
+    memory: float | str | None = None,
+    device_memory: float | str | None = None,
     device: str | torch.device = "auto",
     context: int | None = None,
     progress: Progress | None = None,
@@ -166,8 +167,8 @@ def plan_model(
 def check_memory(
     model: str,
     *,
-    memory: int | str | None = None,
-    device_memory: int | str | None = None,
+    memory: float | str | None = None,
+    device_memory: float | str | None = None,
     device: str | torch.device = "auto",
     context: int | None = None,
     progress: Progress | None = None,
@@ -209,8 +210,8 @@ def _fallbacks(prepared: Described, readers: Readers | None) -> tuple[str, ...]:
 
 def _prepare(
     model: str,
-    memory: int | str | None,
-    device_memory: int | str | None,
+    memory: float | str | None,
+    device_memory: float | str | None,
     device: str | torch.device,
     context: int | None,
     options: dict[str, Any],
@@ -280,8 +281,8 @@ def _traced(built: PreTrainedModel, checkpoint: Checkpoint, request: Request) ->
 
 def plan_described(
     described: Described,
-    memory: int | str | None,
-    device_memory: int | str | None,
+    memory: float | str | None,
+    device_memory: float | str | None,
     device: torch.device,
     context: int | None,
     most: int,
@@ -289,7 +290,7 @@ def plan_described(
 ) -> Plan:
     """The plan; where nobody said how long the context is, the longest usual one that the memory has room for."""
     if context is not None and context < 1:
-        raise RequestError(f"context must be at least 1 token, got {context}")
+        raise RequestError(f"{option('context')} must be at least 1 token, got {context}")
 
     weights, traced, tokenizer = described.weights, described.trace, described.tokenizer_bytes
 
@@ -381,7 +382,9 @@ def choose_device(device: str | torch.device) -> torch.device:
             torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         text = str(error).splitlines()[0][:120]
-        raise RequestError(f"device {str(device)!r} cannot be used here: {text}; try device='cpu'") from error
+        raise RequestError(
+            f"device {str(device)!r} cannot be used here: {text}; try {option('device', 'cpu')}"
+        ) from error
     if chosen.type == "meta":
         raise RequestError("device 'meta' computes nothing: use 'auto', 'cpu' or an accelerator")
     return chosen

@@ -38,7 +38,7 @@ LENT = 32 << 20  # bytes that the bare disk is read into where no ring can lend 
 def bench_model(
     model: str,
     *,
-    memory: int | str | None = None,
+    memory: float | str | None = None,
     prompt_tokens: int = 16,
     new_tokens: int = 8,
     prompt_ids: Sequence[int] | None = None,

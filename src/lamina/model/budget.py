@@ -8,7 +8,7 @@ import torch
 
 from lamina.model.trace import Trace
 from lamina.plan.plan import Budget
-from lamina.sizes import parse_size
+from lamina.sizes import parse_memory
 from lamina.stream.probe import free_memory, release_freed, resident_bytes
 from lamina.stream.readers import BOUNCE, THREADS
 
@@ -40,8 +40,8 @@ def already_held() -> int:
 
 
 def make_budget(
-    memory: int | str | None,
-    device_memory: int | str | None,
+    memory: float | str | None,
+    device_memory: float | str | None,
     device: torch.device,
     trace: Trace,
     context: int,
@@ -61,7 +61,7 @@ def make_budget(
         tokenizer_bytes: what the tokenizer takes; a usual one is within `BASE`.
         draft_bytes: what a draft takes.
     """
-    given = parse_size(memory, what="memory") if memory is not None else int(free_memory() * SHARE_OF_FREE)
+    given = parse_memory(memory, what="memory") if memory is not None else int(free_memory() * SHARE_OF_FREE)
     on_device = None
     if device.type != "cpu":
         on_device = _device_bytes(device_memory, device)
@@ -78,9 +78,9 @@ def make_budget(
     )
 
 
-def _device_bytes(device_memory: int | str | None, device: torch.device) -> int:
+def _device_bytes(device_memory: float | str | None, device: torch.device) -> int:
     if device_memory is not None:
-        return parse_size(device_memory, what="device_memory")
+        return parse_memory(device_memory, what="device_memory")
     module: Any = torch.get_device_module(device)
     if hasattr(module, "mem_get_info"):
         return int(module.mem_get_info(device)[0] * SHARE_OF_FREE)

@@ -24,6 +24,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from lamina.caller import option
 from lamina.checkpoint import Checkpoint, TensorEntry
 from lamina.errors import CheckpointError, LaminaError, MissingTensorError, RequestError, UnsupportedError
 from lamina.hf.internals import generation_config_in
@@ -158,7 +159,7 @@ def load_config(request: Request, tensors: int) -> tuple[PreTrainedConfig, dict[
         text = " ".join(str(error.__cause__).split())
         if "trust_remote_code" in text:
             raise RequestError(
-                f"the model in {source} brings its own code: read it, then pass trust_remote_code=True"
+                f"the model in {source} brings its own code: read it, then pass {option('trust_remote_code', True)}"
             ) from error.__cause__
         if "does not recognize this architecture" in text or "Unrecognized model" in text:
             known = f"transformers does not know the model in {source}: {text[:200]}"

@@ -19,6 +19,7 @@ import torch
 from torch.utils._pytree import tree_map
 from transformers import ContinuousBatchingConfig, PreTrainedModel
 
+from lamina.caller import option
 from lamina.errors import BudgetError, CheckpointError, LaminaError, RequestError, TokenError
 from lamina.fallbacks import Fallbacks, cause
 from lamina.hf.internals import (
@@ -50,7 +51,7 @@ from lamina.model.record import Record
 from lamina.model.stats import Stats
 from lamina.model.trace import Trace
 from lamina.plan.plan import Budget, Plan
-from lamina.sizes import format_size
+from lamina.sizes import format_size, short_size
 from lamina.stream.experts import Counts
 from lamina.stream.probe import peak_resident_bytes
 
@@ -335,9 +336,10 @@ class Lamina:
         return None
 
     def _too_long(self, prompt: int, room: int) -> str:
+        given = option("memory", short_size(self.plan.budget.memory_bytes))
         return (
-            f"a prompt of {prompt} tokens does not fit: memory={format_size(self.plan.budget.memory_bytes)} leaves a "
-            f"batch a cache of {room} tokens; give more memory, or a larger context when the model is loaded"
+            f"a prompt of {prompt} tokens does not fit: {given} leaves a batch a cache of {room} tokens; give more "
+            f"memory, or a larger {option('context')} when the model is loaded"
         )
 
     def _shortened(self, prompt: int, wanted: int, left: int) -> None:
@@ -355,6 +357,7 @@ class Lamina:
             BudgetError: not even the smallest plan leaves so much.
         """
         budget = self.plan.budget
+        given = option("memory", short_size(budget.memory_bytes))
         wanted = need.of(size) + sum(self._batches.values())
         if wanted <= budget.activation_bytes + budget.kv_cache_bytes:
             return
@@ -368,7 +371,7 @@ class Lamina:
             if not within and asked and self._cache_fits(need, size):
                 self.fallbacks.say(
                     f"a continuous batch of the size that was asked for may take {format_size(short)} more than "
-                    f"memory={format_size(budget.memory_bytes)} when its cache of {size.cache_tokens} tokens is full"
+                    f"{given} when its cache of {size.cache_tokens} tokens is full"
                 )
                 within = True
             if within:
@@ -376,7 +379,7 @@ class Lamina:
                 self._lent += short
                 return
             raise BudgetError(
-                f"memory={format_size(budget.memory_bytes)} is too small for a continuous batch of {size.requests} at "
+                f"{given} is too small for a continuous batch of {size.requests} at "
                 f"a time with a cache of {size.cache_tokens} tokens: it needs at least {error.minimum_bytes} bytes "
                 f"({format_size(error.minimum_bytes)}); give that much, or a shorter context",
                 error.minimum_bytes,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from lamina.caller import option
 from lamina.errors import StorageError, UnsupportedError
 from lamina.model.engine import Engine
 
@@ -78,7 +79,7 @@ def _apply(model: Any, engine: Engine, fn: Any, recurse: bool = True) -> Any:
         target = _probe(fn, bound[0])
         raise UnsupportedError(
             f"weights that stream or are packed stay {_word(bound[0].dtype)} on {engine.device}: load the model "
-            f"again with dtype={_word(target.dtype)!r}, device={str(target.device)!r}"
+            f"again with {option('dtype', _word(target.dtype))}, {option('device', str(target.device))}"
         )
     grown = sum(_probe(fn, p).element_size() * p.numel() - p.numel() * p.element_size() for p in changed)
     if grown > 0:

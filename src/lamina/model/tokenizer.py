@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from lamina.caller import token_ids_instead
 from lamina.checkpoint.mistaken import unreadable_in
 from lamina.errors import CheckpointError, RequestError
 from lamina.model.config import read_json
@@ -20,7 +21,6 @@ FILES = (
     *("special_tokens_map.json", "added_tokens.json", "config.json"),
 )
 TIMES_ITS_FILE = 16
-INSTEAD = "pass token ids instead (--prompt-ids on the command line)"
 
 
 class LazyTokenizer:
@@ -96,7 +96,7 @@ def load_tokenizer(folder: str, trust_remote_code: bool, **options: Any) -> PreT
     place = os.path.join(folder, options.get("subfolder") or "")
     tokenizer = usable(load, folder, lambda: _at_fault(place))
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes such a one where there are no files
-        raise RequestError(f"no tokenizer in {folder}: {INSTEAD}")
+        raise RequestError(f"no tokenizer in {folder}: {token_ids_instead()}")
     return tokenizer
 
 
@@ -125,7 +125,7 @@ def usable(
         text = " ".join(str(error).split())[:200] or type(error).__name__
         why = at_fault()
         where = f"{place}: {why}" if why else place
-        raise RequestError(f"no usable tokenizer in {where} ({text}); {INSTEAD}") from error
+        raise RequestError(f"no usable tokenizer in {where} ({text}); {token_ids_instead()}") from error
     return tokenizer
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lamina.caller import option
 from lamina.errors import RequestError, WriteError
 
 DEFAULT = "lamina-trace.json"
@@ -68,4 +69,6 @@ def _beside(file: Path) -> Path:
 
 
 def _refused(path: str | os.PathLike[str], error: OSError) -> WriteError:
-    return WriteError(f"cannot write the trace {path}: {error.strerror or error}; choose another place with --trace")
+    return WriteError(
+        f"cannot write the trace {path}: {error.strerror or error}; choose another place with {option('trace')}"
+    )

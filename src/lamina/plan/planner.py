@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from lamina.caller import option
 from lamina.errors import BudgetError
 from lamina.plan.cut import Item, cut_up, widest_window
 from lamina.plan.experts import KNOWN, divide, experts_of, names_of, slot_bytes
@@ -24,7 +25,7 @@ from lamina.plan.forecast import CALL_OPERATIONS, EXPERT_OPERATIONS, UNTRACED_OP
 from lamina.plan.layout import Part, align, lay_out
 from lamina.plan.plan import Budget, Plan
 from lamina.plan.schedule import Schedule, Weight
-from lamina.sizes import format_size
+from lamina.sizes import LEAST_MEANT, enough_size, format_size, meant, short_size
 
 MB = 1 << 20
 UNIT_SIZES = (32 * MB, 16 * MB, 8 * MB, 4 * MB, 2 * MB, MB, 256 * 1024, 64 * 1024, 16 * 1024, 0)
@@ -189,21 +190,21 @@ class _Planner:
     def _check(self, minimum: int, minimum_device: int) -> None:
         budget = self.budget
         draft = f" and a draft of {format_size(budget.draft_bytes)}" if budget.draft_bytes else ""
-        less = "a shorter context or no draft" if draft else "a shorter context"
+        less = f"a shorter {option('context')}" + (f" or {option('draft', 'none')}" if draft else "")
         if budget.override_bytes:
             draft += f" and {format_size(budget.override_bytes)} of weights that were written to, which stay in memory,"
         if budget.memory_bytes < minimum:
             raise BudgetError(
-                f"memory={format_size(budget.memory_bytes)} is too small: this model with a context of "
+                f"{_given('memory', budget.memory_bytes)} is too small: this model with a context of "
                 f"{budget.context_tokens} tokens{draft} needs at least {minimum} bytes ({format_size(minimum)})"
-                f"{_held(budget, minimum)}; give that much, or {less}",
+                f"{_held(budget, minimum)}; {_enough('memory', minimum)}, or {less}",
                 minimum,
             )
         if budget.device_memory_bytes is not None and budget.device_memory_bytes < minimum_device:
             raise BudgetError(
-                f"device_memory={format_size(budget.device_memory_bytes)} is too small: this model with a context "
-                f"of {budget.context_tokens} tokens{draft} needs at least {minimum_device} bytes "
-                f"({format_size(minimum_device)}) on the device; give that much, or {less}",
+                f"{_given('device_memory', budget.device_memory_bytes)} is too small: this model with a context of "
+                f"{budget.context_tokens} tokens{draft} needs at least {minimum_device} bytes "
+                f"({format_size(minimum_device)}) on the device; {_enough('device_memory', minimum_device)}, or {less}",
                 minimum_device,
             )
 
@@ -306,6 +307,16 @@ class _Planner:
             expert_count=sum(module.count for module in self.experts),
             expert_bytes=sum(module.stored_bytes for module in self.experts),
         )
+
+
+def _given(name: str, nbytes: int) -> str:
+    """The memory that was given; where it is too little to be meant, with what may have been."""
+    given = option(name, short_size(nbytes))
+    return given if nbytes >= LEAST_MEANT else f"{given} (did you mean {meant(nbytes)}?)"
+
+
+def _enough(name: str, nbytes: int) -> str:
+    return f"give {option(name, enough_size(nbytes))} or more"
 
 
 def _held(budget: Budget, minimum: int) -> str:

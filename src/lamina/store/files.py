@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from lamina.caller import another_place
 from lamina.errors import CheckpointError, WriteError
 from lamina.sizes import format_size
 from lamina.stream.files import patiently
@@ -33,7 +34,7 @@ def refusals(path: str) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             what += "; what is finished is kept: make room and run it again, it goes on where it stopped"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            advice = "choose another place with --to (layer_shards_saving_path)"
+            advice = another_place()
         raise WriteError(f"cannot write {path}: {what}", advice) from error
 
 
@@ -168,5 +169,5 @@ def check_room(folder: str, needed: int) -> None:
     if needed > free:
         raise WriteError(
             f"{folder} needs {format_size(needed)} more, {format_size(free)} are free there",
-            "make room, or choose another place with --to",
+            f"make room, or {another_place()}",
         )

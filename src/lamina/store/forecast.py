@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from lamina.caller import another_place
 from lamina.checkpoint import Checkpoint, Extent
 from lamina.checkpoint.extent import Encoding, TensorEntry
 from lamina.checkpoint.store import PLAIN, check_compression
@@ -89,7 +90,7 @@ def check_disk(folder: str, checkpoint: Checkpoint) -> None:
     while not os.path.exists(place):
         place = os.path.dirname(place)
     if not os.access(place, os.W_OK | os.X_OK):
-        raise WriteError(f"{place} may not be written to by this user", "choose another place with --to")
+        raise WriteError(f"{place} may not be written to by this user", another_place())
 
 
 def _present(folder: str) -> int:

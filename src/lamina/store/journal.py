@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lamina.caller import another_place
 from lamina.checkpoint.store import JOURNAL, ManifestTensor, describe_tensor
 from lamina.errors import ChangedError, RequestError
 from lamina.store.files import flush_folder, refusals, write_whole
@@ -126,7 +127,7 @@ def _finished(record: Mapping[str, Any]) -> Finished | None:
 
 
 def _refuse_other(folder: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    remedy = f"remove {folder} to begin anew, or choose another place with --to"
+    remedy = f"remove {folder} to begin anew, or {another_place()}"
     if before.get("compression") != now["compression"]:
         raise RequestError(
             f"{folder} holds the beginning of a split with compression {before.get('compression')}, "

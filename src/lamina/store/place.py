@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from lamina.caller import another_place
 from lamina.checkpoint.store import JOURNAL, MANIFEST, read_manifest
 from lamina.errors import RequestError
 from lamina.store.files import is_part
@@ -64,13 +65,13 @@ def check_place(folder: str, root: str) -> None:
         RequestError: the folder is the source's own, a file, or holds something else.
     """
     if os.path.realpath(folder) == os.path.realpath(root):
-        raise RequestError(f"{folder} is the model's own folder: choose another place with --to")
+        raise RequestError(f"{folder} is the model's own folder: {another_place()}")
     if not os.path.lexists(folder):
         return
     if not os.path.isdir(folder):
-        raise RequestError(f"{folder} is no folder: choose another place with --to")
+        raise RequestError(f"{folder} is no folder: {another_place()}")
     names = os.listdir(folder)
     if MANIFEST in names or JOURNAL in names:
         return
     if others := sorted(name for name in names if name != LOCK and not is_part(name)):
-        raise RequestError(f"{folder} is not empty ({others[0]} is in it): choose another place with --to")
+        raise RequestError(f"{folder} is not empty ({others[0]} is in it): {another_place()}")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import lamina
+from lamina.caller import another_place
 from lamina.checkpoint import open_checkpoint
 from lamina.checkpoint.choose import INDEX_FILE, small_files
 from lamina.checkpoint.mistaken import ADAPTER_CONFIG
@@ -205,7 +206,7 @@ def finished_store(folder: str, compression: str) -> Manifest | None:
     if manifest.compression != compression:
         raise RequestError(
             f"{folder} holds a store with compression {manifest.compression}, not {compression}: "
-            "remove it, or choose another place with --to"
+            f"remove it, or {another_place()}"
         )
     return manifest
 
@@ -234,7 +235,7 @@ def tidy(folder: str, progress: Progress | None) -> None:
 def made_from_another(folder: str, why: str) -> ChangedError:
     """The error for a store that was made from another checkpoint, or from another state of this one."""
     return ChangedError(
-        f"{folder} is no store of this checkpoint as it is now ({why}): remove it, or choose another place with --to"
+        f"{folder} is no store of this checkpoint as it is now ({why}): remove it, or {another_place()}"
     )
 
 
