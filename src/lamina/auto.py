@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 import lamina.model
+from lamina.caller import option
 from lamina.decode.speculator import AUTO, NONE, draft_name
 from lamina.drafting import SOURCE, Drafting, announced
 from lamina.errors import RequestError, UnsupportedError
@@ -102,6 +103,9 @@ class AutoModel:
             WriteError: the store cannot be written.
         """
         model = _named(model)
+        if hf_token is not None:
+            transformers_kwargs.setdefault("token", hf_token)
+        transformers_kwargs, device = lamina.model.taken(transformers_kwargs, device)
         check_options(
             transformers_kwargs,
             memory=memory,
@@ -110,9 +114,6 @@ class AutoModel:
             context=context,
             compression=compression,
         )
-        if hf_token is not None:
-            transformers_kwargs.setdefault("token", hf_token)
-        transformers_kwargs, device = lamina.model.taken(transformers_kwargs, device)
         told = bool(transformers_kwargs.pop("output_loading_info", False))
         stored = compression is not None or layer_shards_saving_path is not None or delete_original
         model = _gguf_named(model, transformers_kwargs, stored)
@@ -173,6 +174,7 @@ def plan_model(
     that is not written yet is counted as it will be.
     """
     model = _named(model)
+    transformers_kwargs, device = lamina.model.taken(transformers_kwargs, device)
     check_options(
         transformers_kwargs,
         memory=memory,
@@ -181,7 +183,6 @@ def plan_model(
         context=context,
         compression=compression,
     )
-    transformers_kwargs, device = lamina.model.taken(transformers_kwargs, device)
     transformers_kwargs.pop("output_loading_info", None)
     model = _gguf_named(model, transformers_kwargs, compression is not None)
     source = {key: transformers_kwargs[key] for key in SOURCE if transformers_kwargs.get(key) is not None}
@@ -222,8 +223,8 @@ def _gguf_named(model: str, options: dict[str, Any], stored: bool) -> str:
         return model
     if stored:
         raise UnsupportedError(
-            f"{chosen} of {model} is small already and streams as it is: leave compression, layer_shards_saving_path "
-            "and delete_original out"
+            f"{chosen} of {model} is small already and streams as it is: leave "
+            f"{option('compression')}, {option('layer_shards_saving_path')} and {option('delete_original')} out"
         )
     options["gguf_file"] = chosen
     return model

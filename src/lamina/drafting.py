@@ -182,7 +182,7 @@ class Drafting:
         """The model of a draft as it is or as it will be, and whether a store of it is to be written for that."""
         if name == SELF and self._is_gguf:
             raise UnsupportedError(
-                "no copy in 4 bits is made of a GGUF file: draft='lookup' or a smaller model can propose"
+                f"no copy in 4 bits is made of a GGUF file: {option('draft', LOOKUP)} or a smaller model can propose"
             )
         if name == SELF and is_store_of(self._model, COPY):
             raise UnsupportedError(

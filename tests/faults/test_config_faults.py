@@ -172,7 +172,7 @@ def _build(folder: Path) -> Any:
         ("llama", "[" * 200_000, "nested too deeply"),
         ("llama", '{"model_type": "llama"', "is not JSON"),
         ("llama", "[]", "holds a JSON list"),
-        ("llama", "", "is not JSON"),
+        ("llama", "", "is empty"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -302,7 +302,7 @@ def test_the_generation_configs_of_transformers_are_of_right_kinds() -> None:
         ("tokenizer.json", {"version": True}, "tokenizer.json is damaged"),
         ("tokenizer.json", {"model": {"type": "BPE"}}, "tokenizer.json is damaged"),
         ("tokenizer_config.json", {"model_max_length": []}, "tokenizer_config.json is damaged"),
-        ("tokenizer_config.json", "[" * 200_000, "tokenizer_config.json is damaged"),
+        ("tokenizer_config.json", "[" * 200_000, "tokenizer_config.json is nested too deeply"),
     ],
 )
 def test_a_damaged_tokenizer_names_its_file(file: str, change: Any, named: str, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_a_draft_computes_in_its_turn(folder: Path, wanted: torch.Tensor, monkey
     propose = CopyDraft.propose
 
     with streamed_model(folder, minimum_of(folder, draft="self"), draft="self") as model:
-        lock = model.lamina.engine.lock
+        lock = model.lamina.engine.lock._lock
 
         def watched(draft: CopyDraft, *args: Any) -> Any:
             def look() -> None:

@@ -185,7 +185,7 @@ def _is_whole(path: Path) -> bool:
 def how_to_install() -> str:
     """How a C compiler with its headers is installed here."""
     if platform.system() == "Darwin":
-        return "install one: xcode-select --install"
+        return "install one: `xcode-select --install`"
     known = ""
     with contextlib.suppress(OSError, UnicodeDecodeError):
         lines = RELEASE.read_text().splitlines()

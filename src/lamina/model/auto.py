@@ -341,7 +341,7 @@ def chosen_gguf(model: str, gguf_file: str | None) -> tuple[str, str | None]:
     """
     model, chosen = split_name(model)
     if chosen and gguf_file and chosen != gguf_file:
-        raise RequestError(f"{model}:{chosen} and gguf_file={gguf_file!r} name two GGUF files: give one")
+        raise RequestError(f"{model}:{chosen} and {option('gguf_file', gguf_file)} name two GGUF files: give one")
     return model, chosen or gguf_file
 
 

@@ -60,9 +60,9 @@ def _check_dtype(name: str, dtype: Any) -> None:
         return
     known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(known, torch.dtype):
-        raise RequestError(f"{option(name)} {dtype!r} is no dtype of torch: give bfloat16, float16, float32 or auto")
+        raise RequestError(f"{option(name, dtype)} is no dtype of torch: give bfloat16, float16, float32 or auto")
     if not known.is_floating_point:
-        raise RequestError(f"{option(name)} {dtype} is not what a model computes in: give bfloat16, float16 or float32")
+        raise RequestError(f"{option(name, dtype)} is not what a model computes in: give bfloat16, float16 or float32")
 
 
 def _check_attention(name: Any) -> None:
@@ -71,4 +71,4 @@ def _check_attention(name: Any) -> None:
     known = attention_names()
     if name.removeprefix("paged|") not in known:
         shown = ", ".join(known)
-        raise RequestError(f"{option('attn_implementation')} {name!r} is not known to transformers, which has {shown}")
+        raise RequestError(f"{option('attn_implementation', name)} is not known to transformers, which has {shown}")
