@@ -201,7 +201,7 @@ def test_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(native.platform, "system", lambda: "Linux")
     assert native.how_to_install() == f"install one: {wanted}"
     monkeypatch.setattr(native.platform, "system", lambda: "Darwin")
-    assert native.how_to_install() == "install one: xcode-select --install"
+    assert native.how_to_install() == "install one: `xcode-select --install`"
 
 
 def test_a_compiler_without_headers_is_told_from_a_broken_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

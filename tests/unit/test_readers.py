@@ -258,6 +258,8 @@ def test_close_wakes_whoever_waits(threads_waiting: int) -> None:
         closers = [threading.Thread(target=readers.close) for _ in range(2)]
         for closer in closers:
             closer.start()
+        while not readers.closed:
+            time.sleep(0)
         disk.gate.set()
         for thread in (*waiting, *closers):
             thread.join()
