@@ -52,11 +52,23 @@ def bench(
     return cost(run) | run.last_json()
 
 
+def prompt_of(tokens: int) -> str:
+    """Token ids of a prompt of this length, for `--prompt-ids`: any vocabulary of 10,000 has them."""
+    return ",".join(str(5 + each * 37 % 9973) for each in range(tokens))
+
+
 def generate(
-    checkpoint: Path, memory: int, new_tokens: int, more: Sequence[object], *, cap: int | None, timeout: float
+    checkpoint: Path,
+    memory: int,
+    new_tokens: int,
+    more: Sequence[object],
+    *,
+    cap: int | None,
+    timeout: float,
+    prompt: str = PROMPT_IDS,
 ) -> dict[str, object]:
     """`lamina run --json` on a folder: tokens, stats, and what the run cost; a failure is in the result."""
-    asked = ["--memory", memory, "--prompt-ids", PROMPT_IDS, "--max-new-tokens", new_tokens, "--json", *more]
+    asked = ["--memory", memory, "--prompt-ids", prompt, "--max-new-tokens", new_tokens, "--json", *more]
     run = run_capped(command("run", checkpoint, *asked), cap, timeout=timeout)
     said = run.last_json() if run.failure is None else {}
     stats = said.get("stats")

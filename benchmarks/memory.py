@@ -5,6 +5,10 @@
 
 70b      a 70B shape (138 GB, sparse) with --memory 2GB, in a cgroup of 2 GiB that counts page cache
 405b     a 405B shape (812 GB, sparse) with --memory 4GB, in a cgroup of 4 GiB
+235b     a mixture of experts of Qwen3-235B's shape (470 GB, sparse) with --memory 4GB, in a cgroup of 4 GB
+moe      a mixture of experts (11.5 GB, 128 experts) with --memory 1.2GB, 1,500 tokens of prompt, its own cgroup
+prompt   a 3B shape in each compression, and each --gguf file, with --memory 1GB, a prompt of 1,000 tokens, in a cgroup
+         of 1 GB
 ladder   a small model at budgets from `lamina plan`'s minimum to all of it, each in a cgroup of that size and the same
          share more: every budget has to be kept, and every budget has to give the same tokens
 
@@ -21,16 +25,26 @@ from pathlib import Path
 
 import lamina_cli
 from report import BENCH, gigabytes, make_checkpoint, parse_size, record, run_main, stamp, table, versions
+from stores import COMPRESSIONS, store
 
 SLACK = 2**30 / 10**9  # what a container of N GiB has over a budget of N GB
 
 
-def proof(name: str, checkpoint: Path, budget: int, new_tokens: int, given: argparse.Namespace) -> dict[str, object]:
-    """One generation under one budget, in a cgroup of a little more."""
+def proof(
+    name: str,
+    checkpoint: Path,
+    budget: int,
+    new_tokens: int,
+    given: argparse.Namespace,
+    prompt: str = lamina_cli.PROMPT_IDS,
+    slack: float = SLACK,
+) -> dict[str, object]:
+    """One generation under one budget, in a cgroup of `slack` times as much."""
     print(f"memory.py: {name} at {gigabytes(budget)}", file=sys.stderr)
     context = ["--context", given.context] if given.context else []
-    cap = int(budget * SLACK)
-    line = lamina_cli.generate(checkpoint, budget, new_tokens, context, cap=cap, timeout=given.timeout)
+    cap = int(budget * slack)
+    asked = {"cap": cap, "timeout": given.timeout, "prompt": prompt}
+    line = lamina_cli.generate(checkpoint, budget, new_tokens, context, **asked)
     peaks = [line["process_peak_bytes"], line["cgroup_anonymous_bytes"]]
     peak = max(peak for peak in peaks if isinstance(peak, int))
     kept = line["failure"] is None and peak <= budget
@@ -40,6 +54,23 @@ def proof(name: str, checkpoint: Path, budget: int, new_tokens: int, given: argp
 def giant(shape: str, folder: Path, budget: int, given: argparse.Namespace) -> Iterator[dict[str, object]]:
     checkpoint = make_checkpoint(folder, shape, sparse=True)
     yield proof(shape, checkpoint, budget, given.new_tokens, given)
+
+
+def prompts(given: argparse.Namespace) -> Iterator[dict[str, object]]:
+    checkpoint = make_checkpoint(given.small, "3b")
+    folders = {compression: store(checkpoint, compression) for compression in COMPRESSIONS}
+    for name, folder in (folders | {file.name: file for file in given.gguf}).items():
+        yield proof(f"1,000 tokens, {name}", folder, 10**9, 3, given, lamina_cli.prompt_of(1000), 1)
+
+
+def experts(given: argparse.Namespace) -> Iterator[dict[str, object]]:
+    checkpoint = make_checkpoint(given.folder / "qwen3moe-11gb", "qwen3moe-11gb", script="moe_checkpoints.py")
+    yield proof("1,500 tokens, qwen3moe-11gb", checkpoint, 1_200_000_000, 4, given, lamina_cli.prompt_of(1500), 1)
+
+
+def giant_of_experts(given: argparse.Namespace) -> Iterator[dict[str, object]]:
+    checkpoint = make_checkpoint(given.folder / "qwen3-235b", "qwen3-235b", sparse=True, script="moe_checkpoints.py")
+    yield proof("qwen3-235b", checkpoint, 4 * 10**9, given.new_tokens, given, slack=1)
 
 
 def ladder(given: argparse.Namespace) -> Iterator[dict[str, object]]:
@@ -61,6 +92,12 @@ def proofs(given: argparse.Namespace) -> Iterator[dict[str, object]]:
             yield from ladder(given)
         elif part == "70b":
             yield from giant("70b", given.folder / "llama-70b", given.memory_70b, given)
+        elif part == "235b":
+            yield from giant_of_experts(given)
+        elif part == "moe":
+            yield from experts(given)
+        elif part == "prompt":
+            yield from prompts(given)
         else:
             yield from giant("405b", given.folder / "llama-405b", given.memory_405b, given)
 
@@ -71,12 +108,13 @@ def holds(line: dict[str, object]) -> bool:
 
 
 def arguments() -> argparse.Namespace:
-    parts = ("ladder", "70b", "405b")
+    parts = ("ladder", "prompt", "moe", "70b", "235b", "405b")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=BENCH, help="where the sparse checkpoints are or are made")
     parser.add_argument("--small", type=Path, default=BENCH / "llama-3b", help="made (3B shape) if it is not there")
     parser.add_argument("--memory-70b", type=parse_size, default=2 * 10**9)
     parser.add_argument("--memory-405b", type=parse_size, default=4 * 10**9)
+    parser.add_argument("--gguf", type=Path, nargs="*", default=[], help="GGUF files of the part `prompt`")
     parser.add_argument("--rungs", type=int, default=5, help="budgets from the minimum to all of the model")
     parser.add_argument("--ladder-tokens", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=2, help="of the giants")
