@@ -9,6 +9,8 @@
 moe      a mixture of experts (11.5 GB, 128 experts) with --memory 1.2GB, 1,500 tokens of prompt, its own cgroup
 prompt   a 3B shape in each compression, and each --gguf file, with --memory 1GB, a prompt of 1,000 tokens, in a cgroup
          of 1 GB
+minima   each --models folder or file, and sparse ones of ten shapes, at the very minimum that `lamina plan` states
+         for a context of 256 and of 2,048 tokens, the prompt filling it; the share says how much of it was used
 ladder   a small model at budgets from `lamina plan`'s minimum to all of it, each in a cgroup of that size and the same
          share more: every budget has to be kept, and every budget has to give the same tokens
 
@@ -20,10 +22,11 @@ page cache and the kernel's own pages, of which the kernel takes back what it ca
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import lamina_cli
+from family_checkpoints import FAMILIES, write_family
 from report import BENCH, gigabytes, make_checkpoint, parse_size, record, run_main, stamp, table, versions
 from stores import COMPRESSIONS, store
 
@@ -38,11 +41,13 @@ def proof(
     given: argparse.Namespace,
     prompt: str = lamina_cli.PROMPT_IDS,
     slack: float = SLACK,
+    more: Sequence[object] = (),
 ) -> dict[str, object]:
     """One generation under one budget, in a cgroup of `slack` times as much."""
     print(f"memory.py: {name} at {gigabytes(budget)}", file=sys.stderr)
     context = ["--context", given.context] if given.context else []
     cap = int(budget * slack)
+    context += more
     asked = {"cap": cap, "timeout": given.timeout, "prompt": prompt}
     line = lamina_cli.generate(checkpoint, budget, new_tokens, context, **asked)
     peaks = [line["process_peak_bytes"], line["cgroup_anonymous_bytes"]]
@@ -73,6 +78,20 @@ def giant_of_experts(given: argparse.Namespace) -> Iterator[dict[str, object]]:
     yield proof("qwen3-235b", checkpoint, 4 * 10**9, given.new_tokens, given, slack=1)
 
 
+def minima(given: argparse.Namespace) -> Iterator[dict[str, object]]:
+    families = [given.folder / "families" / family for family in FAMILIES]
+    for folder in families:
+        if not (folder / "config.json").exists():
+            write_family(folder, folder.name)
+    for model in [*given.models, *families]:
+        for context in (256, 2048):
+            asked = ["--context", context, "--draft", "none"]
+            least = int(lamina_cli.number(lamina_cli.plan(model, asked), "minimum_memory_bytes"))
+            prompt = lamina_cli.prompt_of(context - 8)
+            line = proof(f"{model.name}, {context} tokens", model, least, 6, given, prompt, more=asked)
+            yield line | {"minimum_over_peak": round(least / int(lamina_cli.number(line, "peak_bytes")), 3)}
+
+
 def ladder(given: argparse.Namespace) -> Iterator[dict[str, object]]:
     checkpoint = make_checkpoint(given.small, "3b")
     told = lamina_cli.plan(checkpoint, ["--context", given.context] if given.context else [])
@@ -96,6 +115,8 @@ def proofs(given: argparse.Namespace) -> Iterator[dict[str, object]]:
             yield from giant_of_experts(given)
         elif part == "moe":
             yield from experts(given)
+        elif part == "minima":
+            yield from minima(given)
         elif part == "prompt":
             yield from prompts(given)
         else:
@@ -108,13 +129,14 @@ def holds(line: dict[str, object]) -> bool:
 
 
 def arguments() -> argparse.Namespace:
-    parts = ("ladder", "prompt", "moe", "70b", "235b", "405b")
+    parts = ("ladder", "minima", "prompt", "moe", "70b", "235b", "405b")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=BENCH, help="where the sparse checkpoints are or are made")
     parser.add_argument("--small", type=Path, default=BENCH / "llama-3b", help="made (3B shape) if it is not there")
     parser.add_argument("--memory-70b", type=parse_size, default=2 * 10**9)
     parser.add_argument("--memory-405b", type=parse_size, default=4 * 10**9)
     parser.add_argument("--gguf", type=Path, nargs="*", default=[], help="GGUF files of the part `prompt`")
+    parser.add_argument("--models", type=Path, nargs="*", default=[], help="of the part `minima`")
     parser.add_argument("--rungs", type=int, default=5, help="budgets from the minimum to all of the model")
     parser.add_argument("--ladder-tokens", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=2, help="of the giants")
@@ -143,13 +165,14 @@ def main() -> None:
             gigabytes(line["cap_bytes"]),
             gigabytes(line["cgroup_peak_bytes"]),
             f"{line['wall_seconds']} s",
+            line.get("minimum_over_peak", ""),
             "kept"
             if line["kept"] and line.get("same_tokens", True)
             else f"BROKEN: {line['failure'] or 'see the peak'}",
         )
         for line in lines
     ]
-    print(table(rows, ("proof", "budget", "peak RSS", "cgroup cap", "cgroup peak", "wall", "promise")))
+    print(table(rows, ("proof", "budget", "peak RSS", "cgroup cap", "cgroup peak", "wall", "minimum/peak", "promise")))
     for line in lines:
         if not holds(line):
             print(f"{line['proof']}: {line['failure'] or ('other tokens' if line['kept'] else 'peak above budget')}")

@@ -196,7 +196,7 @@ def test_less_memory_than_a_copy_needs_is_refused_and_the_least_is_enough(writte
     without, least = minimum_of(written, draft=None), minimum_of(written, draft="self")
     assert least > without
     text = refusal(BudgetError, written, memory=least - 1, draft="self")
-    assert "and a draft of" in text and "no draft" in text
+    assert "and a draft of" in text and "draft='none'" in text
     with opened(written, memory=least, draft="self") as model:
         assert model.lamina.plan.streams
         same(model, answer)

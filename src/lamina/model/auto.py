@@ -43,7 +43,7 @@ Progress = Callable[[str, int, int], None]
 Encode = Callable[[PreTrainedModel, Checkpoint, Trace, Weights], Checkpoint]
 HUB = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
 LONG = 0.3  # seconds to read the drive for a plan alone
-HEADER_TIMES = 32  # bytes of memory for the tokenizer, for each of a GGUF header, which is mostly vocabulary
+HEADER_TIMES = 26  # bytes of memory for the tokenizer, for each of a GGUF header, which is mostly vocabulary
 
 
 @ordinarily
@@ -93,6 +93,7 @@ def load_model(
         else lambda: load_tokenizer(request.folder, request.trust_remote_code, **hub),
     )
     object.__setattr__(streamed, "tokenizer", lazy)  # nn.Module would look at its class, and so load it
+    streamed.lamina.when_closed(lazy.forget)
     return streamed
 
 

@@ -13,11 +13,10 @@ from lamina.stream.probe import free_memory, release_freed, resident_bytes
 from lamina.stream.readers import BOUNCE, THREADS
 
 MB = 1_000_000
-BASE = 512 * MB  # Python, torch, transformers and a tokenizer, with room for a forward's own workspace
-TOKENIZER = 100 * MB  # of BASE
-WORKSPACE = 80 * MB  # of BASE: on top of what is resident when the plan is made
+BASE = 440 * MB  # Python, torch and transformers (360 to 385 when the plan is made), and WORKSPACE
+WORKSPACE = 32 * MB  # of BASE: code that oneDNN makes, stacks of threads, what the allocator keeps
 STEP = 32 * MB
-LEFT = 40 * MB  # of WORKSPACE: what a model that was here before has taken of it for good (tokenizer, kernels' code)
+LEFT = 40 * MB  # what a model that was here before leaves, and the next one uses again (kernels' code, free memory)
 DEFAULT_CONTEXT = 2048  # tokens, where nobody says how many
 SHORTEST_CONTEXT = 256  # tokens, where nobody says how many and the memory is short
 SHARE_OF_FREE = 0.9  # of free memory, where nobody says how much
@@ -58,7 +57,7 @@ def make_budget(
         trace: gives activations and cache for the context.
         context: tokens of prompt and answer together.
         scratch_bytes: what decoding weights takes.
-        tokenizer_bytes: what the tokenizer takes; a usual one is within `BASE`.
+        tokenizer_bytes: what the tokenizer takes.
         draft_bytes: what a draft takes.
     """
     given = parse_memory(memory, what="memory") if memory is not None else int(free_memory() * SHARE_OF_FREE)
@@ -67,7 +66,7 @@ def make_budget(
         on_device = _device_bytes(device_memory, device)
     return Budget(
         memory_bytes=given,
-        overhead_bytes=BASE + max(tokenizer_bytes - TOKENIZER, 0),
+        overhead_bytes=BASE + tokenizer_bytes,
         already_held_bytes=already_held(),
         activation_bytes=trace.activations(max(context, SHORTEST_CONTEXT)),  # kernels' workspace does not shrink on
         kv_cache_bytes=trace.cache(context),

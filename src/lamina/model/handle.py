@@ -47,6 +47,7 @@ from lamina.model.even_rows import even_rows
 from lamina.model.guard import asking, refused
 from lamina.model.ids import check_ids, check_tokens, vocabulary_rows
 from lamina.model.install import eagerly, in_place_of, install
+from lamina.model.logits import Logits
 from lamina.model.record import Record
 from lamina.model.stats import Stats
 from lamina.model.trace import Trace
@@ -95,6 +96,8 @@ class Lamina:
         self.loading_info: Mapping[str, Any] = {}
         self.record = Record()
         self.decoder: Decoder | None = None  # what stands between a call of `generate` and transformers'
+        self._logits = Logits(model)
+        self._when_closed: list[Callable[[], None]] = []
         self._batches: dict[int, int] = {}  # bytes that each continuous batch has of the room for caches
         self._lent = 0  # of what every process is given, to batches
         self._closer = weakref.finalize(model, engine.readers.close)  # also when the interpreter ends
@@ -166,6 +169,12 @@ class Lamina:
         """Stop the stream, its threads and files. The model's streamed weights are gone from then on."""
         self._engine.close()  # not by `_closer`: that one acts once, and Ctrl-C may have cut it short
         self._closer.detach()
+        for call in self._when_closed:
+            call()
+
+    def when_closed(self, call: Callable[[], None]) -> None:
+        """Have `call` called at the end of `close`."""
+        self._when_closed.append(call)
 
     def __enter__(self) -> Lamina:
         return self
@@ -419,7 +428,8 @@ class Lamina:
                 self._pass_began, self._pass_of = time.perf_counter(), threading.get_ident()
                 tokens, cached = _tokens(args, kwargs)
                 batched = bool(batched_tokens(kwargs))
-                self._make_room(tokens, cached, batched)
+                logits = 0 if batched else self._logits.of(tokens, args, kwargs)
+                self._make_room(tokens, cached, batched, logits)
                 engine.begin_pass()
                 with even_rows(tokens, engine.device, batched):
                     yield
@@ -463,15 +473,18 @@ class Lamina:
         budget = self._engine.plan.budget
         return dataclasses.replace(budget, draft_bytes=budget.draft_bytes + nbytes)
 
-    def _make_room(self, tokens: int, cached: int, batched: bool = False) -> None:
+    def _make_room(self, tokens: int, cached: int, batched: bool = False, logits: int = 0) -> None:
         """Keep the budget when a pass brings more tokens than were planned for: fewer weights stay resident.
+
+        Args:
+            logits: bytes of those beyond the last token's, which alone the trace counted.
 
         Raises:
             BudgetError: not even the smallest plan has room for them.
         """
         budget = self._engine.plan.budget
         others = sum(self._batches.values())
-        activations = self._trace.activations(tokens)
+        activations = self._trace.activations(tokens) + logits
         cache = others if batched and others else others + self._trace.cache(cached + tokens)
         if activations + cache <= budget.activation_bytes + budget.kv_cache_bytes:
             return
@@ -483,9 +496,15 @@ class Lamina:
             try:
                 self._engine.replan(larger)
                 return
-            except BudgetError:
-                if wanted == cache:
+            except BudgetError as error:
+                if wanted != cache:
+                    continue
+                if not logits:
                     raise
+                raise BudgetError(
+                    f"{error}; {format_size(logits)} of it are logits: logits_to_keep=1 gives the last token's alone",
+                    error.minimum_bytes,
+                ) from None
 
     def _ended(self) -> None:
         assert self._pass_began is not None

@@ -20,7 +20,7 @@ FILES = (
     *("tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model"),
     *("special_tokens_map.json", "added_tokens.json", "config.json"),
 )
-TIMES_ITS_FILE = 16
+TIMES_ITS_FILE = 15
 
 
 class LazyTokenizer:
@@ -40,6 +40,14 @@ class LazyTokenizer:
             if model is not None:
                 model.tokenizer = real
         return real
+
+    def forget(self) -> None:
+        """Let the tokenizer's memory go, if the model's is still this one: it is loaded again where it is used."""
+        model = object.__getattribute__(self, "_owner")()
+        real = object.__getattribute__(self, "_real")
+        if model is not None and real is not None and model.tokenizer is real:
+            object.__setattr__(self, "_real", None)
+            object.__setattr__(model, "tokenizer", self)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
