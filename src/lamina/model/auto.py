@@ -37,13 +37,14 @@ from lamina.model.weights import Weights, describe
 from lamina.plan.forecast import Hardware
 from lamina.plan.plan import Budget, Plan
 from lamina.plan.planner import make_plan, minimum_memory
+from lamina.stream.probe import return_large_blocks
 from lamina.stream.readers import Readers
 
 Progress = Callable[[str, int, int], None]
 Encode = Callable[[PreTrainedModel, Checkpoint, Trace, Weights], Checkpoint]
 HUB = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
 LONG = 0.3  # seconds to read the drive for a plan alone
-HEADER_TIMES = 26  # bytes of memory for the tokenizer, for each of a GGUF header, which is mostly vocabulary
+HEADER_TIMES = 23  # bytes of memory for the tokenizer, for each of a GGUF header, which is mostly vocabulary
 
 
 @ordinarily
@@ -70,6 +71,7 @@ def load_model(
     prepare(prepared.weights.schedule.weights.values())
     readers = Readers(fingerprints=prepared.checkpoint.fingerprints)
     engine = Engine(prepared.model, prepared.weights, prepared.plan, prepared.device, readers, prefetching)
+    return_large_blocks()
     try:
         engine.plan = dataclasses.replace(engine.plan, hardware=measure(engine, prepared.checkpoint))
         engine.start(prepared.model, progress)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedModel
 
@@ -28,7 +29,7 @@ from lamina.model.experts import experts_by_config, picks, routes, standing_in
 from lamina.plan.schedule import Call
 
 _VIEW_PROPERTIES = (torch.Tensor.T, torch.Tensor.mT, torch.Tensor.H, torch.Tensor.mH, torch.Tensor.data)
-WORKSPACE = 1.35  # kernels' workspaces and what the allocator keeps: measured up to 1.3 (docs/log.md)
+WORKSPACE = 1.15  # kernels' workspaces and what the allocator keeps (docs/log.md)
 LENGTHS = (16, 32, 64)  # tokens of the traced prefills: enough to fit a + b T + c T^2
 # (guarded, answering) where code asks for values: as it is, failing modules stubbed, values made up, both
 _WAYS_ROUND = ((False, False), (True, False), (False, True), (True, True))
@@ -55,6 +56,8 @@ class Trace:
         uses: for each weight the kinds of operation that touch it: "linear", "embedding", "experts", "other".
         lookups: (module, weight) where the module's own code only looks rows of the weight up.
         activation_bytes: for each traced length, the most bytes of activations alive at once.
+        moments: bytes alive at a moment of the pass, for each traced length; of the moments those which may be the
+            largest at some other length. At few tokens an MLP takes most, at many the scores of attention.
         cache_bytes: for each traced length, bytes of the key-value cache after it.
         experts: how many experts a weight holds, where it is used one expert at a time.
         routed: how many experts of a module a token is sent to.
@@ -75,10 +78,13 @@ class Trace:
     traced: bool = True
     fallbacks: tuple[str, ...] = ()
     operations: int = 0
+    moments: tuple[tuple[int, ...], ...] = ()
 
     def activations(self, tokens: int) -> int:
         """Bytes of activations and kernels' workspaces for a prefill of `tokens`, from the traced lengths."""
-        return int(WORKSPACE * _extrapolate(self.activation_bytes, tokens))
+        lengths = sorted(self.activation_bytes)
+        points = (self.activation_bytes, *(dict(zip(lengths, moment, strict=True)) for moment in self.moments))
+        return int(WORKSPACE * max(_extrapolate(each, tokens) for each in points))
 
     def cache(self, tokens: int) -> int:
         """Bytes of the key-value cache after `tokens`."""
@@ -99,6 +105,7 @@ def trace(model: PreTrainedModel) -> Trace:
     excused = False
     activations: dict[int, int] = {}
     caches: dict[int, int] = {}
+    alive: dict[int, list[int]] = {}
     recorder = None
     for (guarded, answering), (kind, inputs) in itertools.product(_WAYS_ROUND, _ways_in(model)):
         if (guarded or answering) and failure is not None and not excused:
@@ -107,8 +114,9 @@ def trace(model: PreTrainedModel) -> Trace:
             for tokens in LENGTHS:
                 recorder, cache_bytes = _run(model, tokens, inputs, guarded, answering)
                 # the cache is among what is alive at the end, and counted on its own
-                activations[tokens] = max(recorder.peak - cache_bytes, recorder.peak // 4)
+                activations[tokens] = max(recorder.memory.peak - cache_bytes, recorder.memory.peak // 4)
                 caches[tokens] = cache_bytes
+                alive[tokens] = [max(nbytes - cache_bytes, 0) for nbytes in recorder.memory.history]
         except Exception as error:  # any family may refuse meta tensors in its own way
             failure = failure or error
             # generation gives a cache to whatever takes one: what fails without says nothing
@@ -120,7 +128,7 @@ def trace(model: PreTrainedModel) -> Trace:
         return Trace(
             recorder.root.freeze(), *_uses(recorder.kinds), activations, caches,
             recorder.experts, recorder.routed, recorder.routers, operations=recorder.operations,
-            fallbacks=_second_ways(model, kind, guarded, answering, failure)
+            fallbacks=_second_ways(model, kind, guarded, answering, failure), moments=_moments(alive),
         )  # fmt: skip
     assert failure is not None
     return _by_definition(model, failure)
@@ -248,13 +256,59 @@ def _run(
     named = weight_names(model)
     tensors = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in named.items()}
     names = {id(tensor): name for name, tensor in tensors.items()}
-    recorder = _Recorder(names, answering, experts_by_config(model.config))
+    recorder = _Recorder(names, _Memory(tensors.values()), answering, experts_by_config(model.config))
     inputs = way(tokens)
     inside = recorder.guarding(model) if guarded else nullcontext()
-    with torch.no_grad(), standing_in(model), recorder.watching(model), inside, recorder:
+    with torch.no_grad(), standing_in(model), recorder.watching(model), inside, recorder.memory, recorder:
         outputs = torch.func.functional_call(model, tensors, kwargs=inputs)
     cache = cache_of(inputs) or (cache_of(outputs) if isinstance(outputs, Mapping) else None)
     return recorder, sum(_nbytes(leaf) for leaf in _tensors_of(cache)) if cache is not None else 0
+
+
+class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of results that are alive at once, by their storages: a view keeps all of its own.
+
+    It sits below the functions that a model calls, so that it sees what those make inside, such as the copy in fp32
+    that a softmax takes of scores in 16 bits.
+
+    Args:
+        apart: tensors that do not count: the weights.
+    """
+
+    def __init__(self, apart: Iterable[torch.Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.alive = self.peak = 0
+        self.history: list[int] = []  # `alive` after each storage that was made
+        self.paused = False
+        self._apart = [tensor.untyped_storage() for tensor in apart]  # kept, so that no other gets their ids
+        self._seen = {id(storage) for storage in self._apart}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not self.paused:
+            self.count(out)
+        return out
+
+    def count(self, out: Any) -> None:
+        """Count the tensors of a result."""
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf.untyped_storage())
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        self.history.append(self.alive)
+
+        def gone() -> None:
+            self._seen.discard(key)
+            self.alive -= size
+
+        weakref.finalize(storage, gone)
 
 
 class _Recorder(TorchFunctionMode):
@@ -262,13 +316,20 @@ class _Recorder(TorchFunctionMode):
 
     Args:
         names: of the weights, by id.
+        memory: counts beside it.
         answering: answer for the values that meta tensors do not have.
         counts: how many experts a layer may have, where it multiplies with all of them at once.
     """
 
-    def __init__(self, names: Mapping[int, str], answering: bool = False, counts: frozenset[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        names: Mapping[int, str],
+        memory: _Memory,
+        answering: bool = False,
+        counts: frozenset[int] = frozenset(),
+    ) -> None:
         super().__init__()
-        self.names, self.answering, self.counts = names, answering, counts
+        self.names, self.memory, self.answering, self.counts = names, memory, answering, counts
         self.views: dict[int, tuple[str, torch.Tensor]] = {}  # of weights, which may divide them into experts
         self.experts: dict[str, int] = {}
         self.routed: dict[str, int] = {}
@@ -279,8 +340,7 @@ class _Recorder(TorchFunctionMode):
         self.root = _Node("")
         self.stack = [self.root]
         self.kinds: dict[tuple[str, str], set[str]] = {}  # by module and weight
-        self.alive = self.peak = self.operations = 0
-        self.seen: set[int] = set()
+        self.operations = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -293,14 +353,18 @@ class _Recorder(TorchFunctionMode):
                     kind = _kind(func, position, args, frozenset())
                     self._touch(seen[0], kind if kind == "experts" else "other", leaf)
         answer = _VALUES.get(func) if self.answering else None
-        out = func(*args, **kwargs) if answer is None else answer(func, args, kwargs)
+        fused = func is torch.nn.functional.scaled_dot_product_attention
+        self.memory.paused = fused  # on meta tensors it is made of products, of which the processor's keeps nothing
+        try:
+            out = func(*args, **kwargs) if answer is None else answer(func, args, kwargs)
+        finally:
+            self.memory.paused = False
+        if fused:
+            self.memory.count(out)
         if func in _RESHAPES and id(args[0]) in self.names:
             self.views[id(out)] = self.names[id(args[0])], out
         if getattr(func, "__name__", "") == "topk":
             self.last_choice = int(out[1].shape[-1])
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor) and not leaf._is_view() and id(leaf) not in self.names:
-                self._count(leaf)
         return out
 
     def _touch(self, name: str, kind: str, tensor: torch.Tensor | None = None) -> None:
@@ -312,20 +376,6 @@ class _Recorder(TorchFunctionMode):
             if self.experts.setdefault(name, count) != count:
                 self.kinds[node.module, name].add("other")
             self.routed[node.module] = self.picked.get(node.module, 0) or self.last_choice
-
-    def _count(self, tensor: torch.Tensor) -> None:
-        if id(tensor) in self.seen:
-            return
-        size, key = _nbytes(tensor), id(tensor)
-        self.seen.add(key)
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-
-        def gone() -> None:
-            self.seen.discard(key)
-            self.alive -= size
-
-        weakref.finalize(tensor, gone)
 
     @contextmanager
     def watching(self, model: torch.nn.Module) -> Iterator[None]:
@@ -502,6 +552,24 @@ def _tensors_of(value: Any, depth: int = 4) -> Iterator[torch.Tensor]:
             yield from visit(vars(node), left - 1)
 
     return visit(value, depth + 2)
+
+
+def _moments(alive: Mapping[int, Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    """The moments that no other exceeds in value, slope and curve; none where the lengths took other steps each."""
+    if len(alive) != len(LENGTHS) or len({len(each) for each in alive.values()}) > 1:
+        return ()
+    kept: list[tuple[int, ...]] = []
+    for moment in sorted(set(zip(*(alive[tokens] for tokens in LENGTHS), strict=True)), key=lambda each: -each[2]):
+        if not any(all(a >= b for a, b in zip(_shape(other), _shape(moment), strict=True)) for other in kept):
+            kept.append(moment)
+    return tuple(kept)
+
+
+def _shape(moment: tuple[int, ...]) -> tuple[float, float, float]:
+    """Value at the longest traced length, slope there, curve."""
+    (x0, x1, x2), (y0, y1, y2) = LENGTHS, moment
+    slope01, slope12 = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
+    return y2, slope12, (slope12 - slope01) / (x2 - x0)
 
 
 def _extrapolate(points: Mapping[int, int], tokens: int) -> int:
