@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 import lamina.model
-from lamina.caller import option
+from lamina.caller import offers, option
 from lamina.decode.speculator import AUTO, NONE, draft_name
 from lamina.drafting import SOURCE, Drafting, announced
 from lamina.errors import RequestError, UnsupportedError
@@ -222,9 +222,10 @@ def _gguf_named(model: str, options: dict[str, Any], stored: bool) -> str:
     if chosen is None:
         return model
     if stored:
+        given = ("compression", "layer_shards_saving_path", "delete_original")
+        names = [option(name) for name in given if offers(name)]
         raise UnsupportedError(
-            f"{chosen} of {model} is small already and streams as it is: leave "
-            f"{option('compression')}, {option('layer_shards_saving_path')} and {option('delete_original')} out"
+            f"{chosen} of {model} is small already and streams as it is: leave {' and '.join(names)} out"
         )
     options["gguf_file"] = chosen
     return model

@@ -311,6 +311,33 @@ def test_a_setting_that_came_with_the_model_is_named(llama: Path, tmp_path: Path
         model.generate(IDS, max_new_tokens=2, temperature=-2.0)  # the caller's own
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": -1.1},
+        {"do_sample": True, "min_p": float("nan")},
+        {"no_repeat_ngram_size": True},
+        {"forced_eos_token_id": 200_000},
+        {"do_sample": True, "top_k": True},
+        {"pad_token_id": 1e300},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("draft", [None, "lookup"])
+def test_a_setting_that_no_choice_can_be_made_with_is_named(
+    llama: Path, tmp_path: Path, settings: dict[str, Any], draft: str | None
+) -> None:
+    shutil.copytree(llama, tmp_path / "odd")
+    (tmp_path / "odd" / "generation_config.json").write_text(json.dumps({"top_p": 0.9, "max_length": 7, **settings}))
+    model = _loaded(tmp_path / "odd", draft=draft)
+    name, value = list(settings.items())[-1]
+    with pytest.raises(LaminaError, match=rf"fails over {name} = .*, which the generation config of the model in"):
+        model.generate(IDS, max_new_tokens=2)
+    with pytest.raises((ValueError, TypeError, IndexError, RuntimeError)) as caught:
+        model.generate(IDS, max_new_tokens=2, **{"do_sample": True, name: value})  # the caller's own
+    assert not isinstance(caught.value, LaminaError)
+
+
 @pytest.mark.compat
 def test_settings_in_an_old_config_are_those_of_transformers(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").symlink_to(llama / "model.safetensors")

@@ -47,6 +47,7 @@ _KINDS: Mapping[str, tuple[Any, str]] = {
     "compile_config": (dict, "an object"),
 }
 _SEQUENCES = ("num_beams", "num_return_sequences")
+_COUNTS = ("prompt_lookup_num_tokens", "max_matching_ngram_size")
 
 
 def read_json(path: str) -> dict[str, Any]:
@@ -100,6 +101,10 @@ def check_generation(fields: Mapping[str, Any], where: str) -> None:
         if value is not None and not whole and not isinstance(value, kind):
             raise CheckpointError(f"{where}: {name} must be {wanted}, got {_short(value)}: fetch the file again")
         if name in _IDS.split() and isinstance(value, list) and not all(type(each) is int for each in value):
+            raise CheckpointError(f"{where}: {name} must be {wanted}, got {_short(value)}: fetch the file again")
+        if name in _COUNTS and value is not None and value < 1:
+            raise CheckpointError(f"{where}: {name} must be at least 1, got {_short(value)}")
+        if name == "stop_strings" and isinstance(value, list) and not all(isinstance(each, str) for each in value):
             raise CheckpointError(f"{where}: {name} must be {wanted}, got {_short(value)}: fetch the file again")
         if name in _SEQUENCES and value is not None and not 0 < value <= MOST_SEQUENCES:
             raise CheckpointError(f"{where}: {name} must be from 1 to {MOST_SEQUENCES}, got {_short(value)}")
