@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from transformers import ContinuousBatchingConfig, PreTrainedModel
 
 from lamina.caller import option
-from lamina.errors import BudgetError, CheckpointError, LaminaError, RequestError, TokenError
+from lamina.errors import BudgetError, CheckpointError, LaminaError, TokenError
 from lamina.fallbacks import Fallbacks, cause
 from lamina.hf.internals import (
     batched_tokens,
