@@ -276,6 +276,7 @@ def test_a_pass_that_cannot_be_is_the_configs_fault(few: Path) -> None:
         {"stop_strings": 3},
         {"stop_strings": [1, 2]},
         {"prompt_lookup_num_tokens": 0},
+        {"prompt_lookup_num_tokens": 10**40},
     ],
     ids=str,
 )
