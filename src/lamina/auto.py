@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 import lamina.model
-from lamina.caller import option
+from lamina.caller import offers, option
 from lamina.decode.speculator import AUTO, NONE, draft_name
 from lamina.drafting import SOURCE, Drafting, announced
 from lamina.errors import RequestError, UnsupportedError
@@ -161,6 +161,11 @@ def plan_model(
     context: int | None = None,
     compression: str | None = None,
     draft: str | None = "auto",
+    layer_shards_saving_path: str | None = None,
+    hf_token: str | None = None,
+    prefetching: bool = True,
+    delete_original: bool = False,
+    profiling_mode: bool = False,
     exact: bool | None = None,
     progress: Progress | None = None,
     **transformers_kwargs: Any,
@@ -168,12 +173,14 @@ def plan_model(
     """What `AutoModel.from_pretrained` would do, from the config and the headers alone.
 
     For a model on the hub only its small files and the headers of its weight files are fetched.
-    Arguments and errors are those of `AutoModel.from_pretrained`.
+    Arguments and errors are those of `AutoModel.from_pretrained`; nothing is written, and nothing deleted.
 
     With a compression, and no store of it yet, it is the plan of the store that would be written; a copy for drafting
     that is not written yet is counted as it will be.
     """
     model = _named(model)
+    if hf_token is not None:
+        transformers_kwargs.setdefault("token", hf_token)
     transformers_kwargs, device = lamina.model.taken(transformers_kwargs, device)
     check_options(
         transformers_kwargs,
@@ -184,10 +191,11 @@ def plan_model(
         compression=compression,
     )
     transformers_kwargs.pop("output_loading_info", None)
-    model = _gguf_named(model, transformers_kwargs, compression is not None)
+    stored = compression is not None or layer_shards_saving_path is not None or delete_original
+    model = _gguf_named(model, transformers_kwargs, stored)
     source = {key: transformers_kwargs[key] for key in SOURCE if transformers_kwargs.get(key) is not None}
     drafting = Drafting(draft, model, source, transformers_kwargs, (memory, device_memory, context), progress, False)
-    folder, encode = _as_it_will_be(model, compression, source)
+    folder, encode = _as_it_will_be(model, compression, source, layer_shards_saving_path)
     planned = lamina.model.plan_model(
         folder,
         memory=memory,
@@ -209,6 +217,7 @@ def bench_model(model: str, *, draft: str | None = None, **request: Any) -> dict
         draft: as there, but nothing proposes tokens unless it is named: what is measured first is a pass.
     """
     draft = NONE if draft_name(draft) == AUTO else draft
+    request.pop("output_loading_info", None)
     return lamina.model.bench_model(model, load=AutoModel.from_pretrained, draft=draft, **request)
 
 
@@ -222,9 +231,10 @@ def _gguf_named(model: str, options: dict[str, Any], stored: bool) -> str:
     if chosen is None:
         return model
     if stored:
+        given = ("compression", "layer_shards_saving_path", "delete_original")
+        names = [option(name) for name in given if offers(name)]
         raise UnsupportedError(
-            f"{chosen} of {model} is small already and streams as it is: leave "
-            f"{option('compression')}, {option('layer_shards_saving_path')} and {option('delete_original')} out"
+            f"{chosen} of {model} is small already and streams as it is: leave {' and '.join(names)} out"
         )
     options["gguf_file"] = chosen
     return model

@@ -59,6 +59,15 @@ def offers(name: str) -> bool:
     return _command is None or name in _command.given
 
 
+def named_model(model: str, exactly: str) -> str:
+    """How the caller names a model, or a draft, more exactly than by `model`."""
+    if _command is None:
+        return repr(exactly)
+    if _command.given.get("draft") == model:
+        return f"{option('draft')} {shlex.quote(exactly)}"
+    return f"`{shlex.join(['lamina', _command.name, exactly])}`"
+
+
 def another_place() -> str:
     """What to do about a folder that a store cannot be written to."""
     if _command is None:

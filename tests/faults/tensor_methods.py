@@ -158,7 +158,7 @@ def wrong(kind: str, name: str, call: Callable[[Any], Any]) -> str | None:
         return None if refused is not None else f"{type(error).__name__}: {error}"
     if name in POINTERS or (name in SHAPES and refused is None):
         return "was not refused"
-    if refused is not None or name.startswith(RANDOM) or name.endswith("_like"):
+    if refused is not None or name == "new" or name.startswith(RANDOM) or name.endswith("_like"):
         return None
     if kind == "encoded" and weight_is_written(name):  # to what its home gives
         return None

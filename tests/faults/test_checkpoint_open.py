@@ -95,7 +95,7 @@ def test_folder_of_another_format(tmp_path: Path, name: str) -> None:
 
 def test_folder_of_gguf_files(tmp_path: Path) -> None:
     (tmp_path / "m.Q4_K_M.gguf").write_bytes(b"")
-    assert f"as in `lamina run {tmp_path}:m.Q4_K_M.gguf`" in refusal(tmp_path, UnsupportedError)
+    assert f"as in '{tmp_path}:m.Q4_K_M.gguf'" in refusal(tmp_path, UnsupportedError)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00001.bin", "last.pth", "last.pt"])

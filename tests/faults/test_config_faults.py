@@ -158,6 +158,7 @@ def _build(folder: Path) -> Any:
         ("llama", {"vocab_size": -1}, "vocab_size = -1"),
         ("llama", {"hidden_size": -64}, "hidden_size = -64"),
         ("llama", {"text_config": []}, "fails"),
+        ("llama", {"is_encoder_decoder": True}, "is_encoder_decoder = True, but LlamaForCausalLM has no encoder"),
         ("llama", {"num_hidden_layers": 200_000}, "num_hidden_layers = 200000, the checkpoint has"),
         ("llama", {"num_hidden_layers": 50_000}, "modules, the checkpoint has"),
         ("llama", {"num_labels": 10**9}, "num_labels = 1000000000, the checkpoint has"),
@@ -273,6 +274,9 @@ def test_a_pass_that_cannot_be_is_the_configs_fault(few: Path) -> None:
         {"num_beams": 10**9},
         {"do_sample": "yes"},
         {"stop_strings": 3},
+        {"stop_strings": [1, 2]},
+        {"prompt_lookup_num_tokens": 0},
+        {"prompt_lookup_num_tokens": 10**40},
     ],
     ids=str,
 )

@@ -154,6 +154,35 @@ def test_each_keyword_is_obeyed_or_said(name: str, llama: Path) -> None:
     )
 
 
+def test_a_plan_takes_every_keyword_that_loading_takes(llama: Path) -> None:
+    taken = set(inspect.signature(lamina.AutoModel.from_pretrained).parameters)
+    assert taken == set(inspect.signature(lamina.plan_model).parameters)
+    usual = lamina.plan_model(str(llama), memory="2GB", device="cpu", draft=None)
+    same = lamina.plan_model(
+        str(llama), memory="2GB", device="cpu", draft=None, hf_token="x", prefetching=False, delete_original=True,
+        profiling_mode=True, layer_shards_saving_path="/no/such/folder", output_loading_info=True,
+    )  # fmt: skip
+    assert same.minimum_memory_bytes == usual.minimum_memory_bytes
+    assert sorted(file.name for file in llama.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
+
+
+def test_a_bench_takes_loading_info(llama: Path) -> None:
+    result = lamina.auto.bench_model(
+        str(llama), memory="2GB", device="cpu", prompt_ids=[1, 2], new_tokens=2, output_loading_info=True
+    )
+    assert len(result["tokens"]) == 2
+
+
+def test_a_mapping_to_one_dtype_is_that_dtype(llama: Path) -> None:
+    assert _loaded(llama, dtype={"": "float16"}).dtype == torch.float16
+    with pytest.raises(RequestError, match=r"dtype must be one dtype for the whole model, got .*: give one of them"):
+        _loaded(llama, dtype={"text_config": "float16", "": "float32"})
+
+
 def test_keywords_that_ask_for_nothing_are_no_requests(llama: Path) -> None:
     of_the_config = ("num_hidden_layers", "rope_theta", "hidden_size", "no_such_option", "use_cache")
     nothing = {name: None for name in TABLE if name not in of_the_config}
@@ -309,6 +338,33 @@ def test_a_setting_that_came_with_the_model_is_named(llama: Path, tmp_path: Path
     assert model.generate(IDS, max_new_tokens=2, do_sample=False).shape[1] == IDS.shape[1] + 2
     with pytest.raises(ValueError, match="temperature"):
         model.generate(IDS, max_new_tokens=2, temperature=-2.0)  # the caller's own
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_penalty": -1.1},
+        {"do_sample": True, "min_p": float("nan")},
+        {"no_repeat_ngram_size": True},
+        {"forced_eos_token_id": 200_000},
+        {"do_sample": True, "top_k": True},
+        {"pad_token_id": 1e300},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("draft", [None, "lookup"])
+def test_a_setting_that_no_choice_can_be_made_with_is_named(
+    llama: Path, tmp_path: Path, settings: dict[str, Any], draft: str | None
+) -> None:
+    shutil.copytree(llama, tmp_path / "odd")
+    (tmp_path / "odd" / "generation_config.json").write_text(json.dumps({"top_p": 0.9, "max_length": 7, **settings}))
+    model = _loaded(tmp_path / "odd", draft=draft)
+    name, value = list(settings.items())[-1]
+    with pytest.raises(LaminaError, match=rf"fails over {name} = .*, which the generation config of the model in"):
+        model.generate(IDS, max_new_tokens=2)
+    with pytest.raises((ValueError, TypeError, IndexError, RuntimeError)) as caught:
+        model.generate(IDS, max_new_tokens=2, **{"do_sample": True, name: value})  # the caller's own
+    assert not isinstance(caught.value, LaminaError)
 
 
 @pytest.mark.compat

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import lamina
-from lamina.caller import Command, another_place, offers, option, speaking, token_ids_instead
+from lamina.caller import Command, another_place, named_model, offers, option, speaking, token_ids_instead
 
 SOURCES = Path(lamina.__file__).parent
 RUN = Command("run", {"model": "./my model", "memory": "1MB", "draft": None, "compression": "8bit", "prompt_ids": None})
@@ -92,3 +92,10 @@ def test_no_message_writes_an_option_out() -> None:
             if written_out.search(shown) or (" " in shown and bare.search(shown)):
                 found.append(f"{file.relative_to(SOURCES)}:{line}: {text!r}")
     assert not found, "name the option with lamina.caller.option:\n" + "\n".join(found)
+
+
+def test_a_model_is_named_more_exactly_as_the_caller_would_do_it() -> None:
+    assert named_model("me/m", "me/m:a b.gguf") == "'me/m:a b.gguf'"
+    with speaking(Command("plan", {"model": "me/m", "draft": "me/d"})):
+        assert named_model("me/m", "me/m:a b.gguf") == "`lamina plan 'me/m:a b.gguf'`"
+        assert named_model("me/d", "me/d:a.gguf") == "--draft me/d:a.gguf"

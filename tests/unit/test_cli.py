@@ -17,7 +17,7 @@ import pytest
 
 import lamina
 from cli_double import Library, Model, NoTokenizer, Tokenizer
-from lamina.cli import engine
+from lamina.cli import engine, options
 from lamina.cli.main import main
 from lamina.errors import BudgetError, CheckpointError, LaminaError, ReadError, RequestError, UnsupportedError
 
@@ -223,6 +223,17 @@ def test_a_wrong_request_is_one_line_and_exit_2(run: Run, library: Library, argu
     assert result.out == ""
     assert len(one_line(result)) < 300
     assert library.opened == [], "it is answered before anything is opened"
+
+
+@pytest.mark.parametrize("command", [("run", "m", "Hi"), ("chat", "m"), ("plan", "m"), ("bench", "m"), ("split", "m")])
+def test_four_threads_a_processor_are_the_most(
+    run: Run, library: Library, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    result = run(*command, "--threads", "9")
+    assert result.code == 2
+    assert one_line(result) == "lamina: --threads 9 is too many for the 2 processors here: give at most 8"
+    options.check_threads(8)
 
 
 def test_bytes_that_are_not_text_are_refused_as_a_prompt(

@@ -206,12 +206,32 @@ def test_what_is_pasted_at_a_terminal_is_one_message() -> None:
         terminal.type('five\n"""\n')
         terminal.expect("<four|five>")
         terminal.expect("> ")
+        terminal.type('"""six\n')
+        terminal.expect(". ")
         terminal.type("\x03")
-        terminal.expect("ends the chat")
         terminal.expect("> ")
         terminal.type("last\nquit\n")
         terminal.expect("<last>")
         assert terminal.end() == 0
+
+
+def test_ctrl_c_takes_back_what_is_typed_and_ends_the_chat_where_nothing_is() -> None:
+    program = AT_A_TERMINAL.replace("TESTS", repr(str(Path(__file__).parents[1])))
+    environment = {**os.environ, "PYTHONPATH": str(Path(lamina.__file__).parents[1])}
+    with Terminal([sys.executable, "-c", program], environment) as terminal:
+        terminal.expect("> ")
+        if "\x1b[?2004h" in terminal.screen:  # readline knows what is typed
+            terminal.type("half a")
+            terminal.expect("half a")
+            terminal.type("\x03")
+            terminal.expect("> ")
+        terminal.type("whole\n")
+        terminal.expect("<whole>")
+        terminal.expect("> ")
+        terminal.type("\x03")
+        terminal.expect("lamina: interrupted")
+        assert terminal.end() == 130
+    assert "Traceback" not in terminal.screen
 
 
 def test_a_failure_ends_the_chat(

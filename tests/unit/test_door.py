@@ -258,6 +258,22 @@ def test_a_stop_string_ends_a_text_within_a_draft(model: PreTrainedModel) -> Non
     assert torch.cat([each.flatten() for each in streamer.seen]).tolist() == [*drafted[0].tolist(), -1]
 
 
+def test_stop_strings_are_found_with_the_models_own_tokenizer(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = model.generate(IDS, max_new_tokens=24, do_sample=False, draft=None)[0].tolist()
+    new = answer[IDS.shape[1] :]
+    at = next(i for i in range(6, 20) if new[i] not in new[:i])
+    asked = {"max_new_tokens": 24, "do_sample": False}
+    ended = [model.generate(IDS, draft=draft, stop_strings=LETTERS[new[at]], **asked) for draft in (None, "lookup")]
+    monkeypatch.setattr(model.generation_config, "stop_strings", [LETTERS[new[at]]])
+    ended.append(model.generate(IDS, draft=None, **asked))
+    assert [each[0].tolist() for each in ended] == [answer[: IDS.shape[1] + at + 1]] * 3
+    monkeypatch.setattr(model, "tokenizer", None)
+    with pytest.raises(ValueError, match="tokenizer"):
+        model.generate(IDS, draft=None, **asked)
+
+
 def test_the_same_stop_string_by_a_config(model: PreTrainedModel) -> None:
     answer = model.generate(IDS, max_new_tokens=24, do_sample=False, draft=None)[0].tolist()
     config = GenerationConfig(stop_strings=[LETTERS[answer[12]]], max_new_tokens=24, do_sample=False)

@@ -49,9 +49,7 @@ def test_all_parts_are_fetched_by_the_name_of_any(hub: FakeHub) -> None:
 
 def test_what_is_not_there_is_named(hub: FakeHub) -> None:
     hub.add("me/m", {"a.gguf": b"GGUF1", "big-00001-of-00002.gguf": b"x"})
-    with pytest.raises(
-        RequestError, match=r"me/m has no file 'c\.gguf': name one, as in `lamina run me/m:a\.gguf`; it al"
-    ):
+    with pytest.raises(RequestError, match=r"me/m has no file 'c\.gguf': name one, as in 'me/m:a\.gguf'; it al"):
         locate_gguf("me/m", "c.gguf")
     with pytest.raises(RequestError, match=r"me/m has no GGUF file for 'Q4_K_M': name one"):
         locate_gguf("me/m", "Q4_K_M")
@@ -75,21 +73,19 @@ def test_one_is_named_by_its_kind(hub: FakeHub) -> None:
         assert Path(locate_gguf("me/m", choice, local_files_only=True)).read_bytes() == name.encode()
     assert locate_gguf("me/m", "m-Q4_K_M_L-00001-of-00001.gguf").endswith(names[2])
     hub.add("me/two", {"a-Q8_0.gguf": b"", "b-Q8_0.gguf": b""})
-    with pytest.raises(
-        RequestError, match=r"2 GGUF models for 'Q8_0': name one, as in `lamina run me/two:a-Q8_0\.gguf`"
-    ):
+    with pytest.raises(RequestError, match=r"2 GGUF models for 'Q8_0': name one, as in 'me/two:a-Q8_0\.gguf'"):
         locate_gguf("me/two", "Q8_0")
 
 
 @pytest.mark.parametrize("plan", [True, False])
 def test_a_repository_of_gguf_alone_lists_what_it_has(hub: FakeHub, plan: bool) -> None:
     hub.add("me/m", {"a-Q8_0.gguf": b"1", "q/b-Q4_K_M.gguf": b"2", "mmproj-F16.gguf": b"", "README.md": b""})
-    line = r"me/m holds 2 GGUF models and no other weights: name one, as in `lamina run me/m:q/b-Q4_K_M\.gguf`; it al"
+    line = r"me/m holds 2 GGUF models and no other weights: name one, as in 'me/m:q/b-Q4_K_M\.gguf'; it al"
     with pytest.raises(UnsupportedError, match=line):
         plan_model("me/m") if plan else AutoModel.from_pretrained("me/m", memory="3GB")
     assert not any(name.endswith(".gguf") for name in hub.fetched())
     locate_gguf("me/m", "Q8_0")
-    with pytest.raises(UnsupportedError, match=r"`lamina run me/m:a-Q8_0\.gguf`"):
+    with pytest.raises(UnsupportedError, match=r"'me/m:a-Q8_0\.gguf'"):
         plan_model("me/m", local_files_only=True) if plan else AutoModel.from_pretrained("me/m", local_files_only=True)
 
 
@@ -111,9 +107,7 @@ def test_a_model_of_the_hub_runs(hub: FakeHub, tmp_path: Path) -> None:
 def test_one_of_a_folder_runs(tmp_path: Path) -> None:
     for kind in ("Q8_0", "F16"):
         write_model(tmp_path / kind, "llama").rename(tmp_path / f"m-{kind}.gguf")
-    with pytest.raises(
-        UnsupportedError, match=rf"{tmp_path} holds 2 GGUF models .*`lamina run {tmp_path}:m-F16\.gguf`"
-    ):
+    with pytest.raises(UnsupportedError, match=rf"{tmp_path} holds 2 GGUF models .*'{tmp_path}:m-F16\.gguf'"):
         plan_model(str(tmp_path))
     for name in ("F16", "m-F16.gguf"):
         assert plan_model(f"{tmp_path}:{name}").model_bytes == plan_model(str(tmp_path / "m-F16.gguf")).model_bytes

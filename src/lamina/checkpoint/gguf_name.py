@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterable
 
+from lamina.caller import named_model
 from lamina.checkpoint.strict import quote
 from lamina.errors import LaminaError, RequestError, UnsupportedError
 
@@ -100,7 +101,7 @@ def naming(models: list[str], where: str) -> str:
     first = next((name for name in models if USUAL.lower() in name.lower()), models[0])
     others = [name for name in models if name != first]
     more = f" and {len(others) - _SHOWN} others" if len(others) > _SHOWN else ""
-    return f"name one, as in `lamina run {where}:{first}`" + (
+    return f"name one, as in {named_model(where, f'{where}:{first}')}" + (
         f"; it also has {', '.join(others[:_SHOWN])}{more}" if others else ""
     )
 

@@ -23,7 +23,7 @@ _HELP = f"""/reset  forget the conversation
 /bye    end (also /exit, /quit, exit, quit, or Ctrl-D)
 /help   this list
 {BLOCK}     begins a message of several lines, which the next {BLOCK} ends; what is pasted is one message
-Ctrl-C stops an answer at its next token; a second Ctrl-C at once."""
+Ctrl-C stops an answer at its next token, a second one at once; it takes back what is typed, and else ends the chat."""
 
 SHARE_FOR_ANSWER = 4  # of the context a quarter is kept for the answer, or less where that is all it may have
 

@@ -13,6 +13,8 @@ import select
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from types import FrameType
+from typing import Any
 
 from lamina.cli import interrupt, output
 from lamina.cli.generation import text_of
@@ -35,9 +37,11 @@ class Messages:
     def __init__(self) -> None:
         self._terminal = sys.stdin is not None and sys.stdin.isatty()
         self._waiting: list[str] = []  # lines of a burst that are messages of their own
+        self._begun = False  # something of the message is there
+        self._readline: Any = None
         if self._terminal:
             with suppress(ImportError):
-                readline = importlib.import_module("readline")  # editing and history for input()
+                readline = self._readline = importlib.import_module("readline")  # editing and history for input()
                 readline.parse_and_bind("set enable-bracketed-paste on")  # which Python switches off
                 if os.environ.get("NO_COLOR"):
                     readline.parse_and_bind("set enable-active-region off")  # what was pasted, in other colours
@@ -45,22 +49,33 @@ class Messages:
     def next(self) -> str | None:
         """The next message, without the white space around it; empty where nothing was said.
 
+        Ctrl-C takes back what is typed so far.
+
         Raises:
             RequestError: what a pipe gives is not text.
+            KeyboardInterrupt: Ctrl-C where nothing is typed.
         """
         while True:
+            self._begun = False
             try:
-                with interrupt.Apart():
+                with interrupt.Apart(self._interrupted):
                     message = self._message()
                 return None if message is None else message.strip()
             except KeyboardInterrupt:
                 self._waiting.clear()
-                output.tell("\nlamina: Ctrl-D or /exit ends the chat")
+                output.tell("")
+                if not self._begun:
+                    raise
+
+    def _interrupted(self, signum: int, frame: FrameType | None) -> None:
+        self._begun = self._begun or bool(self._readline is not None and self._readline.get_line_buffer())
+        raise KeyboardInterrupt
 
     def _message(self) -> str | None:
         line = self._line(PROMPT)
         if line is None:
             return None
+        self._begun = True
         if line.lstrip().startswith(BLOCK):
             return self._block(line.lstrip().removeprefix(BLOCK))
         return self._burst(line)

@@ -24,6 +24,7 @@ from lamina.sizes import parse_memory
 
 LEAST_TEMPERATURE = 1e-4  # below it the quotients are no numbers any more
 MOST_TOKENS = 2**31 - 1
+THREADS_OF_ONE = 4  # processor: more only wait
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 
 ModelArgument = Annotated[
@@ -193,10 +194,12 @@ class Verbosity:
 
 
 def check_threads(threads: int | None) -> None:
-    """Refuse more threads than there are processors: each would wait for the others, thousands for ever."""
-    most = os.cpu_count() or 1
+    """Refuse many more threads than there are processors: each would wait for the others, thousands for ever."""
+    here = os.cpu_count() or 1
+    most = THREADS_OF_ONE * here
     if threads is not None and threads > most:
-        raise RequestError(f"{option('threads', threads)} is more than the {most} processors here: give at most {most}")
+        processors = "1 processor" if here == 1 else f"{here} processors"
+        raise RequestError(f"{option('threads', threads)} is too many for the {processors} here: give at most {most}")
 
 
 def check_tokens(name: str, tokens: int) -> None:

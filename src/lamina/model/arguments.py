@@ -72,7 +72,7 @@ def sorted_out(
         UnsupportedError: one that a model that streams cannot have.
     """
     left = {
-        name: value
+        name: _one_dtype(name, value) if name in ("dtype", "torch_dtype") else value
         for name, value in options.items()
         if name not in PRIVATE and not (value is None and name in (*HUB_KEYS, "variant", "gguf_file", "code_revision"))
     }
@@ -126,6 +126,15 @@ def check_format(options: dict[str, Any], checkpoint: Checkpoint) -> None:
 
 def _asks(value: Any) -> bool:
     return value is not None and value is not False and not (isinstance(value, Mapping) and not value)
+
+
+def _one_dtype(name: str, value: Any) -> Any:
+    """The dtype of a mapping of parts to dtypes that names the whole alone."""
+    if not isinstance(value, Mapping):
+        return value
+    if set(value) != {""}:
+        raise RequestError(f"{name} must be one dtype for the whole model, got {_short(dict(value))}: give one of them")
+    return value[""]
 
 
 def _check_kind(options: Mapping[str, Any], name: str, kinds: Any, wanted: str) -> None:

@@ -235,6 +235,9 @@ def _build(request: Request, checkpoint: Checkpoint, loading_info: dict[str, Any
                 raise RequestError(f"neither Lamina nor {model_class.__name__} knows this option: {text}") from error
             raise
     _check(info, checkpoint, state)
+    if getattr(model.config, "is_encoder_decoder", False):  # a decoder with an encoder's weights says no by itself
+        said = f"is_encoder_decoder = {str(model.config.is_encoder_decoder)[:60]}"
+        raise CheckpointError(f"{where}: {said}, but {model_class.__name__} has no encoder: fetch the file again")
     if unstored.left_out:
         raise CheckpointError(
             f"{where} asks for {format_size(unstored.left_out)} of weights that no file of {checkpoint.root} holds"

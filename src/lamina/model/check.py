@@ -56,7 +56,7 @@ def check_context(context: int) -> None:
 
 
 def _check_dtype(name: str, dtype: Any) -> None:
-    if dtype is None or dtype == "auto" or isinstance(dtype, Mapping):
+    if dtype is None or dtype == "auto":
         return
     known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(known, torch.dtype):

@@ -16,7 +16,7 @@ from lamina.fallbacks import cause
 
 LARGEST = 64 << 20  # bytes of a JSON file: the largest configs known have some hundred kB
 MOST_SUSPECTS = 3
-MOST_SEQUENCES = 10_000  # beams, answers to a prompt
+MOST_COUNTED = 10_000  # beams, answers to a prompt, tokens of a draft
 HUGE = 1 << 31
 
 _WHOLE = """max_length max_new_tokens min_length min_new_tokens num_beams max_cache_len top_k no_repeat_ngram_size
@@ -46,7 +46,7 @@ _KINDS: Mapping[str, tuple[Any, str]] = {
     "watermarking_config": (dict, "an object"),
     "compile_config": (dict, "an object"),
 }
-_SEQUENCES = ("num_beams", "num_return_sequences")
+_COUNTS = ("num_beams", "num_return_sequences", "prompt_lookup_num_tokens", "max_matching_ngram_size")
 
 
 def read_json(path: str) -> dict[str, Any]:
@@ -101,8 +101,10 @@ def check_generation(fields: Mapping[str, Any], where: str) -> None:
             raise CheckpointError(f"{where}: {name} must be {wanted}, got {_short(value)}: fetch the file again")
         if name in _IDS.split() and isinstance(value, list) and not all(type(each) is int for each in value):
             raise CheckpointError(f"{where}: {name} must be {wanted}, got {_short(value)}: fetch the file again")
-        if name in _SEQUENCES and value is not None and not 0 < value <= MOST_SEQUENCES:
-            raise CheckpointError(f"{where}: {name} must be from 1 to {MOST_SEQUENCES}, got {_short(value)}")
+        if name == "stop_strings" and isinstance(value, list) and not all(isinstance(each, str) for each in value):
+            raise CheckpointError(f"{where}: {name} must be {wanted}, got {_short(value)}: fetch the file again")
+        if name in _COUNTS and value is not None and not 0 < value <= MOST_COUNTED:
+            raise CheckpointError(f"{where}: {name} must be from 1 to {MOST_COUNTED}, got {_short(value)}")
 
 
 def _said(error: Exception) -> str:

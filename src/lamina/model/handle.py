@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 import statistics
 import threading
 import time
@@ -20,7 +19,7 @@ from torch.utils._pytree import tree_map
 from transformers import ContinuousBatchingConfig, PreTrainedModel
 
 from lamina.caller import option
-from lamina.errors import BudgetError, CheckpointError, LaminaError, RequestError, TokenError
+from lamina.errors import BudgetError, CheckpointError, LaminaError, TokenError
 from lamina.fallbacks import Fallbacks, cause
 from lamina.hf.internals import (
     batched_tokens,
@@ -49,6 +48,7 @@ from lamina.model.ids import check_ids, check_tokens, vocabulary_rows
 from lamina.model.install import eagerly, in_place_of, install
 from lamina.model.logits import Logits
 from lamina.model.record import Record
+from lamina.model.settings import blame
 from lamina.model.stats import Stats
 from lamina.model.trace import Trace
 from lamina.plan.plan import Budget, Plan
@@ -245,26 +245,12 @@ class Lamina:
                 f"a forward pass of the model in {where} fails with a single token, {cause(again)}: its config is wrong"
             ) from error
 
-    def _blame_settings(self, error: Exception, kwargs: Mapping[str, Any]) -> None:
-        """Say of a `generate` that failed before its first pass, where it names a setting that came with the model.
-
-        Raises:
-            RequestError: it is one that nobody changed since.
-        """
-        if isinstance(error, LaminaError | MemoryError) or kwargs.get("generation_config") is not None:
-            return
-        now, text = self.model.generation_config.to_dict(), str(error)
-        for name, value in self._settings.items():
-            if name in kwargs or value is None or now.get(name) != value or not re.search(rf"\b{name}\b", text):
-                continue
-            raise RequestError(
-                f"generate fails over {name} = {str(value)[:60]}, which the generation config of the model in "
-                f"{self.model.config.name_or_path} says ({cause(error)}): pass another {name}= to generate"
-            ) from error
-
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`generate`, counting the tokens that it gives."""
+        """`generate`, counting the tokens that it gives; stop strings are found with the model's own tokenizer."""
         passes = self._passes
+        strings = (kwargs, vars(kwargs.get("generation_config") or self.model.generation_config))
+        if any(each.get("stop_strings") for each in strings) and kwargs.get("tokenizer") is None:
+            kwargs["tokenizer"] = self.model.tokenizer
         try:
             with self._generating():
                 if self.decoder is None:
@@ -272,8 +258,7 @@ class Lamina:
                 else:
                     out = self.decoder(self._plain_generate, args, kwargs)
         except Exception as error:
-            if passes == self._passes:
-                self._blame_settings(error, kwargs)
+            blame(self.model, self._settings, error, kwargs, began=passes != self._passes)
             raise
         prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         sequences = getattr(out, "sequences", out)
