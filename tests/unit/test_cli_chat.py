@@ -220,7 +220,8 @@ def test_ctrl_c_takes_back_what_is_typed_and_ends_the_chat_where_nothing_is() ->
     environment = {**os.environ, "PYTHONPATH": str(Path(lamina.__file__).parents[1])}
     with Terminal([sys.executable, "-c", program], environment) as terminal:
         terminal.expect("> ")
-        if "\x1b[?2004h" in terminal.screen:  # readline knows what is typed
+        # readline knows what is typed; a Ctrl-C that comes while it works on a key is heard as well
+        for _ in range(10 if "\x1b[?2004h" in terminal.screen else 0):
             terminal.type("half a")
             terminal.expect("half a")
             terminal.type("\x03")
