@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 import lamina
 from cli_double import Library
-from lamina.cli import engine
+from lamina.cli import engine, lines
 from lamina.cli.main import main
 from lamina.errors import BudgetError, ReadError, RequestError
 from pseudo_terminal import Terminal
@@ -220,7 +221,8 @@ def test_ctrl_c_takes_back_what_is_typed_and_ends_the_chat_where_nothing_is() ->
     environment = {**os.environ, "PYTHONPATH": str(Path(lamina.__file__).parents[1])}
     with Terminal([sys.executable, "-c", program], environment) as terminal:
         terminal.expect("> ")
-        if "\x1b[?2004h" in terminal.screen:  # readline knows what is typed
+        # readline knows what is typed; a Ctrl-C that comes while it works on a key is heard as well
+        for _ in range(10 if "\x1b[?2004h" in terminal.screen else 0):
             terminal.type("half a")
             terminal.expect("half a")
             terminal.type("\x03")
@@ -232,6 +234,24 @@ def test_ctrl_c_takes_back_what_is_typed_and_ends_the_chat_where_nothing_is() ->
         terminal.expect("lamina: interrupted")
         assert terminal.end() == 130
     assert "Traceback" not in terminal.screen
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGWINCH"), reason="a wait for keys cannot be interrupted here")
+def test_a_wait_for_keys_is_interrupted_after_ctrl_c() -> None:
+    """CPython hears a Ctrl-C that comes just before readline waits only when that wait is interrupted."""
+    nudged = threading.Event()
+    before = [signal.signal(signal.SIGINT, lambda *_: None), signal.signal(signal.SIGWINCH, lambda *_: nudged.set())]
+    threads = threading.active_count()
+    try:
+        with lines._heard():
+            assert not nudged.wait(0.2), "without Ctrl-C there is nothing to hear"
+            signal.raise_signal(signal.SIGINT)
+            assert nudged.wait(60)
+        assert threading.active_count() == threads
+        assert signal.set_wakeup_fd(-1) == -1
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGWINCH, before[1] or signal.SIG_DFL)
 
 
 def test_a_failure_ends_the_chat(

@@ -10,9 +10,11 @@ import importlib
 import os
 import re
 import select
+import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
 from typing import Any
 
@@ -22,6 +24,7 @@ from lamina.cli.generation import text_of
 PROMPT, GOING_ON = "> ", ". "
 BLOCK = '"""'
 BURST_S = 0.03  # a terminal hands on a paste in pieces, with less than this between them
+NUDGE_S, NUDGES = 0.05, 20
 LEAVING = ("/bye", "/exit", "/quit", "bye", "exit", "quit")
 _COMMAND = re.compile(r"/[a-z]+\s*", re.IGNORECASE)
 
@@ -58,7 +61,7 @@ class Messages:
         while True:
             self._begun = False
             try:
-                with interrupt.Apart(self._interrupted):
+                with interrupt.Apart(self._interrupted), _heard() if self._terminal else nullcontext():
                     message = self._message()
                 return None if message is None else message.strip()
             except KeyboardInterrupt:
@@ -120,6 +123,40 @@ class Messages:
             output.tell(prompt, end="")
         raw = getattr(sys.stdin, "buffer", sys.stdin).readline() if sys.stdin is not None else ""
         return text_of(raw, "a line on standard input").rstrip("\r\n") if raw else None
+
+
+@contextmanager
+def _heard() -> Iterator[None]:
+    """While the block runs, Ctrl-C is not left for the next key.
+
+    CPython asks for signals where its wait for a key is interrupted. One that came a moment before that wait begins
+    would be seen at the next key: the wait is interrupted again, by a change of the window's size that is none.
+    """
+    if not hasattr(signal, "SIGWINCH"):
+        yield
+        return
+    waiting, told = threading.get_ident(), threading.Event()
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+
+    def nudge() -> None:
+        while os.read(read, 1) and not told.is_set():
+            for _ in range(NUDGES):
+                if told.wait(NUDGE_S):
+                    return
+                signal.pthread_kill(waiting, signal.SIGWINCH)
+
+    before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    nudging = threading.Thread(target=nudge, name="lamina-keys", daemon=True)
+    nudging.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        told.set()
+        os.close(write)  # which ends the thread's wait
+        nudging.join()
+        os.close(read)
 
 
 def _typed(read: Callable[[], str]) -> str | None:
