@@ -192,7 +192,7 @@ def test_a_folder_means_its_only_gguf_model(tmp_path: Path) -> None:
     assert find_gguf(paths[1]) == str(paths[1])
     assert find_gguf(tmp_path / "absent.gguf") is None
     (tmp_path / "other.gguf").touch()
-    with pytest.raises(UnsupportedError, match=r"holds 2 GGUF models and .* run .*:big-00001-of-00002\.gguf`"):
+    with pytest.raises(UnsupportedError, match=r"holds 2 GGUF models and .* as in .*:big-00001-of-00002\.gguf'"):
         find_gguf(tmp_path)
     (tmp_path / "model.safetensors").touch()
     assert find_gguf(tmp_path) is None

@@ -310,7 +310,7 @@ def test_what_a_process_holds_besides_is_spoken_for_and_said() -> None:
 
 @pytest.mark.parametrize(
     ("resident", "held"),
-    [((370, 380, 460), (0, 0, 0)), ((437, 470), (32, 32)), ((670, 690, 400), (256, 256, 0)), ((370, 670), (0, 256))],
+    [((370, 380, 430), (0, 0, 0)), ((437, 470), (64, 64)), ((670, 690, 399), (288, 288, 0)), ((370, 670), (0, 288))],
 )
 def test_what_is_held_is_one_number_until_it_is_clearly_another(
     monkeypatch: pytest.MonkeyPatch, resident: tuple[int, ...], held: tuple[int, ...]

@@ -169,8 +169,8 @@ def size_for(need: Need, room: int, context: int) -> Size:
         most = FEW_REQUESTS + (
             chosen.batch_tokens if need.logits_of_all else int(LOGITS_SHARE * left / need.logit_bytes)
         )
-        chosen = replace(chosen, requests=min(most, chosen.batch_tokens, MOST_REQUESTS))
-    left -= need.of(chosen) - need.of(replace(chosen, requests=FEW_REQUESTS))
+        few, chosen = chosen, replace(chosen, requests=min(most, chosen.batch_tokens, MOST_REQUESTS))
+        left -= need.of(chosen) - need.of(few)
     page = need.of(replace(chosen, cache_tokens=context + PAGE)) - need.of(chosen)
     tokens = context + max(left // page, 0) * PAGE
     return replace(chosen, cache_tokens=min(tokens, MOST_CONTEXTS * context))
