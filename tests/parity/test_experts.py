@@ -245,7 +245,8 @@ def test_a_longer_context_takes_the_cache_s_memory_and_gives_the_same_answer(
     with model.lamina, torch.no_grad():
         before = model.lamina.plan
         assert torch.equal(model(ids[:, :8]).logits, plain(ids[:, :8]).logits)
-        assert torch.equal(model(ids).logits, plain(ids).logits)
+        last = {"logits_to_keep": 8}  # those of all tokens are no less than the cache
+        assert torch.equal(model(ids, **last).logits, plain(ids, **last).logits)
         after, engine = model.lamina.plan, model.lamina._engine
         assert after.budget.memory_bytes == before.budget.memory_bytes
         assert bool(before.experts) is not all_resident

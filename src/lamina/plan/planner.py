@@ -336,7 +336,7 @@ def _evenly(
 ) -> list[tuple[str, ...]]:
     """Groups that together fit in `room`, spread through the sequence by error diffusion, gaps filled after."""
     total = sum(sizes[group] for group in groups)
-    if total <= room:
+    if not total or total <= room:
         return list(groups)
     share = max(room, 0) / total
     chosen: dict[int, None] = {}
