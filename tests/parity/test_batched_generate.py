@@ -1,7 +1,7 @@
 """Logits of `generate` for several rows at once: bit for bit those of plain transformers in fp32.
 
-With `logits_to_keep=1` the input of the head is a slice of a larger tensor for each row, which torch multiplies in another
-way than a contiguous tensor: whatever lies between must not make one of it.
+With `logits_to_keep=1` the input of the head is a slice of a larger tensor for each row, which torch multiplies in
+another way than a contiguous tensor: whatever lies between must not make one of it.
 """
 
 from __future__ import annotations
