@@ -3,8 +3,8 @@
     python benchmarks/experts_run.py .cache/bench/mixtral-12gb --memory 3600000000 --new-tokens 16
     python benchmarks/experts_run.py FOLDER --memory 1500000000 --text novel.txt --prompt-tokens 128 --new-tokens 128
 
-Without --text it is `lamina.model.bench.bench_model`: greedy tokens, the bare disk in turns with the steps. With --text
-each decode step is given the text's own next token, so that the experts are those of real text; the bare disk is
+Without --text it is `lamina.measure.bench.bench_model`: greedy tokens, the bare disk in turns with the steps. With
+--text each decode step is given the text's own next token, so that the experts are those of real text; the bare disk is
 measured before the model is loaded and after it is closed, for the steps follow each other as in real use.
 """
 
@@ -22,8 +22,9 @@ from transformers import DynamicCache
 
 from lamina import AutoModel
 from lamina.checkpoint import open_checkpoint
-from lamina.model.bench import bench_model
-from lamina.stream.probe import SETTINGS, measure_disk, peak_resident_bytes
+from lamina.host import peak_resident_bytes
+from lamina.measure.bench import bench_model
+from lamina.stream.probe import SETTINGS, measure_disk
 
 PROBED = 512 << 20  # bytes that each reader setting reads of the bare disk
 

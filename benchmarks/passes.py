@@ -9,16 +9,16 @@ from dataclasses import dataclass
 
 from lamina.checkpoint.extent import Extent
 from lamina.codec import AFFINE, LOSSLESS
-from lamina.model.panels import scratch_bytes
 from lamina.plan.plan import Budget
 from lamina.plan.schedule import Call, Convert, Cut, Piece, Schedule, Segment, Weight
-from lamina.store.forecast import LOSSLESS_SHARE
+from lamina.runtime.panels import scratch_bytes
+from lamina.store.preview import LOSSLESS_SHARE
 
 FORMS = {"bf16": "", "lossless": LOSSLESS.name, "8bit": "q8", "4bit": "q4"}
 PANEL_ROWS = 128  # of a lossless panel
 CONTEXT = 1024  # tokens of prompt and answer
 OVERHEAD = 512 * 10**6
-WORKSPACE = 2.75  # as in lamina.model.trace
+WORKSPACE = 2.75  # as in lamina.hf.trace
 LAYER_OPERATIONS = {"gqa": 61, "mla": 110}  # of torch in a layer, as the trace counts them for Llama and DeepSeek-V3
 ROUTER_OPERATIONS = 25
 

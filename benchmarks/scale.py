@@ -28,11 +28,11 @@ from passes import CONTEXT, FORMS, MODELS, Model, budget, schedule
 from report import HERE, RESULTS, MeasuringError, gigabytes, parse_size, record, run_main, seconds, stamp, versions
 
 from lamina.errors import BudgetError
-from lamina.model.rates import PLUMBING, READING_CORES
 from lamina.plan.forecast import Hardware
 from lamina.plan.plan import Plan
 from lamina.plan.planner import make_plan
 from lamina.plan.schedule import Schedule
+from lamina.runtime.rates import PLUMBING, READING_CORES
 
 PAGE = HERE.parent / "docs" / "scale.md"
 FILES = ("forecast", "compare", "stores", "experts")

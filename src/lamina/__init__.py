@@ -26,7 +26,7 @@ TYPE_CHECKING = False  # as `typing` has it, whose import takes longer than all 
 if TYPE_CHECKING:
     from typing import Any
 
-    from lamina.auto import AutoModel, plan_model
+    from lamina.api import AutoModel, plan_model
 
 __version__ = "0.1.0"
 
@@ -57,7 +57,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """`AutoModel` and `plan_model` bring torch and transformers: they are imported when they are asked for."""
     if name in ("AutoModel", "plan_model"):
-        import lamina.auto
+        import lamina.api
 
-        return getattr(lamina.auto, name)
+        return getattr(lamina.api, name)
     raise AttributeError(f"module 'lamina' has no attribute {name!r}")

@@ -19,11 +19,11 @@ import transformers
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from always import Always
-from families import input_ids, write_tiny
-from lamina.decode.speculator import MOST
-from parity.judge import minimum_of, steady, streamed_model
-from wavering import Wavering
+from helpers.always import Always
+from helpers.families import input_ids, write_tiny
+from helpers.judge import minimum_of, steady, streamed_model
+from helpers.wavering import Wavering
+from lamina.speculative.decoder import MOST
 
 VERSION = ".".join(transformers.__version__.split(".")[:2])
 PROMPT = 6  # tokens, said three times: there is something to look up from the first cycle on

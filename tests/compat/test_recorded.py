@@ -17,7 +17,7 @@ import pytest
 from compat.differences import DIFFERENCES
 from compat.fallbacks import FALLBACKS
 from compat.observed import VERSION, observed
-from families import FAMILIES
+from helpers.families import FAMILIES
 
 pytestmark = [pytest.mark.compat, pytest.mark.filterwarnings("ignore::lamina.FallbackWarning")]
 RECORDED = Path(__file__).with_name("recorded.json")

@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
-from always import Always
-from families import input_ids, tiny_model, write_tiny
+from helpers.always import Always
+from helpers.families import input_ids, tiny_model, write_tiny
+from helpers.judge import CONTEXT, assert_equal, judge, minimum_of, plain_model, steady, streamed_model
 from lamina import AutoModel
-from lamina.decode.speculator import MOST
 from lamina.hf.internals import cache_of
-from lamina.model.trace import _tensors_of
-from parity.judge import CONTEXT, assert_equal, judge, minimum_of, plain_model, steady, streamed_model
+from lamina.hf.trace import _tensors_of
+from lamina.speculative.decoder import MOST
 
 pytestmark = [pytest.mark.compat, pytest.mark.filterwarnings("ignore::lamina.FallbackWarning")]
 

@@ -17,12 +17,11 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig
 
 import lamina
 from lamina import AutoModel, BudgetError
-from lamina.hf import internals
-from lamina.model import batching
-from lamina.model.batching import PAGE, Need, Size, shorter, size_for
-from lamina.model.even_rows import BATCHED_SIZES, even_rows, pieces
-from lamina.model.trace import Trace
+from lamina.hf import batching, internals
+from lamina.hf.batching import PAGE, Need, Size, shorter, size_for
+from lamina.hf.trace import Trace
 from lamina.plan.schedule import Call
+from lamina.tensors.padded_rows import BATCHED_SIZES, even_rows, pieces
 
 ROOT = Path(__file__).parents[2]
 BENCHMARK = ROOT / "benchmarks" / "batch_memory.py"

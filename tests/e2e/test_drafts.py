@@ -19,9 +19,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-import lamina.drafting
-from always import Always
-from families import write_tiny
+import lamina.speculative.setup
+from helpers.always import Always
+from helpers.families import write_tiny
+from helpers.judge import CONTEXT, minimum_of, plain_model, steady
 from lamina import (
     AutoModel,
     BudgetError,
@@ -32,11 +33,10 @@ from lamina import (
     WriteError,
     plan_model,
 )
-from lamina.decode.speculator import MOST
 from lamina.sizes import format_size
+from lamina.speculative.decoder import MOST
 from lamina.store import split
 from lamina.store.work import Work
-from parity.judge import CONTEXT, minimum_of, plain_model, steady
 
 IDS = torch.tensor([[5, 99, 23, 77, 5, 99, 23, 77, 5, 99, 23]])
 NEW = 24
@@ -240,7 +240,7 @@ def test_auto_with_a_copy_takes_it_where_it_pays(
         seen.append((without.budget.draft_bytes, beside.budget.draft_bytes))
         return paying, "so the forecast says"
 
-    monkeypatch.setattr(lamina.drafting, "pays", pays)
+    monkeypatch.setattr(lamina.speculative.setup, "pays", pays)
     with opened(written) as model:
         assert model.lamina.stats.draft == ("self" if paying else "lookup")
         assert model.lamina.stats.draft_reason == "so the forecast says"

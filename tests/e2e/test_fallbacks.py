@@ -13,13 +13,13 @@ import pytest
 import torch
 
 import lamina
-from families import write_tiny
+from helpers.families import write_tiny
+from helpers.judge import CONTEXT, minimum_of, steady, streamed_model
 from lamina import FallbackWarning
 from lamina.codec import native
 from lamina.fallbacks import Fallbacks, cause
 from lamina.store import split
-from lamina.stream import files
-from parity.judge import CONTEXT, minimum_of, steady, streamed_model
+from lamina.stream import direct_io
 
 IDS = torch.tensor([[5, 9, 23, 17, 5, 9, 23]])
 
@@ -80,7 +80,7 @@ def test_a_codec_without_a_kernel(folder: Path, tmp_path: Path) -> None:
 
 
 def test_direct_reads_that_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files.PosixFile, "_open_direct", lambda self: False)
+    monkeypatch.setattr(direct_io.PosixFile, "_open_direct", lambda self: False)
     (said,) = planned(folder)
     assert str(folder) in said and "refuses direct reads" in said
     with pytest.warns(FallbackWarning, match="refuses direct reads"):

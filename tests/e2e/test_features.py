@@ -27,7 +27,8 @@ from transformers import (
     pipeline,
 )
 
-from families import tiny_config, tiny_model, write_tiny
+from helpers.families import tiny_config, tiny_model, write_tiny
+from helpers.judge import minimum_of, plain_model, steady, streamed_model
 from lamina import (
     AutoModel,
     BudgetError,
@@ -39,7 +40,6 @@ from lamina import (
     RequestError,
     UnsupportedError,
 )
-from parity.judge import minimum_of, plain_model, steady, streamed_model
 
 VOCABULARY = 320
 TEMPLATE = (

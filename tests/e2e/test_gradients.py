@@ -16,13 +16,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 import lamina.store
-from families import write_tiny
-from gguf_files import write_model
+from helpers.families import write_tiny
+from helpers.gguf_files import write_model
+from helpers.judge import minimum_of, plain_model, steady, streamed_model
+from helpers.quantize import fp8, write_quantized
 from lamina import UnsupportedError
-from lamina.decode.one_row import one_row
-from lamina.model.encoded import Encoded
-from parity.judge import minimum_of, plain_model, steady, streamed_model
-from quantize import fp8, write_quantized
+from lamina.hf.exact_rows import one_row
+from lamina.tensors.packed import Encoded
 
 IDS = torch.arange(3, 40)[None]
 WHY = "gradient was asked for that needs weights which stream"

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from families import input_ids, write_tiny
+from helpers.fake_hub import FakeHub, connected
+from helpers.families import input_ids, write_tiny
 from lamina import AutoModel, ModelNotFoundError, plan_model
-from unit.fake_hub import FakeHub, connected
 
 MODEL = "someone/tiny-llama"
 

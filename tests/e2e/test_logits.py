@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import lamina
-from families import tiny_config, write_tiny
-from lamina.model.logits import LOSS
-from parity.judge import minimum_of, plain_model
+from helpers.families import tiny_config, write_tiny
+from helpers.judge import minimum_of, plain_model
+from lamina.hf.logits import LOSS
 
 ROWS = 4
 TOKENS = 64  # of each row

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import lamina
-from families import write_tiny
+from helpers.families import write_tiny
 
 SCRIPT = """
 import json, sys

@@ -11,12 +11,12 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, LogitsProcessor, PreTrainedModel, StoppingCriteria
 
-from always import Always
-from families import tiny_config
+from helpers.always import Always
+from helpers.families import tiny_config
 from lamina import AutoModel
-from lamina.decode.draft import GoOn, Pick, Proposal
-from lamina.decode.pace import TRIAL, Pace
-from lamina.decode.speculator import MOST, Speculator
+from lamina.speculative.decoder import MOST, Speculator
+from lamina.speculative.draft import GoOn, Pick, Proposal
+from lamina.speculative.draft_length import TRIAL, Pace
 
 IDS = torch.tensor([[5, 99, 23, 77, 5, 99, 23, 77, 5, 99, 23]])
 NEW = 48

@@ -18,9 +18,9 @@ from torch.nn.utils import prune
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import lamina.store
-from families import FAMILIES, input_ids, write_tiny
+from helpers.families import FAMILIES, input_ids, write_tiny
+from helpers.judge import CONTEXT, minimum_of, plain_model, steady, streamed_model
 from lamina import AutoModel, BudgetError, LaminaError, UnsupportedError
-from parity.judge import CONTEXT, minimum_of, plain_model, steady, streamed_model
 
 ROOM = 24_000  # bytes beside the minimum, in float32: for a few written weights of the 315 kB of a tiny llama
 DTYPES = (torch.float32, torch.bfloat16)

@@ -123,7 +123,7 @@ def tokenizer_case(folder: Path, rng: random.Random) -> tuple[str, Callable[[], 
     file.write_bytes(raw)
 
     def use_tokenizer() -> None:
-        from lamina.model.tokenizer import load_tokenizer
+        from lamina.hf.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(str(folder), False)
         tokenizer.decode(tokenizer("hello world")["input_ids"])
@@ -140,8 +140,8 @@ def main() -> None:
     root, kind, seed, count, *families = sys.argv[1:]
     warnings.simplefilter("ignore")
     import lamina
-    import lamina.model.auto as loading
-    from lamina.model import rates
+    import lamina.runtime.load as loading
+    from lamina.runtime import rates
 
     # how quick this machine is decides nothing here
     loading.measure = lambda engine, *_: rates._hardware(engine.weights.schedule, {}, None, engine.device)

@@ -23,13 +23,13 @@ import torch
 from safetensors.torch import save
 from torch.multiprocessing.reductions import reduce_tensor
 
-from homes import InMemory
+from helpers.homes import InMemory
 from lamina.codec import register
 from lamina.errors import LaminaError, StorageError
-from lamina.model.blocks import Blocks
-from lamina.model.disk_tensor import DiskTensor
-from lamina.model.encoded import Encoded, Scratch
 from lamina.plan.schedule import Span
+from lamina.tensors.disk import DiskTensor
+from lamina.tensors.packed import Encoded, Scratch
+from lamina.tensors.row_blocks import Blocks
 
 DATA = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
 POINTERS = "data_ptr const_data_ptr storage untyped_storage _typed_storage share_memory_ apply_ set_".split()

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from helpers.make_safetensors import to_bytes, vector, with_prefix
 from lamina.checkpoint import parse_header, read_header
 from lamina.errors import CheckpointError, HeaderError, MissingShardError, TruncatedError, UnsupportedError
-from unit.make_safetensors import to_bytes, vector, with_prefix
 
 RIGHT: dict[str, Any] = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import pytest
 from huggingface_hub import constants
 
+from helpers.fake_hub import FakeHub, connected
+from helpers.make_safetensors import to_bytes, vector, with_prefix
 from lamina.checkpoint.hub import locate, metadata_folder, remote_headers
 from lamina.checkpoint.hub_errors import translate
 from lamina.errors import (
@@ -24,8 +26,6 @@ from lamina.errors import (
     TruncatedError,
     UnsupportedError,
 )
-from unit.fake_hub import FakeHub, connected
-from unit.make_safetensors import to_bytes, vector, with_prefix
 
 CONFIG = {"config.json": b"{}"}
 SINGLE = {**CONFIG, "model.safetensors": to_bytes({"a": vector(1, 2, 3)})}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.make_safetensors import to_bytes, vector, write, write_sharded
 from lamina.checkpoint import open_checkpoint
 from lamina.errors import (
     ChangedError,
@@ -20,7 +21,6 @@ from lamina.errors import (
     TruncatedError,
     UnsupportedError,
 )
-from unit.make_safetensors import to_bytes, vector, write, write_sharded
 
 INDEX = "model.safetensors.index.json"
 SHARDS = {

@@ -19,14 +19,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 import lamina
-from families import tiny_config, write_tiny
+from helpers.families import tiny_config, write_tiny
 from lamina import CheckpointError, LaminaError, RequestError
 from lamina.checkpoint import open_checkpoint
-from lamina.model import bounds
-from lamina.model.build import Request, build
-from lamina.model.config import check_generation, read_json
-from lamina.model.tokenizer import load_tokenizer
-from lamina.model.trace import trace
+from lamina.hf import bounds
+from lamina.hf.build import Request, build
+from lamina.hf.config import check_generation, read_json
+from lamina.hf.tokenizer import load_tokenizer
+from lamina.hf.trace import trace
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("config_worker.py")
@@ -200,7 +200,7 @@ def test_what_is_no_fault_of_a_config_passes_through(
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr("lamina.model.build.AutoModelForCausalLM.from_config", fail)
+    monkeypatch.setattr("lamina.hf.build.AutoModelForCausalLM.from_config", fail)
     with pytest.raises(error):
         _build(few / "llama")
 

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from families import input_ids, tiny_model, write_tiny
+from helpers.families import input_ids, tiny_model, write_tiny
+from helpers.judge import steady
+from helpers.walker import watchdog
 from lamina import AutoModel
 from lamina.checkpoint import Fingerprint
 from lamina.checkpoint.extent import Extent
@@ -21,8 +23,6 @@ from lamina.plan.experts import Experts
 from lamina.plan.schedule import Cut, Piece, Weight
 from lamina.stream.experts import ExpertStream
 from lamina.stream.readers import Readers
-from parity.judge import steady
-from walker import watchdog
 
 COUNT, SIZE = 8, 50_000  # experts of a module, bytes of one
 

@@ -17,18 +17,18 @@ from typing import Any
 import pytest
 import torch
 
-from families import input_ids, tiny_model, write_tiny
+from helpers.families import input_ids, tiny_model, write_tiny
+from helpers.judge import minimum_of, steady, streamed_model
+from helpers.walker import watchdog
+from lamina import atomic_files as store_files
 from lamina.checkpoint import Extent, Fingerprint
 from lamina.errors import ChangedError, CheckpointError, ReadError
 from lamina.plan.layout import Read
-from lamina.store import files as store_files
 from lamina.store.source import SourceFiles
-from lamina.stream import files
-from lamina.stream.files import PosixFile
+from lamina.stream import direct_io
+from lamina.stream.direct_io import PosixFile
 from lamina.stream.memory import Area
 from lamina.stream.readers import Readers
-from parity.judge import minimum_of, steady, streamed_model
-from walker import watchdog
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "preadv"), reason="files are read in another way here")
 SIZE = 1_500_000
@@ -229,7 +229,7 @@ def refusing(code: int, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
                 raise OSError(code, os.strerror(code))
         return real(*arguments)
 
-    monkeypatch.setattr(files.os, "preadv", preadv)
+    monkeypatch.setattr(direct_io.os, "preadv", preadv)
 
 
 def file_of(tmp_path: Path) -> tuple[Path, bytes, Readers]:

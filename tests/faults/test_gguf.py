@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gguf_files import SHARED, field, header, tensor, text, write_model, write_tensors
+from helpers.gguf_files import SHARED, field, header, tensor, text, write_model, write_tensors
 from lamina import AutoModel
 from lamina.checkpoint.gguf import open_gguf
 from lamina.errors import (

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from families import VOCAB, tiny_model, write_tiny
-from gguf_files import write_model
+from helpers.families import VOCAB, tiny_model, write_tiny
+from helpers.gguf_files import write_model
+from helpers.judge import CONTEXT, minimum_of, steady, streamed_model
 from lamina import AutoModel, LaminaError, RequestError, TokenError
-from parity.judge import CONTEXT, minimum_of, steady, streamed_model
 
 ENCODINGS = ("F32", "cast", "tied", "lossless", "4bit", "gguf")
 ROOM = 100_000  # bytes, for a table that is written to
@@ -148,7 +148,7 @@ def test_one_request_of_a_batch_fails_alone(least: PreTrainedModel) -> None:
 
 
 def test_a_draft_whose_table_is_shorter_proposes_nothing_of_what_it_lacks() -> None:
-    from lamina.decode.models import ModelDraft
+    from lamina.speculative.model_draft import ModelDraft
 
     draft = ModelDraft("small", tiny_model("llama"))
     assert "has no token 256" in str(draft.begin([5, VOCAB], None))

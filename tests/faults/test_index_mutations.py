@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from families import write_tiny
+from helpers.families import write_tiny
 from lamina import AutoModel, FallbackWarning
 from lamina.checkpoint import open_checkpoint
 from lamina.errors import CheckpointError, MissingShardError, MissingTensorError
-from lamina.model.build import Request, build
+from lamina.hf.build import Request, build
 from lamina.store import split
 
 INDEX = "model.safetensors.index.json"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kernel_stub import stub_source
+from helpers.kernel_stub import stub_source
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 

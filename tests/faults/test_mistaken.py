@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from families import write_tiny
+from helpers.families import write_tiny
 from lamina import AutoModel, FallbackWarning, plan_model
 from lamina.checkpoint import open_checkpoint
 from lamina.checkpoint.choose import choose_weights
@@ -24,9 +24,9 @@ from lamina.errors import (
     RequestError,
     UnsupportedError,
 )
-from lamina.model import adapter
-from lamina.model.build import Request, build
-from lamina.model.tokenizer import load_tokenizer
+from lamina.hf import adapter
+from lamina.hf.build import Request, build
+from lamina.hf.tokenizer import load_tokenizer
 from lamina.store import split
 
 IDS = torch.arange(3, 12)[None]

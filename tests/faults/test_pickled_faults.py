@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from families import write_tiny
+from helpers.families import write_tiny
 from lamina import AutoModel
 from lamina.errors import (
     ChangedError,
@@ -22,7 +22,7 @@ from lamina.errors import (
     TruncatedError,
     UnsupportedError,
 )
-from lamina.model.pickled import read_pickled
+from lamina.tensors.torch_pickle import read_pickled
 
 TENSORS = {"a": torch.arange(24.0).view(4, 6), "b": torch.ones(3, dtype=torch.int64)}
 

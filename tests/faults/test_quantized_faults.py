@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import quantize
-from families import write_tiny
+from helpers import quantize
+from helpers.families import write_tiny
 from lamina import AutoModel
 from lamina.errors import CheckpointError, LaminaError, MissingTensorError, UnsupportedError
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import families
+from helpers import families
+from helpers.store_worker import begin, contents, split_apart
 from lamina.checkpoint import open_checkpoint
-from lamina.checkpoint.store import JOURNAL, MANIFEST, manifest_text
+from lamina.checkpoint.manifest import JOURNAL, MANIFEST, manifest_text
 from lamina.errors import (
     ChangedError,
     CheckpointError,
@@ -29,7 +30,6 @@ from lamina.errors import (
 )
 from lamina.store import split, verify
 from lamina.store.lock import LOCK
-from store_worker import begin, contents, split_apart
 
 KILLS = 20
 

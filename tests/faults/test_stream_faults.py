@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from families import input_ids, tiny_model, write_tiny
+from helpers.families import input_ids, tiny_model, write_tiny
+from helpers.walker import watchdog
 from lamina import AutoModel
 from lamina.errors import BudgetError, ChangedError, CheckpointError, ClosedError, LaminaError
-from walker import watchdog
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from families import write_tiny
+from helpers.families import write_tiny
+from helpers.judge import CONTEXT, minimum_of, steady, streamed_model
 from lamina import AutoModel, LaminaError, StorageError
-from parity.judge import CONTEXT, minimum_of, steady, streamed_model
 
 TESTS = Path(__file__).resolve().parents[1]
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from families import tiny_model, write_tiny
+from helpers.families import tiny_model, write_tiny
+from helpers.judge import CONTEXT, minimum_of, steady, streamed_model
+from helpers.walker import watchdog
 from lamina import AutoModel, BudgetError
-from lamina.decode.models import CopyDraft
-from parity.judge import CONTEXT, minimum_of, steady, streamed_model
-from walker import watchdog
+from lamina.speculative.model_draft import CopyDraft
 
 IDS = torch.tensor([[5, 99, 23, 77, 5, 99, 23, 77, 5, 99]])
 NEW = 6

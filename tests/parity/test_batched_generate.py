@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from families import input_ids, write_tiny
-from parity.judge import minimum_of, plain_model, streamed_model
+from helpers.families import input_ids, write_tiny
+from helpers.judge import minimum_of, plain_model, streamed_model
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "qwen3_moe"])

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from families import tiny_config, tiny_model, write_tiny
+from helpers.families import tiny_config, tiny_model, write_tiny
+from helpers.judge import BUDGETS, assert_equal, judge, plain_model, steady, streamed_model
 from lamina.plan import cut, planner
 from lamina.plan.schedule import Convert
-from parity.judge import BUDGETS, assert_equal, judge, plain_model, steady, streamed_model
 
 SMALL_AND_LARGE = ("minimum", "resident")
 

@@ -14,14 +14,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import lamina.model.auto
-from families import FAMILIES, write_tiny
+import lamina.runtime.load
+from helpers.families import FAMILIES, write_tiny
+from helpers.judge import Judge, answers, assert_equal, judge, minimum_of, steady, streamed_model
 from lamina.checkpoint import Checkpoint, open_checkpoint
 from lamina.checkpoint.extent import Encoding, TensorEntry
 from lamina.codec import codec, register
-from lamina.model import encoded
 from lamina.plan.schedule import Convert
-from parity.judge import Judge, answers, assert_equal, judge, minimum_of, steady, streamed_model
+from lamina.tensors import packed
 
 MORE_BUDGETS = "llama gemma3_text mixtral qwen3_moe gpt_oss deepseek_v3 mamba2 falcon dbrx llama4_text".split()
 SAMPLE = {*MORE_BUDGETS, *FAMILIES[::3]}
@@ -68,7 +68,7 @@ def everything_in_panels(monkeypatch: pytest.MonkeyPatch) -> None:
         tensors = {name: in_panels(entry) for name, entry in checkpoint.tensors.items()}
         return dataclasses.replace(checkpoint, tensors=tensors)
 
-    monkeypatch.setattr(lamina.model.auto, "open_checkpoint", opened)
+    monkeypatch.setattr(lamina.runtime.load, "open_checkpoint", opened)
 
 
 @pytest.fixture(scope="module")
@@ -101,4 +101,4 @@ def test_at_the_minimum(said: Judge) -> None:
 @pytest.mark.parametrize("budget", ["half", "resident"])
 @pytest.mark.parametrize("said", cases(MORE_BUDGETS, torch.bfloat16), indirect=True)
 def test_with_more_memory(said: Judge, budget: str) -> None:
-    assert_equal(said, said.budget(budget) + encoded.BLOCK)
+    assert_equal(said, said.budget(budget) + packed.BLOCK)

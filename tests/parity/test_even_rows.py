@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from families import input_ids, write_tiny
-from lamina.model.even_rows import FROM, MULTIPLE, even_rows
-from parity.judge import minimum_of, plain_model, steady, streamed_model
+from helpers.families import input_ids, write_tiny
+from helpers.judge import minimum_of, plain_model, steady, streamed_model
+from lamina.tensors.padded_rows import FROM, MULTIPLE, even_rows
 
 FAMILIES = "llama gpt2 phi3 gemma3_text mixtral qwen3_moe gpt_oss dbrx llama4_text deepseek_v3 mamba2 falcon".split()
 CPU = torch.device("cpu")

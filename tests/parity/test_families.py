@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from families import FAMILIES, MORE_FAMILIES, write_tiny
-from parity.judge import BUDGETS, Judge, assert_equal, judge, steady
+from helpers.families import FAMILIES, MORE_FAMILIES, write_tiny
+from helpers.judge import BUDGETS, Judge, assert_equal, judge, steady
 
 IN_BFLOAT16 = """
     llama gemma2 gemma3_text gpt2 bloom opt mixtral qwen3_moe gpt_oss deepseek_v3 qwen3_next mamba2 phi3 falcon

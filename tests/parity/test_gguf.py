@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from gguf_files import FAMILIES, PORTED, SHARED, write_model, write_tensors
-from parity.judge import answers, minimum_of, reads_on_demand, steady, streamed_model
+from helpers.gguf_files import FAMILIES, PORTED, SHARED, write_model, write_tensors
+from helpers.judge import answers, minimum_of, reads_on_demand, steady, streamed_model
 
 MEMORY = 3 << 30
 MIXED = ("Q4_K", "Q8_0", "Q6_K", "Q4_0", "F16", "Q5_K")

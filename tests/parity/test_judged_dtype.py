@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
-import quantize
-from families import write_tiny
+from helpers import quantize
+from helpers.families import write_tiny
 from lamina.checkpoint import open_checkpoint
-from lamina.model.build import Request, build
-from lamina.model.pickled import read_pickled
+from lamina.hf.build import Request, build
 from lamina.store import split
+from lamina.tensors.torch_pickle import read_pickled
 
 Tensors = dict[str, torch.Tensor]
 OLD = "model.layers.0.self_attn.rotary_emb.inv_freq"  # what old checkpoints hold in float32, and nobody needs

@@ -14,15 +14,15 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from families import MOE, input_ids, tiny_config, tiny_model
+from helpers.families import MOE, input_ids, tiny_config, tiny_model
+from helpers.judge import minimum_of, reads_on_demand, steady, streamed_model
 from lamina.codec import AFFINE
-from lamina.decode import one_row as module
-from lamina.decode.one_row import covers, one_row
-from lamina.model.encoded import Encoded, Scratch
-from lamina.model.even_rows import even_rows
+from lamina.hf import exact_rows as module
+from lamina.hf.exact_rows import covers, one_row
 from lamina.plan import planner
 from lamina.plan.schedule import Span
-from parity.judge import minimum_of, reads_on_demand, steady, streamed_model
+from lamina.tensors.packed import Encoded, Scratch
+from lamina.tensors.padded_rows import even_rows
 
 FAMILIES = """
     llama qwen2 qwen3 gemma2 gemma3_text mistral gpt2 phi3 mixtral qwen3_moe gpt_oss falcon bloom lfm2 deepseek_v3
@@ -103,7 +103,7 @@ def test_wide_products(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> N
 def test_even_rows_give_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Entered inside of `one_row`, as a pass does, they would add rows that are computed in vain."""
     used: list[object] = []
-    monkeypatch.setattr("lamina.model.even_rows._linear", lambda x, weight, bias=None: used.append(x))
+    monkeypatch.setattr("lamina.tensors.padded_rows._linear", lambda x, weight, bias=None: used.append(x))
     x, weight = torch.zeros(20, 64).bfloat16(), torch.zeros(8, 64).bfloat16()
     with one_row(20, CPU), even_rows(20, CPU):
         functional.linear(x, weight)

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from families import write_tiny
-from lamina.model.pickled import read_pickled
-from parity.judge import Judge, assert_equal, judge, minimum_of, steady
+from helpers.families import write_tiny
+from helpers.judge import Judge, assert_equal, judge, minimum_of, steady
+from lamina.tensors.torch_pickle import read_pickled
 
 Tensors = dict[str, torch.Tensor]
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import FineGrainedFP8Config, Mxfp4Config
 
-import quantize
-from families import input_ids, write_tiny
+from helpers import quantize
+from helpers.families import input_ids, write_tiny
+from helpers.judge import BUDGETS, Judge, answers, assert_equal, judge, minimum_of, plain_model, steady
+from helpers.quantize import write_quantized
 from lamina.plan.schedule import Convert
-from parity.judge import BUDGETS, Judge, answers, assert_equal, judge, minimum_of, plain_model, steady
-from quantize import write_quantized
 
 
 @pytest.fixture(scope="module", autouse=True)

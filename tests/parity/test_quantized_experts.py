@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import quantize
-from families import write_tiny
+from helpers import quantize
+from helpers.families import write_tiny
+from helpers.judge import answers, judge, minimum_of, steady, streamed_model
 from lamina.plan.schedule import Convert
-from parity.judge import answers, judge, minimum_of, steady, streamed_model
 
 BLOCK_FP8 = {"quant_method": "fp8", "weight_block_size": [32, 32]}
 METHODS = {

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from always import Always
-from families import input_ids, tiny_config, write_tiny
+from helpers.always import Always
+from helpers.families import input_ids, tiny_config, write_tiny
+from helpers.judge import minimum_of, plain_model, steady
+from helpers.wavering import Wavering
 from lamina import AutoModel
-from lamina.decode.speculator import MOST
-from parity.judge import minimum_of, plain_model, steady
-from wavering import Wavering
+from lamina.speculative.decoder import MOST
 
 # full attention, windows shorter than the text, alibi, learnt positions, latent attention, experts, shared caches
 FAMILIES = """llama gemma2 gemma3_text gemma3n_text mistral gpt_oss olmo3 cohere2 bloom falcon gpt2 opt phi3

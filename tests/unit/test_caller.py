@@ -49,9 +49,9 @@ def test_advice_is_what_the_command_can_do() -> None:
 
 
 def _keywords() -> set[str]:
-    from lamina.auto import AutoModel, plan_model
+    from lamina.api import AutoModel, plan_model
     from lamina.cli.options import ModelOptions, SourceOptions
-    from lamina.model.bench import bench_model
+    from lamina.measure.bench import bench_model
     from lamina.store import split
 
     faces = (AutoModel.from_pretrained, plan_model, bench_model, split, ModelOptions, SourceOptions)

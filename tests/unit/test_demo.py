@@ -11,8 +11,8 @@ from types import ModuleType
 
 import pytest
 
-from cli_double import Library
-from lamina.cli import engine
+from helpers.cli_double import Library
+from lamina.cli import library
 from lamina.cli.main import main
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "demo.py"
@@ -29,7 +29,7 @@ def demo() -> ModuleType:
 
 def test_the_commands_to_try_are_well_formed(demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     double = Library()
-    monkeypatch.setattr(engine, "library", lambda options: double)
+    monkeypatch.setattr(library, "library", lambda options: double)
     commands = demo.nexts(628_830_592)
     assert len(commands) == 3
     for command in commands:

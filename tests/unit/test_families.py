@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from families import FAMILIES, MOE, MORE_FAMILIES, input_ids, tiny_config, tiny_model, write_tiny
+from helpers.families import FAMILIES, MOE, MORE_FAMILIES, input_ids, tiny_config, tiny_model, write_tiny
 
 
 def test_no_family_is_listed_twice() -> None:

@@ -22,6 +22,15 @@ from lamina.checkpoint.choose import (
 )
 from lamina.checkpoint.extent import TensorEntry
 from lamina.checkpoint.header import MAX_HEADER_BYTES, Fingerprint, missing_file, read_header_and_fingerprint
+from lamina.checkpoint.manifest import (
+    MANIFEST,
+    apply_manifest,
+    check_files,
+    is_partial,
+    partial_store,
+    read_manifest,
+    weight_files,
+)
 from lamina.checkpoint.mistaken import (
     ADAPTER_CONFIG,
     adapter_alone,
@@ -32,15 +41,6 @@ from lamina.checkpoint.mistaken import (
     other_format,
 )
 from lamina.checkpoint.shards import judged_dtype, merge_indexed, merge_tensors
-from lamina.checkpoint.store import (
-    MANIFEST,
-    apply_manifest,
-    check_files,
-    is_partial,
-    partial_store,
-    read_manifest,
-    weight_files,
-)
 from lamina.checkpoint.strict import quote
 from lamina.errors import (
     ChangedError,
@@ -123,7 +123,7 @@ def open_checkpoint(
         variant: as transformers has it; `"fp16"` stands for `model.fp16.safetensors`.
         subfolder: where in the folder the weights are.
         read_pickled: finds the tensors in one of torch's pickles, for which torch is needed: see
-            `lamina.model.pickled`. Without it pickled weights are refused.
+            `lamina.tensors.torch_pickle`. Without it pickled weights are refused.
 
     Raises:
         ModelNotFoundError: nothing is at `path`.

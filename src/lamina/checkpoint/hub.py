@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lamina.caller import option
@@ -35,12 +35,10 @@ from lamina.checkpoint.repository import (
 )
 from lamina.checkpoint.strict import quote
 from lamina.errors import CheckpointError, MissingShardError, ModelNotFoundError
+from lamina.progress import Progress
 from lamina.sizes import format_size
 
-__all__ = ["Progress", "Token", "local_path", "locate", "metadata_folder", "remote_headers"]
-
-Progress = Callable[[str, int, int], None]
-"""Called with a stage (`"download"`), bytes done and bytes in all; from the hub's threads, one call at a time."""
+__all__ = ["Token", "local_path", "locate", "metadata_folder", "remote_headers"]
 
 
 def locate(

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 
 from lamina.checkpoint.choose import check_subfolder
 from lamina.checkpoint.gguf_name import choose_gguf, local_names, part_names
-from lamina.checkpoint.hub import Progress, download_files, remember_commit
+from lamina.checkpoint.hub import download_files, remember_commit
 from lamina.checkpoint.hub_errors import clear_errors
 from lamina.checkpoint.repository import Listing, Request, Token, in_subfolder, list_repository, offline
 from lamina.errors import MissingShardError, RequestError, UnsupportedError
+from lamina.progress import Progress
 
 
 def locate_gguf(

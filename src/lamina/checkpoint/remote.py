@@ -11,6 +11,7 @@ from lamina.checkpoint.choose import check_subfolder, index_dtype, is_pickled, p
 from lamina.checkpoint.extent import TensorEntry
 from lamina.checkpoint.header import MAX_HEADER_BYTES, PREFIX_BYTES, header_length, parse_header
 from lamina.checkpoint.hub_errors import clear_errors, transport_error
+from lamina.checkpoint.manifest import MANIFEST, apply_manifest, parse_manifest
 from lamina.checkpoint.mistaken import ADAPTER_CONFIG, lone_adapter
 from lamina.checkpoint.repository import (
     Listing,
@@ -23,7 +24,6 @@ from lamina.checkpoint.repository import (
     list_repository,
 )
 from lamina.checkpoint.shards import judged_dtype, merge_indexed, merge_tensors
-from lamina.checkpoint.store import MANIFEST, apply_manifest, parse_manifest
 from lamina.errors import CheckpointError, UnsupportedError
 
 _FIRST_BYTES = 100_000

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from lamina.caller import option
-from lamina.cli import engine, interrupt, output, report
+from lamina.cli import interrupt, library, output, report
 from lamina.cli.generation import Notes, encode_chat, generate, text_of
 from lamina.cli.lines import BLOCK, Messages, leaves
 from lamina.cli.live import Terminal, now, stdio, telling
@@ -57,7 +57,7 @@ def chat(
     progress = Progress(max_new_tokens)
     with ExitStack() as stack:
         with terminal.showing(progress.describe), telling(terminal, quiet=verbosity.quiet):
-            loaded = stack.enter_context(engine.opened(model, options, progress.report))
+            loaded = stack.enter_context(library.opened(model, options, progress.report))
         progress.watch(loaded)
         talk = Conversation(loaded, model, system, sampling, max_new_tokens, options.context, terminal.note)
         talk.check()
@@ -103,7 +103,7 @@ class Conversation:
         self._begun = [] if system is None else [{"role": "system", "content": system}]
         self._sampling = sampling
         self._max_new_tokens = max_new_tokens
-        limits = [tokens for tokens in (context, engine.most_tokens(model)) if tokens is not None]
+        limits = [tokens for tokens in (context, library.most_tokens(model)) if tokens is not None]
         self._limit = min(limits, default=MOST_TOKENS)
         self._chosen = self._limit == context  # and not the model's own
         self._note = note
@@ -228,7 +228,7 @@ def _answer(
     talk: Conversation, question: str, terminal: Terminal, progress: Progress, notes: Notes, *, quiet: bool
 ) -> None:
     progress.begin()
-    before, clock = engine.as_dict(talk.model.lamina.stats), Clock()
+    before, clock = library.as_dict(talk.model.lamina.stats), Clock()
 
     def count(tokens: int) -> None:
         clock.count(tokens)
@@ -241,7 +241,7 @@ def _answer(
         output.tell(f"lamina: {one_line(error)}")
         return
     terminal.write("\n")
-    stats = engine.as_dict(talk.model.lamina.stats)
+    stats = library.as_dict(talk.model.lamina.stats)
     notes.answered(stats)
     if not quiet:
         output.tell(report.summary(report.of_one_answer(before, stats, clock), tokens))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lamina.cli import engine, output, report
+from lamina.cli import library, output, report
 from lamina.cli.generation import Notes, encode, encode_chat, generate, read_prompt
 from lamina.cli.live import stdio, telling
 from lamina.cli.options import (
@@ -68,7 +68,7 @@ def run(
         terminal.showing(progress.describe),
         telling(terminal, quiet=verbosity.quiet),
     ):
-        with engine.opened(model, options, progress.report) as loaded:
+        with library.opened(model, options, progress.report) as loaded:
             progress.watch(loaded)
             if chat:
                 inputs = encode_chat(loaded, model, [{"role": "user", "content": str(request)}])
@@ -84,7 +84,7 @@ def run(
                 tokenizer=_tokenizer(loaded, needed=prompt_ids is None),
                 count=progress.count,
             )
-            stats = engine.as_dict(loaded.lamina.stats)
+            stats = library.as_dict(loaded.lamina.stats)
         if not json:
             terminal.write("\n")
     if json:
@@ -112,7 +112,7 @@ def plan(
     """
     progress = Progress(1)
     with _stdout_for_the_result(True), stdio(json=True, quiet=verbosity.quiet).showing(progress.describe):
-        planned = engine.plan(model, options, progress.report)
+        planned = library.plan(model, options, progress.report)
     output.put(report.as_json(planned) if json else report.plan_table(planned))
     if json and not verbosity.quiet:
         Notes(output.tell).answered(planned, off=False)
@@ -162,7 +162,7 @@ def bench(
         terminal.showing(progress.describe),
         telling(terminal, quiet=verbosity.quiet),
     ):
-        result = engine.bench(
+        result = library.bench(
             model, options, progress.report, prompt_tokens=prompt_tokens, new_tokens=new_tokens, prompt_ids=ids, **asked
         )
     output.put(report.as_json(result) if json else report.bench_table(result))

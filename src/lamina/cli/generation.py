@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lamina.cli import engine, report
+from lamina.cli import library, report
 from lamina.cli.options import Sampling, check_prompt_ids, parse_prompt_ids, vocabulary_of
 from lamina.cli.text import TextStream, TokenStream
 from lamina.errors import RequestError
@@ -52,8 +52,8 @@ def text_of(read: str | bytes, what: str) -> str:
 def encode(model: Any, prompt: str | list[int]) -> dict[str, Any]:
     """The inputs of `generate` for a prompt taken as it is."""
     if isinstance(prompt, list):
-        check_prompt_ids(prompt, engine.vocabulary(model))
-        return engine.token_inputs(model, prompt)
+        check_prompt_ids(prompt, library.vocabulary(model))
+        return library.token_inputs(model, prompt)
     return dict(model.tokenizer(prompt, return_tensors="pt").to(model.device))
 
 
@@ -93,8 +93,8 @@ class Notes:
         """What it is about to do."""
         if self._note is None:
             return
-        stats = engine.as_dict(model.lamina.stats)
-        self._note(report.intention(engine.as_dict(model.lamina.plan)))
+        stats = library.as_dict(model.lamina.stats)
+        self._note(report.intention(library.as_dict(model.lamina.plan)))
         if drafting := report.drafting(stats):
             self._note(drafting)
         self.answered(stats, off=False)
@@ -131,7 +131,7 @@ def generate(
         The new tokens, and their text, which is None without a tokenizer.
     """
     if sampling.seed is not None:
-        engine.set_seed(sampling.seed)
+        library.set_seed(sampling.seed)
     tokens: list[int] = []
     pieces: list[str] = []
     text = None if tokenizer is None else TextStream(tokenizer, inputs["input_ids"][0].tolist())

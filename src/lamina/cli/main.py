@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 import lamina
-from lamina.cli import commands, interrupt, output, store
+from lamina.cli import commands, interrupt, output, split
 from lamina.cli.chat import chat
 from lamina.cli.options import expand
 from lamina.cli.report import one_line
@@ -27,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (commands.run, chat, commands.plan, commands.bench, store.split, store.verify):
+for _command in (commands.run, chat, commands.plan, commands.bench, split.split, split.verify):
     app.command()(expand(_command))
 
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from lamina.caller import Command, option, speaking
-from lamina.checkpoint.store import check_compression
+from lamina.checkpoint.manifest import check_compression
 from lamina.errors import RequestError
 from lamina.sizes import parse_memory
 

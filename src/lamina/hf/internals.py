@@ -1,8 +1,8 @@
 """What Lamina uses of transformers beyond its documentation: the one file that a new version can move.
 
 Names of arguments, attributes and functions that a minor version may change without a word are written here and nowhere
-else; `tests/unit/test_transformers_contract.py` holds each of them against the installed transformers, and the sources
-of Lamina against this rule. docs/compatibility.md says how the supported range is moved.
+else; `tests/unit/hf/test_transformers_contract.py` holds each of them against the installed transformers, and the
+sources of Lamina against this rule. docs/compatibility.md says how the supported range is moved.
 """
 
 from __future__ import annotations

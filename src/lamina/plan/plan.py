@@ -11,6 +11,9 @@ from lamina.plan.experts import Experts
 from lamina.plan.forecast import READ_OPERATIONS, Hardware, Work, seconds_per_token
 from lamina.sizes import format_size
 
+SHORTEST_CONTEXT = 256  # tokens, where nobody says how many and the memory is short
+
+
 PLAIN_WINDOW = 192e6  # of the plan that is not made, where nothing would be encoded
 
 

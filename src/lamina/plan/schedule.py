@@ -1,6 +1,6 @@
 """What a pass consumes: the weights, and the calls of modules in the order in which they touch them.
 
-Pure data: names, shapes and byte extents. `lamina.model` derives it from a traced forward pass.
+Pure data: names, shapes and byte extents. `lamina.runtime` derives it from a traced forward pass.
 """
 
 from __future__ import annotations

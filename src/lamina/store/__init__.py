@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from lamina.store.verify import Fault, Verification, verify
 
 if TYPE_CHECKING:
-    from lamina.store.forecast import as_if_split, check_disk
     from lamina.store.place import default_folder, is_store_of
+    from lamina.store.preview import as_if_split, check_disk
     from lamina.store.splitting import SplitResult, split
 
 __all__ = [
@@ -34,9 +34,9 @@ def __getattr__(name: str) -> Any:
 
         return getattr(place, name)
     if name in ("as_if_split", "check_disk"):
-        from lamina.store import forecast
+        from lamina.store import preview
 
-        return getattr(forecast, name)
+        return getattr(preview, name)
     if name in ("SplitResult", "split"):
         from lamina.store import splitting
 

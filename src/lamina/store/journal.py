@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lamina.atomic_files import flush_folder, refusals, write_whole
 from lamina.caller import another_place
-from lamina.checkpoint.store import JOURNAL, ManifestTensor, describe_tensor
+from lamina.checkpoint.manifest import JOURNAL, ManifestTensor, describe_tensor
 from lamina.errors import ChangedError, RequestError
-from lamina.store.files import flush_folder, refusals, write_whole
 from lamina.store.source import explain_change
 
 

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 
-from lamina.store.files import refusals
+from lamina.atomic_files import refusals
 
 LOCK = ".lamina.lock"
 _PAUSE_S = 0.2

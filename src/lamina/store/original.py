@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lamina.atomic_files import flush_folder, refusals
 from lamina.errors import ChangedError, CheckpointError
-from lamina.store.files import Progress, flush_folder, refusals
+from lamina.progress import Progress
 from lamina.store.source import SNAPSHOT
 from lamina.store.verify import verify
 

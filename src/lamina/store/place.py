@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from lamina.atomic_files import is_part
 from lamina.caller import another_place
-from lamina.checkpoint.store import JOURNAL, MANIFEST, read_manifest
+from lamina.checkpoint.manifest import JOURNAL, MANIFEST, read_manifest
 from lamina.errors import RequestError
-from lamina.store.files import is_part
 from lamina.store.lock import LOCK
 from lamina.store.source import local_root
 

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
+from lamina.atomic_files import NewFile, check_room, refusals, write_whole
 from lamina.errors import RequestError
 from lamina.hf import internals
-from lamina.model.build import TORCH_DTYPES, silent
-from lamina.model.disk_tensor import DiskTensor, materialize, recording, replay
+from lamina.hf.quiet import silent
 from lamina.sizes import parse_size
-from lamina.store.files import NewFile, check_room, refusals, write_whole
+from lamina.tensors.disk import DiskTensor, materialize, recording, replay
+from lamina.tensors.dtypes import TORCH_DTYPES
 
 PIECE = 16 << 20  # bytes of a weight that are in memory at once
 SHARD = "50GB"  # transformers' own

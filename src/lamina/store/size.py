@@ -10,10 +10,10 @@ from dataclasses import replace
 import torch
 
 from lamina.checkpoint import Checkpoint, Extent
-from lamina.checkpoint.store import PLAIN
+from lamina.checkpoint.manifest import PLAIN
 from lamina.codec import AFFINE, LOSSLESS
 from lamina.store.encode import measure_rows
-from lamina.store.layout import Stored, StoreFile, file_nbytes
+from lamina.store.shards import Stored, StoreFile, file_nbytes
 from lamina.store.source import SourceFiles
 
 SAMPLED = 48  # tensors that are looked at where the size of panels depends on the numbers

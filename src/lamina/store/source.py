@@ -14,10 +14,10 @@ from typing import Any
 
 from lamina.checkpoint import Checkpoint, Extent, Fingerprint, open_checkpoint
 from lamina.errors import ChangedError, CheckpointError, ReadError, TruncatedError, UnsupportedError
-from lamina.model.adapter import refuse_adapter
-from lamina.model.pickled import read_pickled
-from lamina.store.files import Progress
-from lamina.stream.files import patiently
+from lamina.hf.adapter import refuse_adapter
+from lamina.progress import Progress
+from lamina.retry import patiently
+from lamina.tensors.torch_pickle import read_pickled
 
 SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})(?:/|$)")
 

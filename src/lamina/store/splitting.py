@@ -10,10 +10,10 @@ from typing import Any
 
 from lamina.checkpoint import metadata_folder
 from lamina.checkpoint.gguf_name import split_name
-from lamina.checkpoint.store import PLAIN, Manifest, check_compression
+from lamina.checkpoint.manifest import PLAIN, Manifest, check_compression
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.fallbacks import Fallbacks
-from lamina.store.files import Progress
+from lamina.progress import Progress
 from lamina.store.original import IN_CACHE, Deletion, delete_original_files
 from lamina.store.place import check_place, default_folder
 from lamina.store.source import explain_age, local_root, open_source

@@ -6,10 +6,11 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lamina.atomic_files import checksum
 from lamina.checkpoint import open_checkpoint
-from lamina.checkpoint.store import MANIFEST, is_partial, partial_store, read_manifest
+from lamina.checkpoint.manifest import MANIFEST, is_partial, partial_store, read_manifest
 from lamina.errors import CheckpointError, RequestError
-from lamina.store.files import Progress, checksum
+from lamina.progress import Progress
 
 
 @dataclass(frozen=True, slots=True)

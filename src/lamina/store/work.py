@@ -10,21 +10,22 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import lamina
+from lamina.atomic_files import check_room, checksum, is_part, refusals, remove_parts, write_whole
 from lamina.caller import another_place
 from lamina.checkpoint import open_checkpoint
 from lamina.checkpoint.choose import INDEX_FILE, small_files
+from lamina.checkpoint.manifest import JOURNAL, MANIFEST, PLAIN, Manifest, ManifestFile, manifest_text, read_manifest
 from lamina.checkpoint.mistaken import ADAPTER_CONFIG
 from lamina.checkpoint.shards import STATED
-from lamina.checkpoint.store import JOURNAL, MANIFEST, PLAIN, Manifest, ManifestFile, manifest_text, read_manifest
 from lamina.errors import ChangedError, CheckpointError, RequestError
-from lamina.model.build import Request, build
-from lamina.model.trace import trace
-from lamina.model.weights import describe
-from lamina.store.files import Progress, check_room, checksum, is_part, refusals, remove_parts, write_whole
+from lamina.hf.build import Request, build
+from lamina.hf.trace import trace
+from lamina.progress import Progress
+from lamina.runtime.schedule import describe
 from lamina.store.journal import Finished, Journal, remove_journal
-from lamina.store.layout import StoreFile, make_files
 from lamina.store.lock import LOCK, locked
 from lamina.store.recipe import check_coded, make_runs
+from lamina.store.shards import StoreFile, make_files
 from lamina.store.size import estimate, seconds_of
 from lamina.store.source import Source, explain_change
 from lamina.store.writer import write_file

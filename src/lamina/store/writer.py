@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from lamina.atomic_files import NewFile
 from lamina.checkpoint import Checkpoint
-from lamina.checkpoint.store import PADDING, PLAIN, ManifestTensor
+from lamina.checkpoint.manifest import PADDING, PLAIN, ManifestTensor
 from lamina.codec import LOSSLESS
 from lamina.store.encode import encoded_chunks, measure, plain_chunks
-from lamina.store.files import NewFile
 from lamina.store.journal import Finished
-from lamina.store.layout import Stored, StoreFile, header_of
+from lamina.store.shards import Stored, StoreFile, header_of
 from lamina.store.source import SourceFiles
 
 Report = Callable[[int], None]

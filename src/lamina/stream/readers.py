@@ -22,7 +22,8 @@ from typing import NamedTuple, ParamSpec
 from lamina.checkpoint import Fingerprint
 from lamina.errors import ChangedError, CheckpointError, ClosedError, ReadError, TruncatedError
 from lamina.plan.layout import ALIGNMENT, Read, align
-from lamina.stream.files import PAUSES, File, is_transient, open_file
+from lamina.retry import PAUSES, is_transient
+from lamina.stream.direct_io import File, open_file
 from lamina.stream.memory import Area
 from lamina.stream.samples import Samples
 

@@ -14,7 +14,8 @@ from collections.abc import Iterable
 
 from lamina.errors import ChangedError
 from lamina.plan.layout import ALIGNMENT, align
-from lamina.stream.files import File, patiently
+from lamina.retry import patiently
+from lamina.stream.direct_io import File
 from lamina.stream.memory import Area
 
 PAGES = 512  # of a file, at most: 0.3 ms of work for all of them

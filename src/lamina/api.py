@@ -1,0 +1,269 @@
+"""`AutoModel`: the one way in. A name and a number of bytes give a transformers model that streams.
+
+What has to be made first is made here, by the packages below: a store where smaller weights are asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import torch
+
+import lamina.measure.bench
+import lamina.runtime.load
+from lamina.caller import offers, option
+from lamina.errors import RequestError, UnsupportedError
+from lamina.hf.arguments import ordinarily
+from lamina.hf.names import PreTrainedModel
+from lamina.plan.plan import Plan
+from lamina.progress import Progress
+from lamina.runtime.check import check_options
+from lamina.runtime.install import in_place_of
+from lamina.runtime.load import Encode, chosen_gguf
+from lamina.speculative.decoder import AUTO, NONE, draft_name
+from lamina.speculative.setup import SOURCE, Drafting, announced
+from lamina.store import as_if_split, default_folder, is_store_of, split
+from lamina.store.save import save_pretrained
+
+PLAIN = "plain"
+
+
+class AutoModel:
+    """Loads any causal language model that transformers knows, inside a memory budget."""
+
+    def __init__(self) -> None:
+        raise RequestError("AutoModel is made with AutoModel.from_pretrained(model)")
+
+    @staticmethod
+    @ordinarily
+    def from_pretrained(
+        model: str,
+        *,
+        memory: float | str | None = None,
+        device_memory: float | str | None = None,
+        device: str | torch.device = "auto",
+        compression: str | None = None,
+        draft: str | None = "auto",
+        layer_shards_saving_path: str | None = None,
+        hf_token: str | None = None,
+        prefetching: bool = True,
+        delete_original: bool = False,
+        profiling_mode: bool = False,
+        context: int | None = None,
+        exact: bool | None = None,
+        progress: Progress | None = None,
+        **transformers_kwargs: Any,
+    ) -> PreTrainedModel:
+        """A transformers model whose weights stay on disk as far as the memory does not hold them.
+
+        Args:
+            model: hub id, local folder, one `.safetensors` file in a folder with its config, or a `.gguf` file. One of
+                several GGUF files of a folder or hub id is `org/model:file.gguf`, or by a part of its name
+                `org/model:Q4_K_M`; `gguf_file=` says the same.
+            memory: most resident memory of the process, in bytes or as text ("4GB", "4GiB"). Default: 90% of
+                what is free, seen through cgroup limits.
+            device_memory: the same for the accelerator.
+            device: "auto" (an accelerator where there is one), "cpu", "cuda", "cuda:1", "mps", "xpu".
+            compression: "8bit", "4bit" or "lossless": weights in fewer bytes. On first use they are written as a
+                store of their own (`lamina split`), which is used from then on. None: the checkpoint as it is.
+            draft: what proposes tokens, so that one pass gives several: "self" (a copy of the model in 4 bits, all in
+                memory; written beside the model on first use), "lookup" (what followed the last words before), a
+                smaller model with the same tokens, None, or "auto": what the memory allows and what pays, of what is
+                there. Each token is the model's own choice whatever was proposed. `generate` takes it too.
+            layer_shards_saving_path: the folder that the store is made in. Default: beside the model's own folder,
+                or in the hub's cache. Without a compression the same numbers are written unit by unit.
+            hf_token: token of the hub; the same as transformers' `token`.
+            prefetching: read experts that are likely to be routed to before their router has spoken. Reading ahead
+                of what every pass needs is always on.
+            delete_original: delete the weight files that the store was made from, once it was read back and found
+                right. Files in the hub's cache stay.
+            profiling_mode: accepted for AirLLM's sake; `model.lamina.stats` always counts.
+            context: tokens, prompt and answer together, to keep room for. Default 2048 or what the model takes.
+            exact: verify a draft with the kernels that one token alone would have, which costs more: in 16 bits the
+                others round otherwise, and where two tokens are nearly as likely the second may come. None: only
+                with draft="auto". `generate` takes it too.
+            progress: told ("download", "split", "verify" or "load", bytes done, bytes in all). Before a store is
+                written, the logger "lamina" is told where, how large it will be and about how long it takes (INFO).
+            transformers_kwargs: those of transformers' `from_pretrained`, with the meaning that they have there:
+                `dtype`, `revision`, `cache_dir`, `token`, `trust_remote_code`, `attn_implementation`, `config`,
+                `generation_config`, ..., and whatever the model's config takes. What cannot be obeyed is refused.
+
+        Returns:
+            The model's own transformers class, in evaluation mode, with `model.lamina` and `model.tokenizer`; with
+            `output_loading_info=True` a pair of it and transformers' dictionary of missing and unexpected names.
+
+        Raises:
+            ModelNotFoundError: no such model.
+            BudgetError: the memory is too small; the error carries `minimum_bytes`. No store for a draft was written.
+            CheckpointError: the checkpoint is damaged or incomplete.
+            RequestError: a wrong argument.
+            UnsupportedError: it cannot be streamed.
+            WriteError: the store cannot be written.
+        """
+        model = _named(model)
+        if hf_token is not None:
+            transformers_kwargs.setdefault("token", hf_token)
+        transformers_kwargs, device = lamina.runtime.load.taken(transformers_kwargs, device)
+        check_options(
+            transformers_kwargs,
+            memory=memory,
+            device_memory=device_memory,
+            device=device,
+            context=context,
+            compression=compression,
+        )
+        told = bool(transformers_kwargs.pop("output_loading_info", False))
+        stored = compression is not None or layer_shards_saving_path is not None or delete_original
+        model = _gguf_named(model, transformers_kwargs, stored)
+        source = {key: transformers_kwargs[key] for key in SOURCE if transformers_kwargs.get(key) is not None}
+        drafting = Drafting(draft, model, source, transformers_kwargs, (memory, device_memory, context), progress)
+        stored = stored and not is_store_of(model, compression or PLAIN)
+        asked: dict[str, Any] = {"memory": memory, "device_memory": device_memory, "device": device, "context": context}
+        asked |= {"progress": progress, "beside": drafting.beside}
+        if drafting.writes:  # not before the memory is known to be enough for all there will be
+            folder, encode = _as_it_will_be(model, compression, source, layer_shards_saving_path)
+            lamina.runtime.load.check_memory(folder, encode=encode, **asked, **_for(folder, model, transformers_kwargs))
+            drafting.check_disk()
+        if stored:
+            words = "anew" if compression is None else f"with compression {compression}"
+            model = split(
+                model,
+                compression=compression,
+                layer_shards_saving_path=layer_shards_saving_path,
+                delete_original=delete_original,
+                progress=progress,
+                announce=announced(f"the model {words}"),
+                **source,
+            ).folder
+            _without(transformers_kwargs, "subfolder", "variant")
+        drafting.write()
+        loaded = lamina.runtime.load.load_model(model, prefetching=prefetching, **asked, **transformers_kwargs)
+        try:
+            loaded.save_pretrained = in_place_of(
+                loaded.save_pretrained, functools.partial(save_pretrained, loaded.save_pretrained, loaded)
+            )
+            drafting.attach(loaded, exact)
+        except BaseException:
+            loaded.lamina.close()
+            raise
+        return (loaded, dict(loaded.lamina.loading_info)) if told else loaded
+
+
+@ordinarily
+def plan_model(
+    model: str,
+    *,
+    memory: float | str | None = None,
+    device_memory: float | str | None = None,
+    device: str | torch.device = "auto",
+    context: int | None = None,
+    compression: str | None = None,
+    draft: str | None = "auto",
+    layer_shards_saving_path: str | None = None,
+    hf_token: str | None = None,
+    prefetching: bool = True,
+    delete_original: bool = False,
+    profiling_mode: bool = False,
+    exact: bool | None = None,
+    progress: Progress | None = None,
+    **transformers_kwargs: Any,
+) -> Plan:
+    """What `AutoModel.from_pretrained` would do, from the config and the headers alone.
+
+    For a model on the hub only its small files and the headers of its weight files are fetched.
+    Arguments and errors are those of `AutoModel.from_pretrained`; nothing is written, and nothing deleted.
+
+    With a compression, and no store of it yet, it is the plan of the store that would be written; a copy for drafting
+    that is not written yet is counted as it will be.
+    """
+    model = _named(model)
+    if hf_token is not None:
+        transformers_kwargs.setdefault("token", hf_token)
+    transformers_kwargs, device = lamina.runtime.load.taken(transformers_kwargs, device)
+    check_options(
+        transformers_kwargs,
+        memory=memory,
+        device_memory=device_memory,
+        device=device,
+        context=context,
+        compression=compression,
+    )
+    transformers_kwargs.pop("output_loading_info", None)
+    stored = compression is not None or layer_shards_saving_path is not None or delete_original
+    model = _gguf_named(model, transformers_kwargs, stored)
+    source = {key: transformers_kwargs[key] for key in SOURCE if transformers_kwargs.get(key) is not None}
+    drafting = Drafting(draft, model, source, transformers_kwargs, (memory, device_memory, context), progress, False)
+    folder, encode = _as_it_will_be(model, compression, source, layer_shards_saving_path)
+    planned = lamina.runtime.load.plan_model(
+        folder,
+        memory=memory,
+        device_memory=device_memory,
+        device=device,
+        context=context,
+        progress=progress,
+        encode=encode,
+        beside=drafting.beside,
+        **_for(folder, model, transformers_kwargs),
+    )
+    return drafting.told(planned)
+
+
+def bench_model(model: str, *, draft: str | None = None, **request: Any) -> dict[str, Any]:
+    """See `lamina.measure.bench.bench_model`; takes what `AutoModel.from_pretrained` takes as well.
+
+    Args:
+        draft: as there, but nothing proposes tokens unless it is named: what is measured first is a pass.
+    """
+    draft = NONE if draft_name(draft) == AUTO else draft
+    request.pop("output_loading_info", None)
+    return lamina.measure.bench.bench_model(model, load=AutoModel.from_pretrained, draft=draft, **request)
+
+
+def _gguf_named(model: str, options: dict[str, Any], stored: bool) -> str:
+    """The model without the GGUF file that its name ends with, which is put among the options.
+
+    Raises:
+        UnsupportedError: a store of it is asked for.
+    """
+    model, chosen = chosen_gguf(str(model), options.pop("gguf_file", None))
+    if chosen is None:
+        return model
+    if stored:
+        given = ("compression", "layer_shards_saving_path", "delete_original")
+        names = [option(name) for name in given if offers(name)]
+        raise UnsupportedError(
+            f"{chosen} of {model} is small already and streams as it is: leave {' and '.join(names)} out"
+        )
+    options["gguf_file"] = chosen
+    return model
+
+
+def _as_it_will_be(
+    model: str, compression: str | None, source: dict[str, Any], saving_path: str | None = None
+) -> tuple[str, Encode | None]:
+    """What to open for a model with a compression: its store, or the model and what makes it as if it were one."""
+    if compression is None or is_store_of(model, compression):
+        return model, None
+    options = {key: value for key, value in source.items() if key != "variant"}
+    folder = default_folder(model, compression, saving_path, **options)
+    if is_store_of(folder, compression):
+        return folder, None
+    return model, functools.partial(as_if_split, compression=compression)
+
+
+def _named(model: Any) -> str:
+    if not isinstance(model, str | os.PathLike) or not os.fspath(model):
+        raise RequestError(f"model must be a hub id or a path, got {type(model).__name__} {str(model)[:60]!r}")
+    return os.fsdecode(model)
+
+
+def _for(folder: str, model: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options for a store of a model in place of the model itself."""
+    return {key: value for key, value in options.items() if folder == model or key not in ("subfolder", "variant")}
+
+
+def _without(options: dict[str, Any], *names: str) -> None:
+    for name in names:
+        options.pop(name, None)

@@ -1,0 +1,122 @@
+"""`split` and `verify`: a store is written, a store is read back."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import Annotated
+
+import typer
+
+from lamina.checkpoint.manifest import check_compression
+from lamina.cli import library, output, report
+from lamina.cli.live import Terminal, stdio
+from lamina.cli.options import ModelArgument, SourceOptions, Verbosity, check_folder
+from lamina.cli.progress import Progress
+from lamina.errors import CheckpointError
+from lamina.sizes import format_size
+
+Json = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout.")]
+
+
+def split(
+    model: ModelArgument,
+    to: Annotated[
+        str | None, typer.Option(metavar="DIR", help="The new folder. Default: beside the model, DIR-CODEC.")
+    ] = None,
+    compression: Annotated[
+        str | None,
+        typer.Option(metavar="CODEC", help="8bit, 4bit or lossless. Default: the same numbers, laid out anew."),
+    ] = None,
+    delete_original: Annotated[
+        bool, typer.Option("--delete-original", help="Delete the model's weight files once the new ones are verified.")
+    ] = False,
+    json: Json = False,
+    *,
+    source: SourceOptions,
+    verbosity: Verbosity,
+) -> None:
+    """Write a model again, unit by unit, smaller if wanted.
+
+    What is stopped goes on where it was when the same command is run again. The folder is then a model as any other.
+
+    \b
+    Examples:
+      lamina split ./model --compression 4bit
+      lamina split org/model --to /mnt/fast/model-8bit --compression 8bit
+      lamina split ./model --compression lossless --delete-original
+      lamina run ./model-4bit "The capital of France is" --memory 4GB
+    """
+    if compression is not None:
+        check_compression(compression)
+    check_folder("to", to)
+    terminal, progress = stdio(json=True, quiet=verbosity.quiet), Progress(1)
+    told = _Waiting(terminal, progress)
+    with contextlib.redirect_stdout(sys.stderr), terminal.showing(progress.describe):
+        try:
+            made = library.store_library(source).split(
+                model,
+                to=to,
+                compression=compression,
+                delete_original=delete_original,
+                progress=told.report,
+                **source.as_kwargs(),
+            )
+        except KeyboardInterrupt:
+            terminal.note("what is finished is kept: run the same command again, and it goes on from there")
+            raise
+    result = library.as_dict(made)
+    for path, why in result["kept"].items():
+        terminal.note(f"kept: {path} {why}")
+    output.put(report.as_json(result) if json else result["folder"])
+    if not verbosity.quiet:
+        output.tell(report.split_summary(result))
+
+
+def verify(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder that `lamina split` wrote.")],
+    json: Json = False,
+    *,
+    verbosity: Verbosity,
+) -> None:
+    """Compare every byte of a split model with what was written.
+
+    Names each file that is not what it was; the exit code is then 1.
+
+    \b
+    Examples:
+      lamina verify ./model-4bit
+      lamina verify ./model-4bit --json
+    """
+    progress = Progress(1)
+    terminal = stdio(json=True, quiet=verbosity.quiet)
+    with contextlib.redirect_stdout(sys.stderr), terminal.showing(progress.describe):
+        checked = library.store_library(SourceOptions()).verify(folder, progress=progress.report)
+    result = library.as_dict(checked)
+    if json:
+        output.put(report.as_json(result))
+    for fault in [] if json else result["faults"]:
+        output.put(f"{fault['file']} {fault['what']}")
+    if count := len(result["faults"]):
+        raise CheckpointError(
+            f"{count} of {result['files']} files in {result['folder']} {'is' if count == 1 else 'are'} damaged: "
+            "remove what is named, then run the same `lamina split` again"
+        )
+    if result.get("small_files", 0) is None:
+        terminal.note("config and tokenizer were not compared: an older lamina wrote the store and did not list them")
+    if not verbosity.quiet:
+        size = format_size(result["bytes"])
+        output.tell(f"{result['files']} files, {size} ({result['compression']}): all as written")
+
+
+class _Waiting:
+    """Hands progress on, and says in a line of its own that another process is waited for."""
+
+    def __init__(self, terminal: Terminal, progress: Progress) -> None:
+        self._terminal, self._progress, self._said = terminal, progress, False
+
+    def report(self, stage: str, done: int, total: int) -> None:
+        if stage == "wait" and not self._said:
+            self._said = True
+            self._terminal.note("another process writes the same folder: waiting for it")
+        self._progress.report(stage, done, total)

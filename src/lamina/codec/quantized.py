@@ -1,0 +1,102 @@
+"""Quantised checkpoints as codecs: one matrix is one panel, its stored tensors one after another."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+
+from lamina.codec.codec import register
+from lamina.codec.quantized_layouts import ROWS_AT_ONCE, Packed, blocks
+from lamina.plan.layout import PACKING, align
+
+
+@dataclass(frozen=True)
+class Field:
+    """One stored tensor of a panel: its first byte there, and what it is."""
+
+    at: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def of(self, panel: torch.Tensor) -> torch.Tensor:
+        """The tensor, out of the panel's bytes."""
+        raw = panel[self.at : self.at + self.nbytes]
+        if raw.storage_offset() % self.dtype.itemsize:
+            raw = raw.clone()
+        return raw.view(self.dtype).view(self.shape)
+
+
+class PackedCodec:
+    """Decodes whole matrices.
+
+    Args:
+        packed: what the stored tensors of one matrix mean.
+        fields: these tensors.
+    """
+
+    def __init__(self, packed: Packed, fields: tuple[Field, ...]) -> None:
+        self.packed, self.fields = packed, fields
+        self.rows = math.prod(packed.shape[:-1])
+        self.name = f"{packed!r} of {fields!r}"
+
+    @property
+    def panel_bytes(self) -> int:
+        end = self.fields[-1].at + self.fields[-1].nbytes
+        return align(end, PACKING) if len(self.fields) > 1 else end
+
+    def decode(self, panels: torch.Tensor, rows: int, columns: int, out: torch.Tensor) -> None:
+        """See `lamina.codec.Codec`."""
+        for panel, part in zip(panels, torch.split(out, self.rows), strict=True):
+            part.copy_(self.packed(*(field.of(panel) for field in self.fields)).view(-1, columns))
+
+    def linear(self, x: torch.Tensor, panels: torch.Tensor, rows: int, out: torch.Tensor) -> bool:
+        """See `lamina.codec.Codec`."""
+        return False
+
+
+class PackedRowsCodec(PackedCodec):
+    """Decodes some rows of a matrix as well."""
+
+    def decode_rows(self, panels: torch.Tensor, first: int, rows: int, columns: int, out: torch.Tensor) -> None:
+        """See `lamina.codec.ByRows`."""
+        done = 0
+        while done < rows:
+            panel, row = divmod(first + done, self.rows)
+            count = min(rows - done, self.rows - row)
+            stored = [field.of(panels[panel]) for field in self.fields]
+            skip = row % ROWS_AT_ONCE
+            for begin, part in blocks(skip + count, columns):
+                decoded = self.packed.rows(row - skip + begin, part, *stored)
+                low = max(begin, skip)
+                out[done + low - skip : done + begin + part - skip] = decoded[low - begin :]
+            done += count
+
+
+def codec_of(packed: Packed, stored: list[tuple[tuple[int, ...], torch.dtype]]) -> PackedCodec | None:
+    """The codec for one matrix of a quantised weight, registered; None where its tensors do not divide into matrices.
+
+    Args:
+        packed: what the tensors mean, of two dimensions, or of three: several matrices.
+        stored: shape and dtype of each tensor.
+    """
+    matrices = packed.shape[0] if len(packed.shape) == 3 else 1
+    if len(packed.shape) not in (2, 3) or (matrices > 1 and any(s[:1] != (matrices,) for s, _ in stored)):
+        return None
+    fields: list[Field] = []
+    end = 0
+    for shape, dtype in stored:
+        own = (1, *shape[1:]) if matrices > 1 else shape
+        fields.append(Field(align(end, PACKING), own, dtype))
+        end = fields[-1].at + fields[-1].nbytes
+    one = dataclasses.replace(packed, shape=(1, *packed.shape[1:])) if matrices > 1 else packed
+    kind = PackedCodec if type(packed).rows is Packed.rows else PackedRowsCodec
+    codec = kind(one, tuple(fields))
+    register(codec)
+    return codec

@@ -1,0 +1,418 @@
+"""Checkpoints that were quantised before they were published, streamed as they are stored.
+
+transformers loads these with a package for each method, most of which want a GPU, and several write in place, which
+cannot be recorded. What the stored tensors mean is well defined however, so it is said here: the tensors that make
+up one weight become one `DiskTensor` whose expression is their decoding (`lamina.codec.quantized_layouts`).
+transformers then builds an ordinary model from it, renames, merges and all; the bytes that stream are the packed ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from lamina.checkpoint import Checkpoint, TensorEntry
+from lamina.codec.quantized_layouts import Awq, Float4, Float4Experts, Gptq, Integers, Lookup4, Packed, Scaled
+from lamina.errors import CheckpointError, RequestError, UnsupportedError
+from lamina.hf.internals import Conv1D
+from lamina.tensors.disk import Computed, DiskTensor
+
+Entries = Mapping[str, TensorEntry]
+FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+NOT_READ_ALONE = {torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2}
+MOST_STATE_BYTES = 1 << 16  # of the JSON beside a weight of bitsandbytes
+_BNB_STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(?:nf4|fp4)")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A weight of which the checkpoint holds the parts."""
+
+    name: str
+    packed: Packed
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What a method's reader may look at."""
+
+    checkpoint: Checkpoint
+    config: Mapping[str, Any]
+    dtype: torch.dtype
+
+    @property
+    def entries(self) -> Entries:
+        return self.checkpoint.tensors
+
+
+Reader = Callable[[Folder], Iterator[Found]]
+
+
+def take_quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """How the checkpoint is quantised, taken out of its config, from which an ordinary model is then built.
+
+    Raises:
+        UnsupportedError: a method that is not known here.
+        RequestError: quantising on the way is asked for.
+    """
+    found: Any = None
+    for part in (config, config.get_text_config()):
+        for key in ("quantization_config", "compression_config"):
+            value = part.__dict__.pop(key, None)
+            found = found or value
+    if not found:
+        return None
+    if isinstance(found, str | int | float | list):
+        raise CheckpointError(f"quantization_config must be an object, got {str(found)[:60]!r}: fetch the config again")
+    if not isinstance(found, dict):
+        raise RequestError("quantization_config is not taken: `lamina split --compression` writes smaller weights")
+    method = _method(found)
+    if method not in _READERS:
+        raise UnsupportedError(
+            f"weights quantised with {method!r} cannot be decoded here (known: {', '.join(_READERS)}): "
+            "use another checkpoint of this model"
+        )
+    return {**found, "quant_method": method}
+
+
+def unpacked_state(
+    state: Mapping[str, DiskTensor],
+    checkpoint: Checkpoint,
+    quantization: Mapping[str, Any],
+    dtype: torch.dtype | None,
+) -> dict[str, DiskTensor]:
+    """The tensors of a checkpoint, with each weight that it holds in parts in place of these parts.
+
+    Args:
+        state: every tensor of the checkpoint.
+        quantization: as `take_quantization` gave it.
+        dtype: what weights are decoded to; None for that of the other tensors.
+
+    Raises:
+        CheckpointError: parts that do not fit one another, or none at all.
+        UnsupportedError: a layout within the method that is not known here.
+    """
+    dtype = dtype or next((FLOATS[e.dtype] for e in checkpoint.tensors.values() if e.dtype in FLOATS), torch.bfloat16)
+    weights: dict[str, DiskTensor] = {}
+    parts: set[str] = set()
+    for found in _READERS[quantization["quant_method"]](Folder(checkpoint, quantization, dtype)):
+        weights[found.name] = DiskTensor.computed(found.packed, found.sources, found.packed.shape, dtype)
+        parts.update(found.sources)
+    if not weights:
+        raise CheckpointError(
+            f"the config of {checkpoint.root} says that it is quantised with {quantization['quant_method']}, "
+            "but no tensor is: config and weights are of different models"
+        )
+    return {**{name: tensor for name, tensor in state.items() if name not in parts}, **weights}
+
+
+def check_decoded(model: PreTrainedModel, where: str) -> None:
+    """Refuses a model of which some weight would be raw integers, or lie the wrong way round.
+
+    Raises:
+        CheckpointError: a weight without its scales.
+        UnsupportedError: a decoded weight in a Conv1D, whose rows and columns are exchanged.
+    """
+    for name, module in model.named_modules():
+        for attribute, tensor in module._parameters.items():
+            if not isinstance(tensor, DiskTensor):
+                continue
+            if tensor.cast_from in NOT_READ_ALONE:
+                raise CheckpointError(
+                    f"{name}.{attribute} is stored in {where} as {str(tensor.cast_from).removeprefix('torch.')}, "
+                    "and no scales are beside it: the checkpoint is incomplete, fetch it again"
+                )
+            if isinstance(module, Conv1D) and _is_computed(tensor):
+                raise UnsupportedError(
+                    f"{name} in {where} is a quantised Conv1D, which cannot be decoded here: "
+                    "use another checkpoint of this model"
+                )
+
+
+def _is_computed(tensor: DiskTensor) -> bool:
+    return tensor.boxes is None or any(isinstance(box.source, Computed) for box in tensor.boxes)
+
+
+def _method(config: Mapping[str, Any]) -> str:
+    if config.get("load_in_4bit") or config.get("load_in_8bit") or config.get("_load_in_4bit"):
+        return "bitsandbytes"
+    method = config.get("quant_method")
+    if method == "auto-round":
+        packing = str(config.get("packing_format", ""))
+        method = {"auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "awq"}.get(packing, f"auto-round ({packing})")
+    return str(getattr(method, "value", method))
+
+
+# -- one reader for each method
+
+
+def _fp8(folder: Folder) -> Iterator[Found]:
+    """Block FP8 and what is stored like it: a scale, or a grid of them, by a name of its own beside each weight."""
+    block = folder.config.get("weight_block_size")
+    for name, scale in folder.entries.items():
+        if name.endswith("_scale_inv"):
+            weight = name.removesuffix("_scale_inv")
+        elif name.endswith((".scale", ".qscale_weight")):
+            weight = f"{name.rpartition('.')[0]}.weight"
+        else:
+            continue
+        entry = folder.entries.get(weight)
+        if entry is not None and entry.dtype in FLOAT8:
+            yield _scaled(folder, entry, scale, block)
+        elif entry is not None and entry.dtype in ("I8", "U8"):
+            shape = (*entry.shape[:-1], entry.shape[-1] * 2)
+            yield _float4(folder, weight, entry, scale, shape)
+
+
+def _mxfp4(folder: Folder) -> Iterator[Found]:
+    """gpt-oss: the experts of a layer in one tensor, which the model wants with inputs and outputs exchanged."""
+    for name, entry in folder.entries.items():
+        weight = name.removesuffix("_blocks")
+        scale = folder.entries.get(f"{weight}_scales")
+        if weight == name or scale is None:
+            continue
+        if len(entry.shape) != 4 or entry.shape[:-1] != scale.shape:
+            raise _unfit(entry, scale)
+        experts, rows, groups, packed = entry.shape
+        shape = (experts, groups * packed * 2, rows)
+        yield Found(weight, Float4Experts(shape, folder.dtype, packed * 2), (name, scale.name))
+
+
+def _compressed(folder: Folder) -> Iterator[Found]:
+    """compressed-tensors, and FP8 by row (fbgemm) or by tensor (modelopt), which name their scales alike."""
+    formats = {str(folder.config.get("format")), *(str(g.get("format")) for g in _groups(folder))}
+    sparse = (folder.config.get("sparsity_config") or {}).get("format", "dense")
+    if sparse != "dense" or "marlin-24" in formats:
+        raise UnsupportedError(
+            f"{folder.checkpoint.root} stores sparse weights ({sparse if sparse != 'dense' else 'marlin-24'}), "
+            "which cannot be decoded here: use another checkpoint of this model"
+        )
+    for name, scale in folder.entries.items():
+        module = name.removesuffix(".weight_scale")
+        if module == name:
+            continue
+        packed = folder.entries.get(f"{module}.weight_packed")
+        entry = folder.entries.get(f"{module}.weight")
+        if packed is not None and packed.dtype == "I32":
+            yield _integers(folder, module, packed, scale)
+        elif packed is not None:
+            shape = (*packed.shape[:-1], packed.shape[-1] * 2)
+            yield _float4(folder, f"{module}.weight", packed, scale, shape, f"{module}.weight_global_scale")
+        elif entry is not None and entry.dtype in (*FLOAT8, "I8"):
+            found = _scaled(folder, entry, scale, (_scheme(folder, module) or {}).get("block_structure"))
+            zeros = folder.entries.get(f"{module}.weight_zero_point")
+            yield found if zeros is None else replace(found, sources=(*found.sources, zeros.name))
+
+
+def _gptq(folder: Folder) -> Iterator[Found]:
+    config = folder.config
+    layout = str(config.get("checkpoint_format") or ("marlin" if config.get("is_marlin_format") else "gptq"))
+    if layout not in ("gptq", "gptq_v2"):
+        raise UnsupportedError(f"{folder.checkpoint.root} is GPTQ in the layout {layout!r}: use one in 'gptq'")
+    for name, words in folder.entries.items():
+        module = name.removesuffix(".qweight")
+        if module == name:
+            continue
+        zeros, scales = (_part(folder, f"{module}.{part}", words) for part in ("qzeros", "scales"))
+        order = folder.entries.get(f"{module}.g_idx")
+        columns = order.shape[0] if order is not None else words.shape[0] * 32 // int(config["bits"])
+        bits = words.shape[0] * 32 // max(columns, 1)  # a config may say otherwise for some modules
+        rows = words.shape[1]
+        if (
+            bits not in (2, 3, 4, 8)
+            or scales.shape[1:] != (rows,)
+            or zeros.shape != (len_of(scales), rows * bits // 32)
+        ):
+            raise _unfit(words, scales)
+        group = -(-columns // len_of(scales))
+        packed = Gptq((rows, columns), folder.dtype, bits, group, 1 if layout == "gptq" else 0)
+        sources = (name, zeros.name, scales.name)
+        yield Found(f"{module}.weight", packed, sources if order is None else (*sources, order.name))
+
+
+def _awq(folder: Folder) -> Iterator[Found]:
+    config = folder.config
+    layout = str(config.get("version") or "gemm").lower()
+    bits = int(config.get("bits") or config.get("w_bit") or 4)
+    if layout not in ("gemm", "exllama", "ipex") or bits != 4:
+        raise UnsupportedError(
+            f"{folder.checkpoint.root} is AWQ in the layout {layout!r} with {bits} bits: use one in 'gemm' with 4"
+        )
+    for name, words in folder.entries.items():
+        module = name.removesuffix(".qweight")
+        if module == name:
+            continue
+        zeros, scales = (_part(folder, f"{module}.{part}", words) for part in ("qzeros", "scales"))
+        columns, rows = words.shape[0], words.shape[1] * 8
+        if scales.shape[1:] != (rows,) or zeros.shape != (len_of(scales), words.shape[1]) or columns % len_of(scales):
+            raise _unfit(words, scales)
+        packed = Awq((rows, columns), folder.dtype, columns // len_of(scales))
+        yield Found(f"{module}.weight", packed, (name, zeros.name, scales.name))
+
+
+def _bitsandbytes(folder: Folder) -> Iterator[Found]:
+    """4 bits with a table and blocks of absmax, or 8 bits with one absmax a row."""
+    for name, entry in folder.entries.items():
+        if match := _BNB_STATE.fullmatch(name):
+            yield _lookup4(folder, match[1], _json_of(folder, entry))
+        elif name.endswith(".SCB"):
+            weight = _part(folder, f"{name.removesuffix('SCB')}weight", entry)
+            found = _scaled(folder, weight, entry, None)
+            yield replace(found, packed=replace(found.packed, factor=1 / 127))  # type: ignore[call-arg]
+
+
+# -- what several of them share
+
+
+def _scaled(folder: Folder, weight: TensorEntry, scale: TensorEntry, block: Any) -> Found:
+    rows, columns = weight.shape[-2:] if len(weight.shape) > 1 else (1, *weight.shape)
+    if _count(scale) == 1:
+        grid = (1, 1)
+    elif len(scale.shape) == 1:
+        grid = (scale.shape[0], 1)
+    else:
+        grid = (scale.shape[-2], scale.shape[-1])
+    high, wide = block if block and len(block) == 2 else (None, None)
+    blocks = _block(rows, grid[0], high), _block(columns, grid[1], wide)
+    matrices = 1 if len(weight.shape) < 3 else _count(weight) // (rows * columns)
+    if blocks[0] is None or blocks[1] is None or _count(scale) not in (1, matrices * grid[0] * grid[1]):
+        raise _unfit(weight, scale)
+    packed = Scaled(weight.shape, folder.dtype, grid, (blocks[0], blocks[1]))
+    return Found(weight.name, packed, (weight.name, scale.name))
+
+
+def _block(size: int, parts: int, wanted: int | None) -> int | None:
+    """How many rows or columns share a scale, None where it cannot be told; the last block may be smaller."""
+    if wanted and -(-size // wanted) == parts:
+        return wanted
+    return size // parts if parts and size % parts == 0 else None
+
+
+def _float4(
+    folder: Folder, name: str, packed: TensorEntry, scale: TensorEntry, shape: tuple[int, ...], divisor: str = ""
+) -> Found:
+    columns = shape[-1]
+    if not scale.shape or scale.shape[:-1] != shape[:-1] or columns % scale.shape[-1]:
+        raise _unfit(packed, scale)
+    sources: tuple[str, ...] = (packed.name, scale.name)
+    if divisor in folder.entries:
+        sources = (*sources, divisor)
+    return Found(name, Float4(shape, folder.dtype, columns // scale.shape[-1]), sources)
+
+
+def _integers(folder: Folder, module: str, words: TensorEntry, scale: TensorEntry) -> Found:
+    scheme = _scheme(folder, module)
+    if scheme is None:
+        raise CheckpointError(f"the config of {folder.checkpoint.root} does not say how {module} is quantised")
+    bits = int(scheme.get("num_bits", 0))
+    group = int(scheme.get("group_size") or -1)
+    per_row = scale.shape[-1] if scale.shape else 1
+    if bits not in range(1, 9):
+        raise _unfit(words, scale)
+    columns = per_row * group if group > 0 else words.shape[-1] * 32 // bits
+    if len(words.shape) != 2 or words.shape[-1] != -(-columns * bits // 32):
+        raise _unfit(words, scale)
+    zeros, order = (folder.entries.get(f"{module}.weight_{part}") for part in ("zero_point", "g_idx"))
+    packed = Integers((words.shape[0], columns), folder.dtype, bits, group if group > 0 else columns, zeros is not None)
+    parts = (words, scale, zeros, order)
+    return Found(f"{module}.weight", packed, tuple(part.name for part in parts if part is not None))
+
+
+def _lookup4(folder: Folder, weight: str, state: Mapping[str, Any]) -> Found:
+    entry = _part(folder, weight, None)
+    absmax, table = (_part(folder, f"{weight}.{part}", entry) for part in ("absmax", "quant_map"))
+    sources: tuple[str, ...] = (weight, absmax.name, table.name)
+    try:
+        shape, block = tuple(int(size) for size in state["shape"]), int(state["blocksize"])
+        nested, offset = int(state.get("nested_blocksize") or 0), float(state.get("nested_offset") or 0.0)
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"the state of {weight} in {entry.extent.file} lacks shape or blocksize") from None
+    elements = torch.Size(shape).numel()
+    if block < 1 or -(-elements // block) != _count(absmax) or -(-elements // 2) != _count(entry) or len(shape) < 2:
+        raise _unfit(entry, absmax)
+    if nested:
+        parts = (f"{weight}.nested_absmax", f"{weight}.nested_quant_map")
+        sources = (*sources, *(_part(folder, part, entry).name for part in parts))
+    return Found(weight, Lookup4(shape, folder.dtype, block, nested, offset), sources)
+
+
+def _json_of(folder: Folder, entry: TensorEntry) -> Mapping[str, Any]:
+    """The JSON that a tensor of bytes holds."""
+    extent = entry.extent
+    if "://" in extent.file:
+        raise UnsupportedError(
+            f"shapes of {folder.checkpoint.root} are in its weight files, not in their headers: download it first"
+        )
+    try:
+        with open(extent.file, "rb") as handle:
+            handle.seek(extent.offset)
+            state = json.loads(handle.read(min(extent.length, MOST_STATE_BYTES)))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{entry.name} in {extent.file} is no JSON: fetch it again") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{entry.name} in {extent.file} is no JSON object: fetch it again")
+    return state
+
+
+def _groups(folder: Folder) -> list[Mapping[str, Any]]:
+    groups = folder.config.get("config_groups") or {}
+    return [group for group in groups.values() if isinstance(group, dict)]
+
+
+def _scheme(folder: Folder, module: str) -> Mapping[str, Any] | None:
+    """How compressed-tensors quantised a module: the group that names it, else the one that names its class."""
+    of_class = None
+    for group in _groups(folder):
+        weights = group.get("weights")
+        for target in group.get("targets") or ():
+            if (target.startswith("re:") and re.match(target[3:], module)) or target == module:
+                return weights
+            if "." not in target and not target.startswith("re:"):
+                of_class = of_class or weights
+    return of_class
+
+
+def _part(folder: Folder, name: str, beside: TensorEntry | None) -> TensorEntry:
+    entry = folder.entries.get(name)
+    if entry is None:
+        wanted = f" beside {beside.name}" if beside is not None else ""
+        raise CheckpointError(
+            f"{folder.checkpoint.root} has no tensor {name!r}{wanted}: it is incomplete, fetch it again"
+        )
+    return entry
+
+
+def _unfit(weight: TensorEntry, scale: TensorEntry) -> CheckpointError:
+    return CheckpointError(
+        f"{scale.name} of shape {scale.shape} does not fit {weight.name} of shape {weight.shape} "
+        f"in {os.path.basename(weight.extent.file)}: the checkpoint is damaged, or in a layout that is not known here"
+    )
+
+
+def _count(entry: TensorEntry) -> int:
+    return torch.Size(entry.shape).numel()
+
+
+def len_of(entry: TensorEntry) -> int:
+    return max(entry.shape[0], 1) if entry.shape else 1
+
+
+_READERS: Mapping[str, Reader] = {
+    "fp8": _fp8,
+    "mxfp8": _fp8,
+    "mxfp4": _mxfp4,
+    "compressed-tensors": _compressed,
+    "fbgemm_fp8": _compressed,
+    "gptq": _gptq,
+    "awq": _awq,
+    "bitsandbytes": _bitsandbytes,
+}

@@ -1,0 +1,159 @@
+"""`model.tokenizer`, loaded when it is first used, so that a folder without one still runs."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lamina.caller import token_ids_instead
+from lamina.checkpoint.mistaken import unreadable_in
+from lamina.errors import CheckpointError, RequestError
+from lamina.hf.config import read_json
+
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))  # the first there counts
+FILES = (
+    *("tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model"),
+    *("special_tokens_map.json", "added_tokens.json", "config.json"),
+)
+TIMES_ITS_FILE = 15
+
+
+class LazyTokenizer:
+    """Stands for a tokenizer until somebody uses it; then the model's attribute is the real one."""
+
+    def __init__(self, model: PreTrainedModel, load: Callable[[], PreTrainedTokenizerBase]) -> None:
+        object.__setattr__(self, "_owner", weakref.ref(model))
+        object.__setattr__(self, "_load", load)
+        object.__setattr__(self, "_real", None)
+
+    def _get(self) -> Any:
+        real = object.__getattribute__(self, "_real")
+        if real is None:
+            real = object.__getattribute__(self, "_load")()
+            object.__setattr__(self, "_real", real)
+            model = object.__getattribute__(self, "_owner")()
+            if model is not None:
+                model.tokenizer = real
+        return real
+
+    def forget(self) -> None:
+        """Let the tokenizer's memory go, if the model's is still this one: it is loaded again where it is used."""
+        model = object.__getattribute__(self, "_owner")()
+        real = object.__getattribute__(self, "_real")
+        if model is not None and real is not None and model.tokenizer is real:
+            object.__setattr__(self, "_real", None)
+            object.__setattr__(model, "tokenizer", self)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self._get())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._get(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._get(), name, value)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._get()(*args, **kwargs)
+
+    def __len__(self) -> int:
+        return len(self._get())
+
+    def __contains__(self, token: object) -> bool:
+        return token in self._get()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._get())
+
+    def __repr__(self) -> str:
+        real = object.__getattribute__(self, "_real")
+        return repr(real) if real is not None else "<tokenizer, not loaded yet>"
+
+
+def tokenizer_bytes(folder: str) -> int:
+    """Memory that the tokenizer of a folder takes at the most while it is loaded, from the size of its files.
+
+    Measured with transformers 5.23: 172 MB for a `tokenizer.json` of 11.4 MB, 60 MB for one of 3.5 MB.
+    """
+    for files in VOCABULARIES:
+        sizes = [os.path.getsize(path) for name in files if os.path.isfile(path := os.path.join(folder, name))]
+        if sizes:
+            return TIMES_ITS_FILE * sum(sizes)
+    return 0
+
+
+def load_tokenizer(folder: str, trust_remote_code: bool, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder.
+
+    Raises:
+        RequestError: there is none, or transformers cannot load it or use it; the message names the file.
+    """
+
+    def load() -> PreTrainedTokenizerBase:
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, **options
+        )
+        return loaded
+
+    place = os.path.join(folder, options.get("subfolder") or "")
+    tokenizer = usable(load, folder, lambda: _at_fault(place))
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes such a one where there are no files
+        raise RequestError(f"no tokenizer in {folder}: {token_ids_instead()}")
+    return tokenizer
+
+
+def usable(
+    load: Callable[[], PreTrainedTokenizerBase], place: str, at_fault: Callable[[], str | None] = lambda: None
+) -> PreTrainedTokenizerBase:
+    """A tokenizer that was tried on a word, for some that load fail with any text.
+
+    Args:
+        load: makes it.
+        place: where it comes from, for an error.
+        at_fault: says what is wrong with which file, after a failure; None where it cannot tell.
+
+    Raises:
+        RequestError: it cannot be loaded or used.
+    """
+    try:
+        tokenizer = load()
+        tokenizer.decode(tokenizer("a")["input_ids"])
+    except MemoryError:
+        raise
+    except BaseException as error:
+        # What the tokenizers package raises is an Exception of no class of its own; a panic in it is not even that.
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise
+        text = " ".join(str(error).split())[:200] or type(error).__name__
+        why = at_fault()
+        where = f"{place}: {why}" if why else place
+        raise RequestError(f"no usable tokenizer in {where} ({text}); {token_ids_instead()}") from error
+    return tokenizer
+
+
+def _at_fault(folder: str) -> str | None:
+    """What is wrong with the file over which a folder's tokenizer fails, as far as its bytes and its reader tell."""
+    if why := unreadable_in(folder, FILES):
+        return why
+    present = [name for name in FILES if os.path.isfile(os.path.join(folder, name))]
+    for name in present:
+        try:
+            if name.endswith(".json"):
+                read_json(os.path.join(folder, name))
+        except CheckpointError as error:
+            return str(error)
+    damaged = "{} is damaged, fetch it again"
+    if "tokenizer.json" in present:
+        try:
+            Tokenizer.from_file(os.path.join(folder, "tokenizer.json")).encode("a")
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+                raise
+            return damaged.format("tokenizer.json")
+    return damaged.format("tokenizer_config.json") if "tokenizer_config.json" in present else None

@@ -1,0 +1,117 @@
+"""What this process and its machine have of memory: resident, free, allowed by control groups."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+CGROUP = Path("/sys/fs/cgroup")
+NO_LIMIT = 1 << 60  # cgroup v1 writes a number near 2^63 for "none"
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return peak_resident_bytes()
+
+
+def release_freed() -> None:
+    """Let the C library give back what it keeps of freed memory: it is resident, and nobody's. No-op without glibc."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def peak_resident_bytes() -> int:
+    """The most resident memory this process ever had."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    if sys.platform == "win32":
+        return _windows_peak()
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _windows_peak() -> int:
+    class Counters(ctypes.Structure):
+        _fields_ = [("cb", ctypes.c_ulong), ("faults", ctypes.c_ulong)] + [
+            (name, ctypes.c_size_t) for name in ("peak", "now", "a", "b", "c", "d", "page", "peakpage")
+        ]
+
+    counters = Counters()
+    counters.cb = ctypes.sizeof(counters)
+    library = getattr(ctypes, "windll").psapi  # noqa: B009  (absent from other systems' stubs)
+    process = getattr(ctypes, "windll").kernel32.GetCurrentProcess()  # noqa: B009
+    library.GetProcessMemoryInfo(process, ctypes.byref(counters), counters.cb)
+    return int(counters.peak)
+
+
+def memory_limit(groups: str | None = None, root: Path = CGROUP) -> int | None:
+    """The smallest memory limit of the control groups this process is in, v1 or v2; None for none.
+
+    Args:
+        groups: text of /proc/self/cgroup; read where None.
+        root: where the control groups are mounted.
+    """
+    if groups is None:
+        try:
+            groups = Path("/proc/self/cgroup").read_text()
+        except OSError:
+            return None
+    limits = []
+    for line in groups.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, name = (root if (root / "cgroup.controllers").exists() else root / "unified"), "memory.max"
+        elif "memory" in controllers.split(","):
+            base, name = root / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        parts = [part for part in path.split("/") if part]
+        for depth in range(len(parts), -1, -1):
+            limits.append(_limit(base.joinpath(*parts[:depth]) / name))
+    known = [limit for limit in limits if limit is not None]
+    return min(known, default=None)
+
+
+def _limit(file: Path) -> int | None:
+    try:
+        text = file.read_text().strip()
+    except OSError:
+        return None
+    if not text.isdigit() or int(text) >= NO_LIMIT:
+        return None
+    return int(text)
+
+
+def free_memory() -> int:
+    """Bytes this process could still take without swapping, seen through cgroup limits, its own use included."""
+    available = _available()
+    limit = memory_limit()
+    own = resident_bytes()
+    return available + own if limit is None else min(available + own, limit)
+
+
+def _available() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 4 << 30

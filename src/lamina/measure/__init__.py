@@ -1,0 +1,1 @@
+"""What a model's time goes to: the benchmark, the profile, the timeline."""

@@ -1,0 +1,1 @@
+"""A plan, executed: weights are loaded, bound, materialised and given back while the model runs."""

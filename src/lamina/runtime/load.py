@@ -1,0 +1,393 @@
+"""From a name and a number of bytes to a transformers model that streams."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from lamina.caller import option
+from lamina.checkpoint import Checkpoint, open_checkpoint
+from lamina.checkpoint.gguf import find_gguf
+from lamina.checkpoint.gguf_name import choose_gguf, local_names, split_name
+from lamina.errors import BudgetError, RequestError
+from lamina.hf.adapter import refuse_adapter
+from lamina.hf.arguments import check_format, ordinarily, sorted_out
+from lamina.hf.build import Request, build, config_place
+from lamina.hf.config import blaming, fields_of
+from lamina.hf.gguf import load_gguf
+from lamina.hf.names import PreTrainedModel
+from lamina.hf.tokenizer import LazyTokenizer, load_tokenizer, tokenizer_bytes
+from lamina.hf.trace import Trace, trace
+from lamina.plan.forecast import Hardware
+from lamina.plan.plan import SHORTEST_CONTEXT, Budget, Plan
+from lamina.plan.planner import make_plan, minimum_memory
+from lamina.progress import Progress
+from lamina.runtime.budget import default_context, make_budget
+from lamina.runtime.engine import Engine
+from lamina.runtime.handle import Lamina
+from lamina.runtime.rates import assume, measure, prepare, without_kernels
+from lamina.runtime.schedule import Weights, describe
+from lamina.stream.probe import return_large_blocks
+from lamina.stream.readers import Readers
+from lamina.tensors.torch_pickle import read_pickled
+
+Encode = Callable[[PreTrainedModel, Checkpoint, Trace, Weights], Checkpoint]
+HUB = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
+LONG = 0.3  # seconds to read the drive for a plan alone
+HEADER_TIMES = 23  # bytes of memory for the tokenizer, for each of a GGUF header, which is mostly vocabulary
+
+
+@ordinarily
+def load_model(
+    model: str,
+    *,
+    memory: float | str | None = None,
+    device_memory: float | str | None = None,
+    device: str | torch.device = "auto",
+    prefetching: bool = True,
+    context: int | None = None,
+    progress: Progress | None = None,
+    beside: Beside | None = None,
+    **transformers_kwargs: Any,
+) -> PreTrainedModel:
+    """A checkpoint as a transformers model that streams; see `lamina.AutoModel.from_pretrained`.
+
+    Args:
+        beside: what else is to have room in the same memory.
+    """
+    began = time.perf_counter()
+    options, device = taken(transformers_kwargs, device)
+    prepared = _prepare(model, memory, device_memory, device, context, options, progress, beside=beside)
+    prepare(prepared.weights.schedule.weights.values())
+    readers = Readers(fingerprints=prepared.checkpoint.fingerprints)
+    engine = Engine(prepared.model, prepared.weights, prepared.plan, prepared.device, readers, prefetching)
+    return_large_blocks()
+    try:
+        engine.plan = dataclasses.replace(engine.plan, hardware=measure(engine, prepared.checkpoint))
+        engine.start(prepared.model, progress)
+        engine.plan = dataclasses.replace(engine.plan, fallbacks=_fallbacks(prepared, readers))
+        readers.remember()
+        prepared.checkpoint.verify_unchanged()  # while it was loaded, or since its headers were read
+    except BaseException:
+        engine.close()
+        raise
+    streamed = prepared.model
+    streamed.lamina = Lamina(streamed, engine, prepared.trace, time.perf_counter() - began)
+    streamed.lamina.loading_info = prepared.loading_info
+    streamed.lamina.fallbacks.say(engine.plan.fallbacks)
+    streamed.lamina.attach()
+    hub = {key: options[key] for key in HUB if key in options}
+    request = prepared.request
+    lazy = LazyTokenizer(
+        streamed,
+        request.gguf.load_tokenizer
+        if request.gguf is not None
+        else lambda: load_tokenizer(request.folder, request.trust_remote_code, **hub),
+    )
+    object.__setattr__(streamed, "tokenizer", lazy)  # nn.Module would look at its class, and so load it
+    streamed.lamina.when_closed(lazy.forget)
+    return streamed
+
+
+def taken(
+    transformers_kwargs: Mapping[str, Any], device: str | torch.device
+) -> tuple[dict[str, Any], str | torch.device]:
+    """See `lamina.hf.arguments.sorted_out`; what has no meaning here is said to the caller of the caller."""
+    options, device, ignored = sorted_out(transformers_kwargs, device)
+    for name in ignored:
+        warnings.warn(f"{name} has no meaning here and is ignored", stacklevel=4)
+    return options, device
+
+
+@dataclass(frozen=True)
+class Described:
+    """A model that is built and traced.
+
+    Attributes:
+        there: what can be read; `checkpoint` but where that one is only meant.
+        tokenizer_bytes: what its tokenizer will take.
+        loading_info: what transformers' loader says of names and shapes.
+    """
+
+    model: PreTrainedModel
+    weights: Weights
+    trace: Trace
+    request: Request
+    checkpoint: Checkpoint
+    there: Checkpoint
+    tokenizer_bytes: int
+    loading_info: Mapping[str, Any] = field(default_factory=dict)
+
+
+Beside = Callable[[Described, torch.device], Callable[[int], int]]
+"""(what is about to be planned, its device) -> (tokens of context -> bytes that something else has of its memory)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared(Described):
+    """A model that is planned as well; nothing of it is read yet."""
+
+    plan: Plan
+    device: torch.device
+
+
+@ordinarily
+def plan_model(
+    model: str,
+    *,
+    memory: float | str | None = None,
+    device_memory: float | str | None = None,
+    device: str | torch.device = "auto",
+    context: int | None = None,
+    progress: Progress | None = None,
+    encode: Encode | None = None,
+    beside: Beside | None = None,
+    **transformers_kwargs: Any,
+) -> Plan:
+    """What `load_model` would do, from the config and the headers alone; see `lamina.plan_model`.
+
+    Args:
+        encode: gives the checkpoint that is meant in place of the one that is there.
+        beside: as for `load_model`.
+    """
+    options, device = taken(transformers_kwargs, device)
+    prepared = _prepare(model, memory, device_memory, device, context, options, progress, False, encode, beside)
+    hardware, fallbacks = _found(prepared, encode is not None)
+    return dataclasses.replace(prepared.plan, hardware=hardware, fallbacks=fallbacks)
+
+
+@ordinarily
+def check_memory(
+    model: str,
+    *,
+    memory: float | str | None = None,
+    device_memory: float | str | None = None,
+    device: str | torch.device = "auto",
+    context: int | None = None,
+    progress: Progress | None = None,
+    encode: Encode | None = None,
+    beside: Beside | None = None,
+    **transformers_kwargs: Any,
+) -> None:
+    """Refuse what `load_model` would refuse for its memory, before a store is written.
+
+    Raises:
+        BudgetError: the memory is too small, as for `load_model`.
+    """
+    options, device = taken(transformers_kwargs, device)
+    _prepare(model, memory, device_memory, device, context, options, progress, True, encode, beside)
+
+
+def _found(prepared: Prepared, not_written: bool) -> tuple[Hardware, tuple[str, ...]]:
+    """For a plan that nobody executes: rates, of the weights or of made-up ones where these are not here; fallbacks."""
+    weights, plan, there = prepared.weights, prepared.plan, prepared.there
+    prepare(weights.schedule.weights.values())
+    if not_written or any(entry.extent.file.startswith("hf://") for entry in there.tensors.values()):
+        return assume(weights.schedule, there, plan.streams, prepared.device), _fallbacks(prepared, None)
+    with contextlib.closing(Readers(fingerprints=there.fingerprints)) as readers:
+        hardware = measure(Engine(prepared.model, weights, plan, prepared.device, readers), there, LONG)
+        if there.tensors:
+            readers.look(next(iter(there.tensors.values())).extent.file)
+        return hardware, _fallbacks(prepared, readers)
+
+
+def _fallbacks(prepared: Described, readers: Readers | None) -> tuple[str, ...]:
+    """Second ways of a model: in its files, in the trace, in decoding, in reading as far as was read."""
+    found = [
+        *prepared.there.fallbacks,
+        *prepared.trace.fallbacks,
+        *without_kernels(prepared.weights.schedule.weights.values()),
+    ]
+    return (*found, *(readers.fallbacks if readers is not None else ()))
+
+
+def _prepare(
+    model: str,
+    memory: float | str | None,
+    device_memory: float | str | None,
+    device: str | torch.device,
+    context: int | None,
+    options: dict[str, Any],
+    progress: Progress | None,
+    weights_wanted: bool = True,
+    encode: Encode | None = None,
+    beside: Beside | None = None,
+) -> Prepared:
+    chosen = choose_device(device)
+    described = describe_model(model, options, progress, weights_wanted, encode)
+    gc.collect()  # what transformers' loader left behind must not count as overhead
+    also = beside(described, chosen) if beside is not None else None
+    plan = plan_described(
+        described, memory, device_memory, chosen, context, default_context(described.model.config), also
+    )
+    return Prepared(plan=plan, device=chosen, **{f.name: getattr(described, f.name) for f in fields(described)})
+
+
+def describe_model(
+    model: str,
+    options: dict[str, Any],
+    progress: Progress | None = None,
+    weights_wanted: bool = True,
+    encode: Encode | None = None,
+) -> Described:
+    """A model that is built and traced; nothing is decided about its memory yet.
+
+    Args:
+        options: of `from_pretrained`; what is used up here is taken out.
+        weights_wanted: download them; else the headers are enough.
+        encode: as for `plan_model`.
+    """
+    trust = bool(options.pop("trust_remote_code", False))
+    options.pop("output_loading_info", None)
+    hub = {key: options[key] for key in HUB if options.get(key) is not None}
+    variant = options.pop("variant", None)
+    model, chosen = chosen_gguf(str(model), options.pop("gguf_file", None))
+    if file := _gguf_file(model, hub, chosen, progress, weights_wanted):
+        gguf = load_gguf(file, {key: value for key, value in options.items() if key not in hub})
+        request, checkpoint = Request(gguf.path, options, trust, gguf), gguf.checkpoint
+    else:
+        folder, checkpoint = _open(model, hub, variant, trust, progress, weights_wanted)
+        if said := refuse_adapter(os.path.join(folder, hub.get("subfolder", "")), model):
+            checkpoint = dataclasses.replace(checkpoint, fallbacks=(*checkpoint.fallbacks, said))
+        request = Request(folder, options, trust)
+    options.pop("subfolder", None)  # the folder is that one already
+    check_format(options, checkpoint)
+    found: dict[str, Any] = {}
+    built = build(request, checkpoint, found)
+    traced, weights = _traced(built, checkpoint, request)
+    there = checkpoint
+    if encode is not None:
+        checkpoint = encode(built, checkpoint, traced, weights)
+        built = build(request, checkpoint)
+        traced, weights = _traced(built, checkpoint, request)
+    tokenizer = tokenizer_bytes(request.folder)
+    if request.gguf is not None:
+        tokenizer = HEADER_TIMES * request.gguf.header_bytes
+    return Described(built, weights, traced, request, checkpoint, there, tokenizer, found)
+
+
+def _traced(built: PreTrainedModel, checkpoint: Checkpoint, request: Request) -> tuple[Trace, Weights]:
+    with blaming(config_place(request), fields_of(built.config), "a forward pass"):
+        traced = trace(built)
+        return traced, describe(built, checkpoint, traced)
+
+
+def plan_described(
+    described: Described,
+    memory: float | str | None,
+    device_memory: float | str | None,
+    device: torch.device,
+    context: int | None,
+    most: int,
+    beside: Callable[[int], int] | None,
+) -> Plan:
+    """The plan; where nobody said how long the context is, the longest usual one that the memory has room for."""
+    if context is not None and context < 1:
+        raise RequestError(f"{option('context')} must be at least 1 token, got {context}")
+
+    weights, traced, tokenizer = described.weights, described.trace, described.tokenizer_bytes
+
+    def budget(tokens: int) -> Budget:
+        scratch, also = weights.schedule.scratch_bytes, beside(tokens) if beside is not None else 0
+        return make_budget(memory, device_memory, device, traced, tokens, scratch, tokenizer, also)
+
+    if context is not None:
+        return make_plan(weights.schedule, budget(context))
+    tokens = most
+    shortest = budget(min(SHORTEST_CONTEXT, most))
+    while tokens > shortest.context_tokens:
+        try:
+            plan = make_plan(weights.schedule, budget(tokens))
+        except BudgetError:
+            tokens = max(tokens // 2, shortest.context_tokens)
+            continue
+        least, least_on_device = minimum_memory(weights.schedule, shortest)
+        return dataclasses.replace(plan, minimum_memory_bytes=least, minimum_device_memory_bytes=least_on_device)
+    return make_plan(weights.schedule, shortest)
+
+
+def _open(
+    model: str, hub: Mapping[str, Any], variant: str | None, trust: bool, progress: Progress | None, wanted: bool
+) -> tuple[str, Checkpoint]:
+    """Folder of the small files, and the checkpoint's tensors."""
+    open_any = functools.partial(open_checkpoint, read_pickled=read_pickled)
+    if _is_local(model):
+        checkpoint = open_any(os.path.expanduser(model), variant=variant, subfolder=hub.get("subfolder", ""))
+        return checkpoint.root, checkpoint
+    from lamina.checkpoint.hub import locate, metadata_folder, remote_headers
+
+    if wanted:
+        found = locate(model, variant=variant, progress=progress, trust_remote_code=trust, **hub)
+    else:
+        folder = metadata_folder(model, trust_remote_code=trust, **hub)
+        remote = {key: value for key, value in hub.items() if key in ("revision", "token", "subfolder")}
+        return os.path.join(folder, hub.get("subfolder", "")), remote_headers(model, variant=variant, **remote)
+    checkpoint = open_any(found, variant=variant, subfolder=hub.get("subfolder", ""))
+    return checkpoint.root, checkpoint
+
+
+def chosen_gguf(model: str, gguf_file: str | None) -> tuple[str, str | None]:
+    """The model alone, and which GGUF file of it was asked for, either way.
+
+    Raises:
+        RequestError: both ways, and not the same.
+    """
+    model, chosen = split_name(model)
+    if chosen and gguf_file and chosen != gguf_file:
+        raise RequestError(f"{model}:{chosen} and {option('gguf_file', gguf_file)} name two GGUF files: give one")
+    return model, chosen or gguf_file
+
+
+def _gguf_file(
+    model: str, hub: Mapping[str, Any], name: str | None, progress: Progress | None, wanted: bool
+) -> str | None:
+    """The GGUF file that is meant: named by itself, by `gguf_file` or its own name's end, or the only weights there."""
+    subfolder = hub.get("subfolder", "")
+    if name is None:
+        return find_gguf(os.path.join(model, subfolder) if subfolder else model)
+    if _is_local(model):
+        root = os.path.join(os.path.expanduser(model), subfolder)
+        path = os.path.join(root, name)
+        return path if os.path.isfile(path) else os.path.join(root, choose_gguf(local_names(root), name, model))
+    from lamina.checkpoint.hub import local_path
+    from lamina.checkpoint.hub_gguf import locate_gguf
+
+    local_path(model)  # says what is wrong with one that can only be a path
+    return locate_gguf(model, name, progress=progress, wanted=wanted, **hub)
+
+
+def _is_local(model: str) -> bool:
+    return os.path.exists(os.path.expanduser(model))
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """The torch device of a request.
+
+    Raises:
+        RequestError: no such device here.
+    """
+    if str(device) == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+        if chosen.type not in ("cpu", "meta"):
+            torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        text = str(error).splitlines()[0][:120]
+        raise RequestError(
+            f"device {str(device)!r} cannot be used here: {text}; try {option('device', 'cpu')}"
+        ) from error
+    if chosen.type == "meta":
+        raise RequestError("device 'meta' computes nothing: use 'auto', 'cpu' or an accelerator")
+    return chosen

@@ -1,0 +1,208 @@
+"""Weights that somebody wrote to: they stay in memory from then on, in place of what is on disk.
+
+Merging an adapter, loading a state dict, initialising a layer anew: all of it writes to weights. What was written is
+kept whole, as an ordinary parameter, and counts against the budget: other weights give way to it, or it is refused. A
+multiplication by a number needs no memory: it is done again whenever the weight arrives.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from lamina.errors import BudgetError, UnsupportedError
+from lamina.plan.schedule import Convert, Weight
+from lamina.runtime.sites import Site
+from lamina.runtime.turn import Turn
+from lamina.tensors.disk import DiskTensor
+
+Scaling = Callable[..., Any]
+
+
+class Owner(Protocol):
+    """What overrides ask of the engine whose weights they are; `lamina.runtime.engine.Engine` says what each does."""
+
+    lock: Turn
+    overrides: Overrides
+
+    @property
+    def in_pass(self) -> bool: ...
+    @property
+    def schedule(self) -> Mapping[str, Weight]: ...
+    def bind(self, name: str, tensor: torch.Tensor | None) -> None: ...
+    def current(self, name: str) -> torch.Tensor: ...
+    def foreign(self) -> Iterator[tuple[str, Site, torch.Tensor | None]]: ...
+    def is_back(self, name: str, site: Site) -> bool: ...
+    def leave(self, name: str, site: Site) -> None: ...
+    def occupy(self, name: str, site: Site) -> None: ...
+    def part(self, name: str, first: int, count: int) -> torch.Tensor: ...
+    def placeholder(self, name: str) -> DiskTensor: ...
+    def rows(self, name: str, ids: torch.Tensor) -> torch.Tensor | None: ...
+    def spend(self, nbytes: int, without: Collection[str]) -> None: ...
+    def stands(self, name: str) -> bool: ...
+
+
+class Overrides:
+    """The written weights of one engine.
+
+    Attributes:
+        held: by name, what stands in the modules.
+        scaled: by name, what is done to a weight whenever it arrives: in-place operations and their numbers.
+        gone: names of weights that no module holds any more; whoever has the placeholder reads them.
+        outdated: the plan still streams weights that are held or gone.
+    """
+
+    def __init__(self, engine: Owner) -> None:
+        self._engine = engine
+        self.held: dict[str, nn.Parameter] = {}
+        self.scaled: dict[str, list[tuple[Scaling, float]]] = defaultdict(list)
+        self.gone: set[str] = set()
+        self.outdated = False
+        self._reserved: set[str] = set()  # there is room for them already
+        self._left: list[tuple[str, Site, int]] = []  # places that are somebody else's, and bytes of what is there
+
+    def written(self, name: str) -> torch.Tensor:
+        """The memory of a weight, to be written to.
+
+        Raises:
+            BudgetError: there is no room for it.
+            UnsupportedError: a pass is under way.
+        """
+        with self._engine.lock:
+            if name not in self.held:
+                self.make_room([name])
+                self._hold(name, self._engine.current(name))
+            return self.held[name].detach()
+
+    def replace(self, name: str, data: torch.Tensor) -> None:
+        """Let `data` be the weight, in whatever shape and dtype.
+
+        Raises:
+            BudgetError: there is no room for it.
+            UnsupportedError: a pass is under way.
+        """
+        with self._engine.lock:
+            if name in self.held:
+                self._engine.spend(data.nbytes - self.held[name].nbytes, without=())
+                self.held[name].data = data
+                return
+            self.make_room([name], data.nbytes)
+            self._hold(name, data)
+
+    def scale(self, name: str, func: Scaling, number: float) -> bool:
+        """Multiply or divide a weight by a number each time it arrives; False where it has to be held instead."""
+        with self._engine.lock:
+            weight = self._engine.schedule[name]
+            if name in self.held or weight.convert is Convert.DECODE:
+                return False
+            if not self._engine.placeholder(name).is_floating_point():
+                return False
+            if number != 1:
+                self.scaled[name].append((func, number))
+            return True
+
+    def arrived(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """A weight, or rows of it, as it should be by now; written in place."""
+        for func, number in self.scaled.get(name, ()):
+            func(weight, number)
+        return weight
+
+    def make_room(self, names: Collection[str], nbytes: int | None = None) -> None:
+        """Have memory for weights that are about to be held.
+
+        Args:
+            names: of weights; those that are held already need none.
+            nbytes: of all of them, where it is not what they have.
+
+        Raises:
+            BudgetError: not even the smallest plan leaves so much.
+            UnsupportedError: a pass is under way.
+        """
+        engine = self._engine
+        new = [name for name in names if name not in self.held and name not in self._reserved]
+        if not new:
+            return
+        if engine.in_pass:
+            raise UnsupportedError(
+                f"{new[0]} streams and was written to while the model runs: what is on disk would come back with the "
+                f"next pass; write to it before, or give enough memory for it to stay"
+            )
+        if nbytes is None:
+            nbytes = sum(engine.schedule[name].decoded_nbytes for name in new)
+        engine.spend(nbytes, without=new)
+        self._reserved.update(new)
+        self.outdated = True
+
+    def keep(self, name: str, weight: torch.Tensor) -> None:
+        """Hold what stands in the modules of a resident weight already."""
+        self.held[name] = weight  # type: ignore[assignment]
+
+    def adopt(self) -> None:
+        """Leave alone what somebody put in place of a streamed weight, and count it; take back what was put back.
+
+        Raises:
+            BudgetError: there is no room for it.
+        """
+        engine = self._engine
+        for name, site, nbytes in tuple(self._left):
+            if engine.is_back(name, site):
+                engine.occupy(name, site)
+                self._left.remove((name, site, nbytes))
+                self.gone.discard(name)
+                engine.spend(-nbytes, without=())
+                self.outdated = True
+        found = list(engine.foreign())
+        memory = {id(each): each.nbytes for _, _, each in found if each is not None and not hasattr(each, "home")}
+        for name, site, _ in found:  # before a plan is made anew, which would bind there again
+            engine.leave(name, site)
+        try:
+            engine.spend(sum(memory.values()), without=())
+        except BudgetError:
+            for name, site, _ in found:
+                engine.occupy(name, site)
+            raise
+        for name, site, each in found:
+            self._left.append((name, site, memory.pop(id(each), 0)))
+            if not engine.stands(name):
+                self.gone.add(name)
+                self.outdated = True
+
+    def _hold(self, name: str, data: torch.Tensor) -> None:
+        self.scaled.pop(name, None)  # `data` has been scaled
+        if data.is_inference():
+            data = data.clone()
+        asked = self._engine.placeholder(name).requires_grad and (data.is_floating_point() or data.is_complex())
+        self._reserved.discard(name)
+        self.held[name] = parameter = nn.Parameter(data, requires_grad=asked)
+        self._engine.bind(name, parameter)
+
+
+class Home:
+    """Where the data of one weight of an engine is; see `lamina.tensors.disk.Home`."""
+
+    def __init__(self, engine: Owner, name: str) -> None:
+        self._engine, self.name = engine, name
+
+    def read(self) -> torch.Tensor:
+        return self._engine.current(self.name)
+
+    def gather(self, ids: torch.Tensor) -> torch.Tensor | None:
+        return self._engine.rows(self.name, ids)
+
+    def part(self, first: int, count: int) -> torch.Tensor:
+        return self._engine.part(self.name, first, count)
+
+    def written(self) -> torch.Tensor:
+        return self._engine.overrides.written(self.name)
+
+    def scale(self, func: Scaling, number: float) -> bool:
+        return self._engine.overrides.scale(self.name, func, number)
+
+    def replace(self, data: torch.Tensor) -> None:
+        if getattr(data, "home", None) is self:  # what it holds already
+            return
+        self._engine.overrides.replace(self.name, data)

@@ -1,0 +1,1 @@
+"""Tensor subclasses that stand where a weight stands. torch only, no transformers."""

@@ -1,0 +1,377 @@
+"""Weights that stay as they are stored, and become numbers where they are used.
+
+An `Encoded` stands in a module in place of the parameter. A linear is answered by the codec's own product, or by
+decoding one block of rows after the other into a scratch area and multiplying with it; a lookup decodes the rows
+that are looked up; one expert of several is an `Encoded` again. Any other operation decodes the whole weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from lamina.codec import ByRows, Quick, codec_for
+from lamina.errors import UnsupportedError
+from lamina.plan.cut import ROW_MULTIPLE
+from lamina.plan.schedule import Span
+from lamina.tensors.disk import (
+    SET_DATA,
+    DiskTensor,
+    Home,
+    materialize,
+    no_storage,
+    not_pickled,
+    pointed,
+    views,
+    without_memory,
+    write,
+)
+from lamina.tensors.guard import PACKED, asking, refused
+from lamina.tensors.ids import check_ids
+from lamina.tensors.padded_rows import product
+from lamina.tensors.row_blocks import METADATA, is_number, linear_arguments
+
+aten = torch.ops.aten
+_WRITERS = frozenset(
+    f"__{name}__" for name in "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor setitem".split()
+)
+_Tensor: Any = torch.Tensor
+KEPT = frozenset({_Tensor.detach, _Tensor.requires_grad_, _Tensor.requires_grad.__set__})
+_VIEWS = "__getitem__ view reshape t transpose permute narrow select flatten view_as unsqueeze squeeze chunk split"
+SEEN = frozenset(getattr(_Tensor, name) for name in _VIEWS.split())
+BLOCK = 4 << 20  # bytes of decoded rows at a time: few enough to stay in a processor's cache
+WIDEST_BLOCK = 4096  # rows up to which a block is a multiple of a panel and of `ROW_MULTIPLE`
+
+
+class Scratch:
+    """Memory that one block of decoded rows after the other is written to; made on first use."""
+
+    def __init__(self) -> None:
+        self._memory: dict[torch.device, torch.Tensor] = {}
+
+    def rows(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Room for a block, of shape (rows, columns); the one before is overwritten."""
+        nbytes = rows * columns * dtype.itemsize
+        memory = self._memory.get(device)
+        if memory is None or memory.numel() < nbytes:
+            self._memory.pop(device, None)
+            memory = self._memory[device] = torch.empty(max(nbytes, BLOCK), dtype=torch.uint8, device=device)
+        return memory[:nbytes].view(dtype).view(rows, columns)
+
+
+def block_rows(columns: int, itemsize: int, codec: str, panel_rows: int) -> int:
+    """Rows that are decoded at once."""
+    step = ROW_MULTIPLE if isinstance(codec_for(codec), ByRows) else math.lcm(ROW_MULTIPLE, panel_rows)
+    step = step if step <= WIDEST_BLOCK else panel_rows
+    return max(BLOCK // (columns * itemsize) // step, 1) * step
+
+
+@dataclass(frozen=True, slots=True)
+class _One:
+    """A weight of two dimensions that is one call of a codec's quick product; kept, so that a call costs little."""
+
+    product: Callable[[torch.Tensor, torch.Tensor, int, torch.Tensor], bool]
+    panels: torch.Tensor
+    rows: int
+    columns: int
+    dtype: torch.dtype
+
+
+class Encoded(torch.Tensor):
+    """A weight in panels.
+
+    Attributes:
+        memory: uint8, what its spans count their bytes in.
+        spans: its rows in order: those of the matrix whose columns are the last dimension.
+        scratch: where blocks of rows are decoded to.
+        whole: computes all of it, where no codec's panels hold it.
+        order: int64; row i of the weight is row `order[i]` of the panels. None where they are the same.
+        quick: a linear may take the codec's quick product, which rounds what it multiplies with: for drafts.
+    """
+
+    memory: torch.Tensor
+    spans: tuple[Span, ...]
+    scratch: Scratch
+    whole: Callable[[torch.Tensor], torch.Tensor] | None
+    order: torch.Tensor | None
+    quick: bool = False
+    home: Home | None = None  # of one that stays in memory: what is written to it goes there
+    _one: _One | None = None
+    __dlpack_c_exchange_api__ = None
+
+    @staticmethod
+    def __new__(
+        cls,
+        shape: tuple[int, ...] | torch.Size,
+        dtype: torch.dtype,
+        memory: torch.Tensor,
+        spans: tuple[Span, ...],
+        scratch: Scratch,
+        whole: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        order: torch.Tensor | None = None,
+    ) -> Encoded:
+        self: Encoded = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=dtype, device=memory.device, requires_grad=False
+        )
+        without_memory(self)
+        self.memory, self.spans, self.scratch, self.whole, self.order = memory, spans, scratch, whole, order
+        return self
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"Encoded(shape={tuple(self.shape)}, dtype={self.dtype}, {self.memory.numel()} bytes)"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise not_pickled()
+
+    def decode(self) -> torch.Tensor:
+        """All of it, as a plain tensor."""
+        if self.whole is not None:
+            return self.whole(self.memory).to(self.dtype).view(self.shape)
+        columns = self.shape[-1]
+        out = torch.empty(self.numel() // max(columns, 1), columns, dtype=self.dtype, device=self.device)
+        at = 0
+        for span in self.spans:
+            self._decode(span, 0, span.rows, out[at : at + span.rows])
+            at += span.rows
+        return (out if self.order is None else out[self.order]).view(self.shape)
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`x @ self.T + bias`, for a weight of two dimensions.
+
+        Args:
+            x: shape (..., columns).
+        """
+        if self.whole is not None:
+            # torch picks kernels by this flag even under no_grad: plain transformers has it set
+            return torch.nn.functional.linear(x, self.decode().requires_grad_(), bias)
+        if self.order is not None and bias is not None:
+            bias = bias[torch.argsort(self.order)]  # of the rows as they are stored
+        out = x.new_empty(*x.shape[:-1], self.shape[0])
+        flat, flat_out = x.reshape(-1, x.shape[-1]).contiguous(), out.view(-1, self.shape[0])
+        at = 0
+        for span in self.spans:
+            rows = slice(at, at + span.rows)
+            if span.skip == 0 and self._product(flat, span, flat_out[:, rows]):
+                if bias is not None:
+                    flat_out[:, rows] += bias[rows]
+            else:
+                self._multiply(x, span, None if bias is None else bias[rows], out[..., rows])
+            at += span.rows
+        return out if self.order is None else out[..., self.order]
+
+    def look_up(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of a weight of two dimensions, of shape (*ids.shape, columns).
+
+        Raises:
+            TokenError: an id is no row of it.
+        """
+        check_ids(ids, self.shape[0], getattr(self.home, "name", "a packed table"))
+        if self.whole is not None:
+            return self.decode()[ids]
+        unique, inverse = torch.unique(ids, return_inverse=True)
+        wanted = (unique if self.order is None else self.order[unique]).tolist()
+        out = torch.empty(len(wanted), self.shape[1], dtype=self.dtype, device=self.device)
+        for place, row in enumerate(wanted):
+            for span in self.spans:
+                if row < span.rows:
+                    self._decode(span, row, 1, out[place : place + 1])
+                    break
+                row -= span.rows
+        return out[inverse]
+
+    def expert(self, index: int) -> Encoded:
+        """One index of dimension 0, of a weight of three dimensions and more."""
+        return self._seen(self.shape[1:], self._spans_of(index, 1))
+
+    def part(self, first: int, count: int) -> torch.Tensor:
+        """`count` indices of dimension 0, decoded."""
+        if self.whole is not None or self.order is not None:
+            return self.decode()[first : first + count]
+        return self._seen(torch.Size((count, *self.shape[1:])), self._spans_of(first, count)).decode()
+
+    def _spans_of(self, index: int, count: int) -> tuple[Span, ...]:
+        """The panels of `count` indices of dimension 0."""
+        rows = self.numel() // self.shape[0] // self.shape[-1]
+        spans, low = [], index * rows
+        for span in self.spans:
+            first, last = max(low, 0), min(low + count * rows, span.rows)
+            if first < last:
+                spans.append(_part(span, first, last - first))
+            low -= span.rows
+        return tuple(spans)
+
+    def _seen(self, shape: torch.Size, spans: tuple[Span, ...]) -> Encoded:
+        """These spans of the same memory, in another shape."""
+        seen = Encoded(shape, self.dtype, self.memory, spans, self.scratch)
+        seen.quick = self.quick
+        return seen
+
+    def _again(self) -> Encoded:
+        """The same weight in another tensor: torch wants one of a view."""
+        again = Encoded(self.shape, self.dtype, self.memory, self.spans, self.scratch, self.whole, self.order)
+        again.quick, again.home = self.quick, self.home
+        return again
+
+    def _panels(self, span: Span) -> torch.Tensor:
+        return self.memory[span.at : span.at + span.panels * span.panel_bytes].view(span.panels, span.panel_bytes)
+
+    def _decode(self, span: Span, first: int, rows: int, out: torch.Tensor) -> None:
+        part = _part(span, first, rows)
+        codec, columns = codec_for(part.codec), out.shape[1]
+        if isinstance(codec, ByRows):
+            codec.decode_rows(self._panels(part), part.skip, rows, columns, out)
+            return
+        if part.skip == 0 and part.held == part.rows:
+            codec.decode(self._panels(part), rows, columns, out)
+            return
+        held = torch.empty(part.held, columns, dtype=out.dtype, device=out.device)
+        codec.decode(self._panels(part), part.held, columns, held)
+        out.copy_(held[part.skip : part.skip + rows])
+
+    def _product(self, flat: torch.Tensor, span: Span, out: torch.Tensor) -> bool:
+        """Whether the codec multiplied by itself."""
+        codec, panels = codec_for(span.codec), self._panels(span)
+        if self.quick and isinstance(codec, Quick) and codec.linear_quick(flat, panels, span.rows, out):
+            return True
+        return codec.linear(flat, panels, span.rows, out)
+
+    def _as_one(self) -> _One | None:
+        if len(self.spans) != 1 or self.spans[0].skip or self.dim() != 2:
+            return None
+        if self.whole is not None or self.order is not None:
+            return None
+        span, codec = self.spans[0], codec_for(self.spans[0].codec)
+        if not isinstance(codec, Quick):
+            return None
+        return _One(codec.linear_quick, self._panels(span), span.rows, self.shape[1], self.dtype)
+
+    def _linear_quick(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor | None:
+        """What `linear` answers, with as little Python as can be; None where that has to look closer."""
+        one = self._one
+        if one is None:
+            one = self._one = self._as_one()
+        if one is None or type(x) is not torch.Tensor or x.dtype is not one.dtype:
+            return None
+        *some, columns = x.shape
+        if columns != one.columns or not x.is_contiguous():
+            return None
+        out = x.new_empty((*some, one.rows))
+        if not one.product(x.view(-1, columns), one.panels, one.rows, out.view(-1, one.rows)):
+            return None
+        return out if bias is None else out.add_(bias)
+
+    def _multiply(self, x: torch.Tensor, span: Span, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        columns = self.shape[-1]
+        step = block_rows(columns, self.dtype.itemsize, span.codec, span.panel_rows)
+        for first in range(0, span.rows, step):
+            rows = min(step, span.rows - first)
+            block = self.scratch.rows(rows, columns, self.dtype, self.device)
+            self._decode(span, first, rows, block)
+            own = None if bias is None else bias[first : first + rows]
+            out[..., first : first + rows] = product(x, block.requires_grad_(), own)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear and not kwargs and type(args[1]) is Encoded and args[1].quick:
+            quick = None if torch.is_grad_enabled() else args[1]._linear_quick(args[0], *args[2:])
+            if quick is not None:
+                return quick
+        kwargs = kwargs or {}
+        if func == SET_DATA and isinstance(args[0], Encoded):
+            return args[0]._replace(args[1])
+        if pointed(func):
+            raise no_storage(func)
+        if getattr(func, "__name__", "") == "__get__" or func in METADATA or func in KEPT or _mutates(func, kwargs):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+            answer = _answered(func, args, kwargs)
+        if answer is not None:
+            return answer if isinstance(answer, Encoded) else refused(answer, asking(args, kwargs), PACKED)
+        if func in SEEN and isinstance(args[0], Encoded) and args[0].home is not None:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        return func(*tree_map(_decoded, args), **tree_map(_decoded, kwargs))
+
+    def _replace(self, data: torch.Tensor) -> None:
+        if data is self:
+            return
+        if self.home is None:
+            raise UnsupportedError(
+                "a packed weight was given other data while it is in use: do it before the model runs"
+            )
+        self.home.replace(data)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func in (aten.detach.default, aten.alias.default):
+            return args[0]._again()
+        if func is aten.embedding.default and isinstance(args[0], Encoded) and not isinstance(args[1], Encoded):
+            return args[0].look_up(args[1])
+        if func._schema.is_mutable:
+            return write(func, args, kwargs or {}, _decoded)
+        if views(func) and isinstance(args[0], Encoded) and args[0].home is not None:
+            return args[0]._as_placeholder().viewed(func, args[1:], kwargs or {})
+        return func(*tree_map(_decoded, args), **tree_map(_decoded, kwargs or {}))
+
+    def _as_placeholder(self) -> DiskTensor:
+        """What stands for this weight where a view of it is wanted, to which somebody may write."""
+        placeholder = DiskTensor.computed(lambda: self.decode(), (), self.shape, self.dtype).on(self.device)
+        placeholder.home = self.home
+        return placeholder
+
+
+def _part(span: Span, first: int, rows: int) -> Span:
+    """`rows` of the wanted rows of a span, from `first` on."""
+    if first == 0 and rows == span.rows:
+        return span
+    begin = (span.skip + first) // span.panel_rows
+    stop = -(-(span.skip + first + rows) // span.panel_rows)
+    held = min(stop * span.panel_rows, span.held) - begin * span.panel_rows
+    skip = span.skip + first - begin * span.panel_rows
+    at = span.at + begin * span.panel_bytes
+    return Span(span.codec, at, stop - begin, span.panel_rows, span.panel_bytes, held, skip, rows)
+
+
+def _answered(func: Any, args: Any, kwargs: Any) -> Any:
+    """What is computed from the panels; None for any other operation."""
+    if func is torch.nn.functional.linear:
+        x, weight, bias = linear_arguments(*args, **kwargs)
+        if isinstance(weight, Encoded) and weight.dim() == 2 and not isinstance(x, Encoded) and x.dtype == weight.dtype:
+            return weight.linear(x, bias)
+    if func in (torch.nn.functional.embedding, torch.embedding):
+        with torch._C.DisableTorchFunctionSubclass():  # what it comes to is answered above, whatever its arguments
+            return func(*args, **kwargs)
+    if not args or not isinstance(args[0], Encoded) or kwargs or args[0].whole is not None:
+        return None
+    encoded = args[0]
+    if func is torch.Tensor.__getitem__ and encoded.dim() >= 3 and encoded.order is None:
+        (index,) = args[1:]
+        if (isinstance(index, int) and not isinstance(index, bool)) or is_number(index):
+            number = int(index)
+            if -encoded.shape[0] <= number < encoded.shape[0]:
+                return encoded.expert(number % encoded.shape[0])
+    if func in (torch.Tensor.view, torch.Tensor.reshape) and not isinstance(args[1], torch.dtype):
+        with torch._C.DisableTorchFunctionSubclass():
+            shape = torch.empty(encoded.shape, dtype=encoded.dtype, device="meta").view(*args[1:]).shape
+        if len(shape) > 1 and shape[-1] == encoded.shape[-1] and encoded.order is None:
+            return encoded._seen(shape, encoded.spans)
+    return None
+
+
+def _decoded(value: Any) -> Any:
+    return value.decode() if isinstance(value, Encoded) else materialize(value)
+
+
+def _mutates(func: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function of torch writes to an argument, as its name says."""
+    name = getattr(func, "__name__", "")
+    return name in _WRITERS or (name.endswith("_") and not name.endswith("__")) or "out" in kwargs

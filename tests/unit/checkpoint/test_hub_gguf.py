@@ -1,0 +1,163 @@
+"""From a hub id and the name of a GGUF file to the file: it alone, with all its parts, and once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from helpers.fake_hub import FakeHub, connected
+from helpers.gguf_files import write_model
+from lamina import AutoModel
+from lamina.api import plan_model
+from lamina.checkpoint.gguf_name import split_name
+from lamina.checkpoint.hub_gguf import locate_gguf
+from lamina.errors import MissingShardError, RequestError, UnsupportedError
+from lamina.store import split
+
+PARTS = {f"big-0000{number}-of-00002.gguf": bytes(100 * number) for number in (1, 2)}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    with connected(FakeHub(), tmp_path / "cache", monkeypatch) as hub:
+        yield hub
+
+
+def test_the_file_alone_is_fetched_and_once(hub: FakeHub, caplog: pytest.LogCaptureFixture) -> None:
+    hub.add("me/m", {"a.gguf": b"GGUF1", "b.gguf": b"GGUF2", "config.json": b"{}"})
+    steps: list[tuple[str, int, int]] = []
+    path = locate_gguf("me/m", "b.gguf", progress=lambda *step: steps.append(step))
+    assert Path(path).read_bytes() == b"GGUF2"
+    assert steps[-1] == ("download", 5, 5)
+    assert sum("b.gguf" in each for each in hub.fetched()) == 1
+    assert not any("a.gguf" in each for each in hub.fetched())
+    assert locate_gguf("me/m", "b.gguf") == path
+    assert sum("b.gguf" in each for each in hub.fetched()) == 1
+    assert locate_gguf("me/m", "b.gguf", local_files_only=True) == path
+    assert not caplog.records  # huggingface_hub would say that no files matched
+
+
+def test_all_parts_are_fetched_by_the_name_of_any(hub: FakeHub) -> None:
+    hub.add("me/m", {f"q4/{name}": data for name, data in PARTS.items()})
+    path = Path(locate_gguf("me/m", "big-00002-of-00002.gguf", subfolder="q4"))
+    assert path.name == "big-00001-of-00002.gguf"
+    assert {each.name for each in path.parent.iterdir()} == set(PARTS)
+
+
+def test_what_is_not_there_is_named(hub: FakeHub) -> None:
+    hub.add("me/m", {"a.gguf": b"GGUF1", "big-00001-of-00002.gguf": b"x"})
+    with pytest.raises(RequestError, match=r"me/m has no file 'c\.gguf': name one, as in 'me/m:a\.gguf'; it al"):
+        locate_gguf("me/m", "c.gguf")
+    with pytest.raises(RequestError, match=r"me/m has no GGUF file for 'Q4_K_M': name one"):
+        locate_gguf("me/m", "Q4_K_M")
+    with pytest.raises(MissingShardError, match=r"needs big-00002-of-00002\.gguf, which the repository does not have"):
+        locate_gguf("me/m", "big-00001-of-00002.gguf")
+    with pytest.raises(MissingShardError, match=r"a\.gguf of me/m is not in the cache"):
+        locate_gguf("me/m", "a.gguf", local_files_only=True)
+
+
+def test_one_is_named_by_its_kind(hub: FakeHub) -> None:
+    names = [
+        "m-Q4_K_M.gguf",
+        "m-IQ4_K_M.gguf",
+        "Q4_K_M_L/m-Q4_K_M_L-00001-of-00001.gguf",
+        "m.Q8_0.gguf",
+        "mmproj-F16.gguf",
+    ]
+    hub.add("me/m", {name: name.encode() for name in names})
+    for choice, name in (("Q4_K_M", names[0]), ("q8_0", names[3]), ("Q4_K_M_L", names[2])):
+        assert Path(locate_gguf("me/m", choice)).read_bytes() == name.encode()
+        assert Path(locate_gguf("me/m", choice, local_files_only=True)).read_bytes() == name.encode()
+    assert locate_gguf("me/m", "m-Q4_K_M_L-00001-of-00001.gguf").endswith(names[2])
+    hub.add("me/two", {"a-Q8_0.gguf": b"", "b-Q8_0.gguf": b""})
+    with pytest.raises(RequestError, match=r"2 GGUF models for 'Q8_0': name one, as in 'me/two:a-Q8_0\.gguf'"):
+        locate_gguf("me/two", "Q8_0")
+
+
+@pytest.mark.parametrize("plan", [True, False])
+def test_a_repository_of_gguf_alone_lists_what_it_has(hub: FakeHub, plan: bool) -> None:
+    hub.add("me/m", {"a-Q8_0.gguf": b"1", "q/b-Q4_K_M.gguf": b"2", "mmproj-F16.gguf": b"", "README.md": b""})
+    line = r"me/m holds 2 GGUF models and no other weights: name one, as in 'me/m:q/b-Q4_K_M\.gguf'; it al"
+    with pytest.raises(UnsupportedError, match=line):
+        plan_model("me/m") if plan else AutoModel.from_pretrained("me/m", memory="3GB")
+    assert not any(name.endswith(".gguf") for name in hub.fetched())
+    locate_gguf("me/m", "Q8_0")
+    with pytest.raises(UnsupportedError, match=r"'me/m:a-Q8_0\.gguf'"):
+        plan_model("me/m", local_files_only=True) if plan else AutoModel.from_pretrained("me/m", local_files_only=True)
+
+
+def test_a_model_of_the_hub_runs(hub: FakeHub, tmp_path: Path) -> None:
+    hub.add("me/m", {"model-F16.gguf": write_model(tmp_path, "llama").read_bytes()})
+    for name in ("me/m:model-F16.gguf", "me/m:F16"):
+        with pytest.raises(UnsupportedError, match=r"download model-F16\.gguf of me/m first, with `hf download me/m m"):
+            plan_model(name)
+    for name, options in (("me/m", {"gguf_file": "model-F16.gguf"}), ("me/m:f16", {})):
+        model = AutoModel.from_pretrained(name, memory="3GB", device="cpu", **options)
+        with model.lamina as lamina:
+            assert lamina.model.config.model_type == "llama"
+            assert lamina.model.tokenizer.eos_token_id == 2
+    assert plan_model("me/m:F16").model_bytes  # from the cache
+    with pytest.raises(RequestError, match=r"two GGUF files: give one"):
+        plan_model("me/m:F16", gguf_file="other.gguf")
+
+
+def test_one_of_a_folder_runs(tmp_path: Path) -> None:
+    for kind in ("Q8_0", "F16"):
+        write_model(tmp_path / kind, "llama").rename(tmp_path / f"m-{kind}.gguf")
+    with pytest.raises(UnsupportedError, match=rf"{tmp_path} holds 2 GGUF models .*'{tmp_path}:m-F16\.gguf'"):
+        plan_model(str(tmp_path))
+    for name in ("F16", "m-F16.gguf"):
+        assert plan_model(f"{tmp_path}:{name}").model_bytes == plan_model(str(tmp_path / "m-F16.gguf")).model_bytes
+    assert plan_model(f"{tmp_path}:F16", draft=f"{tmp_path}:Q8_0").draft == f"{tmp_path}:Q8_0"
+    assert "made of a GGUF file" in plan_model(f"{tmp_path}:F16").draft_reason
+    with pytest.raises(UnsupportedError, match="no copy in 4 bits is made of a GGUF file"):
+        plan_model(f"{tmp_path}:F16", draft="self")
+    with pytest.raises(RequestError, match="has no GGUF file for 'Q2_K': name one"):
+        plan_model(f"{tmp_path}:Q2_K")
+    for call in (split, AutoModel.from_pretrained):
+        with pytest.raises(UnsupportedError, match=r"F16 of .* is small already and streams as it is"):
+            call(f"{tmp_path}:F16", compression="4bit")
+    with pytest.raises(UnsupportedError, match=r"m-F16\.gguf of .* is small already and streams as it is"):
+        split(str(tmp_path), gguf_file="m-F16.gguf")
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "choice"),
+    [
+        ("org/m:a.gguf", "org/m", "a.gguf"),
+        ("org/m:q4/a-00001-of-00002.gguf", "org/m", "q4/a-00001-of-00002.gguf"),
+        ("org/m-GGUF:Q4_K_M", "org/m-GGUF", "Q4_K_M"),
+        ("./folder:UD-Q4_K_XL", "./folder", "UD-Q4_K_XL"),
+        ("C:\\models\\a.gguf", "C:\\models\\a.gguf", None),
+        ("C:a.gguf", "C:a.gguf", None),
+        ("https://huggingface.co/org/m", "https://huggingface.co/org/m", None),
+        ("https://huggingface.co/org/m.gguf", "https://huggingface.co/org/m.gguf", None),
+        ("org/m", "org/m", None),
+        ("org/m:", "org/m:", None),
+        (":Q4", ":Q4", None),
+    ],
+)
+def test_a_name_is_taken_apart_at_its_colon(name: str, model: str, choice: str | None) -> None:
+    assert split_name(name) == (model, choice)
+
+
+def test_what_exists_is_a_path_whatever_its_colons(tmp_path: Path) -> None:
+    (tmp_path / "m:Q4").mkdir()
+    (tmp_path / "m:a.gguf").touch()
+    for name in ("m:Q4", "m:a.gguf"):
+        assert split_name(tmp_path / name) == (str(tmp_path / name), None)
+
+
+def test_a_cache_without_any_says_so(hub: FakeHub) -> None:
+    hub.add("me/m", {"a.gguf": b""})
+    for choice in ("a.gguf", "Q8_0"):
+        with pytest.raises(MissingShardError, match=rf"{choice} of me/m is not in the cache, and this run may not use"):
+            locate_gguf("me/m", choice, local_files_only=True)
+    locate_gguf("me/m", "a.gguf")
+    with pytest.raises(
+        MissingShardError, match=r"in the cache, me/m has no file 'b\.gguf': .*; and this run may not use"
+    ):
+        locate_gguf("me/m", "b.gguf", local_files_only=True)

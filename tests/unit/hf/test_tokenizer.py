@@ -1,0 +1,137 @@
+"""A tokenizer that is loaded when somebody uses it."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from lamina import RequestError
+from lamina.hf.tokenizer import LazyTokenizer, load_tokenizer, tokenizer_bytes
+from lamina.hf.trace import Trace
+from lamina.plan.schedule import Call
+from lamina.runtime.budget import make_budget
+
+WORDS = {"<pad>": 0, "<unk>": 1, "hello": 2, "world": 3}
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    made = Tokenizer(models.WordLevel(WORDS, "<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", unk_token="<unk>")
+
+
+@pytest.fixture
+def lazy() -> Any:
+    """A tokenizer, the model that has it and how often it was loaded."""
+    model = nn.Module()
+    loads = []
+
+    def load() -> PreTrainedTokenizerFast:
+        loads.append(1)
+        return _tokenizer()
+
+    object.__setattr__(model, "tokenizer", LazyTokenizer(model, load))  # type: ignore[arg-type]
+    return model, loads
+
+
+def test_nothing_is_loaded_before_it_is_used(lazy: Any) -> None:
+    model, loads = lazy
+    assert repr(model.tokenizer) == "<tokenizer, not loaded yet>"
+    assert not loads
+
+
+def test_use_loads_once_and_the_model_has_the_real_one_from_then_on(lazy: Any) -> None:
+    model, loads = lazy
+    held = model.tokenizer
+    assert held("hello world")["input_ids"] == [2, 3]
+    assert held.decode([3]) == "world"
+    assert type(model.tokenizer) is PreTrainedTokenizerFast
+    assert repr(held) == repr(model.tokenizer)
+    assert len(loads) == 1
+
+
+@pytest.mark.parametrize(
+    ("use", "wanted"),
+    [
+        (len, 4),
+        (lambda t: isinstance(t, PreTrainedTokenizerBase), True),
+        (lambda t: t.pad_token_id, 0),
+        (lambda t: t("hello", return_tensors="pt")["input_ids"].tolist(), [[2]]),
+        (lambda t: t.convert_tokens_to_ids("world"), 3),
+    ],
+)
+def test_it_does_what_the_real_one_does(use: Any, wanted: object, lazy: Any) -> None:
+    assert use(lazy[0].tokenizer) == wanted
+
+
+def test_an_attribute_that_is_set_is_set_on_the_real_one(lazy: Any) -> None:
+    model, _ = lazy
+    held = model.tokenizer
+    held.padding_side = "left"
+    assert model.tokenizer.padding_side == held.padding_side == "left"
+
+
+def test_it_outlives_its_model(lazy: Any) -> None:
+    held = lazy[0].tokenizer
+    made = LazyTokenizer(nn.Module(), _tokenizer)  # type: ignore[arg-type]
+    assert held("hello")["input_ids"] == made("hello")["input_ids"] == [2]
+
+
+def test_loading_from_a_folder(tmp_path: Path) -> None:
+    _tokenizer().save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path), False)("world")["input_ids"] == [3]
+
+
+def test_a_folder_without_one_says_what_to_do_instead(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"no usable tokenizer in .* pass token ids instead") as caught:
+        load_tokenizer(str(tmp_path), False)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_one_says_so_in_one_line(tmp_path: Path) -> None:
+    _tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(RequestError, match="no usable tokenizer") as caught:
+        load_tokenizer(str(tmp_path), False)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_large_vocabulary_has_room_of_its_own(tmp_path: Path) -> None:
+    assert tokenizer_bytes(str(tmp_path)) == 0
+    (tmp_path / "vocab.json").write_bytes(bytes(3_000))
+    (tmp_path / "merges.txt").write_bytes(bytes(1_000))
+    assert tokenizer_bytes(str(tmp_path)) == 15 * 4_000
+    (tmp_path / "tokenizer.json").write_bytes(bytes(10_000))
+    assert tokenizer_bytes(str(tmp_path)) == 15 * 10_000
+
+    def overhead(nbytes: int) -> int:
+        trace = Trace(Call(""), {}, activation_bytes={8: 8, 16: 16, 32: 32}, cache_bytes={8: 8, 16: 16, 32: 32})
+        return make_budget("4GB", None, torch.device("cpu"), trace, 256, 0, nbytes).overhead_bytes
+
+    assert overhead(190_000_000) == overhead(0) + 190_000_000
+
+
+def test_a_closed_model_lets_its_tokenizer_go_and_loads_it_again_where_it_is_used(lazy: Any) -> None:
+    model, loads = lazy
+    first = model.tokenizer
+    first.forget()
+    assert not loads
+    first("hello")
+    real = weakref.ref(model.tokenizer)
+    assert isinstance(real(), PreTrainedTokenizerFast)
+    first.forget()
+    gc.collect()
+    assert real() is None
+    assert model.tokenizer("hello world")["input_ids"] == [2, 3]
+    assert len(loads) == 2
+    model.tokenizer = own = _tokenizer()
+    first.forget()
+    assert model.tokenizer is own
