@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import graphlib
+import importlib.util
+import pkgutil
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +24,14 @@ from lamina.cli.main import app
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+SOURCES = ROOT / "src" / "lamina"
+HISTORY = ("CHANGELOG.md", "log.md")  # what they name was there at their time
+OF_NOW = [page for page in (*PAGES, ROOT / "benchmarks" / "README.md") if page.name not in HISTORY]
+OF_THE_CODE = [ROOT / "CONTRIBUTING.md", *(ROOT / "docs" / f"{name}.md" for name in ("architecture", "glossary"))]
+OF_THE_CODE.append(ROOT / "docs" / "how-it-works.md")
+FILE = re.compile(r"(?:[\w.-]+/)+[\w.-]*|\w+\.(?:py|c)")
+NOT_IN_GIT = {".cache", ".venv"}
+IN_STORES = {"lamina.json", "lamina.padding", "lamina.split.jsonl"}  # names within stores: docs/store-format.md
 
 
 def fenced_lines(page: Path) -> Iterator[str]:
@@ -55,6 +68,109 @@ def test_every_relative_link_leads_to_a_file(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if not re.match(r"[a-z]+:|#", target):
             assert (page.parent / target.partition("#")[0]).exists(), f"{page.name} links to {target}"
+
+
+def code_in(page: Path) -> Iterator[str]:
+    """What stands in backticks or fenced blocks."""
+    text = page.read_text()
+    yield from fenced_lines(page)
+    yield from re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+
+
+def files_named(page: Path) -> set[str]:
+    """The files and folders of this repository that a page names in its code."""
+    folders = {path.name for start in (ROOT, SOURCES) for path in start.iterdir() if path.is_dir()} - NOT_IN_GIT
+    words = {word for line in code_in(page) for word in re.split(r"[\s'\"(),;:=]+", line) if FILE.fullmatch(word)}
+    return {word for word in words if "/" not in word or word.split("/")[0] in folders}
+
+
+def is_there(name: str) -> bool:
+    """Whether the repository has that file: from its root, from src/lamina, or anywhere where it has no folder."""
+    if "/" not in name:
+        return any(path for folder in ("src", "tests", "benchmarks", "scripts") for path in (ROOT / folder).rglob(name))
+    return any((start / name).exists() for start in (ROOT, ROOT / "src", SOURCES))
+
+
+@pytest.mark.parametrize("page", OF_NOW, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_file_named_is_there(page: Path) -> None:
+    assert [name for name in sorted(files_named(page)) if not is_there(name)] == []
+
+
+@pytest.mark.parametrize("page", OF_NOW, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_dotted_name_of_lamina_is_there(page: Path) -> None:
+    names = {name for line in code_in(page) for name in re.findall(r"(?<![\w./-])lamina(?:\.[A-Za-z_]\w*)+", line)}
+    for name in sorted(names - IN_STORES):
+        pkgutil.resolve_name(name)
+
+
+@pytest.mark.parametrize("page", OF_THE_CODE, ids=lambda page: page.name)
+def test_every_class_named_is_in_the_sources(page: Path) -> None:
+    words = set(re.findall(r"\w+", "\n".join(path.read_text() for path in SOURCES.rglob("*.py"))))
+    named = {text for text in code_in(page) if re.fullmatch(r"[A-Z]\w*[a-z]\w*", text)}
+    assert named - words == set()
+
+
+def test_files_that_are_not_there_are_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "`plan/planner.py`, `plan/no.py`, `src/lamina/no/`, `no.py`, `org/model.json`, `api.py`, plan/text.py\n"
+        "```\npython scripts/no.sh; scripts/test 'tests/conftest.py::test'\n```\n"
+    )
+    assert {name for name in files_named(page) if not is_there(name)} == {
+        "plan/no.py",
+        "src/lamina/no/",
+        "no.py",
+        "scripts/no.sh",
+    }
+
+
+def rooms() -> Any:
+    """scripts/rooms.py as a module."""
+    spec = importlib.util.spec_from_file_location("rooms", ROOT / "scripts" / "rooms.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_picture_of_the_rooms_is_that_of_the_imports() -> None:
+    checked = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "rooms.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_every_room_has_one_row_that_says_what_it_is_for() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| \S", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(rooms().rooms())
+
+
+def test_the_rooms_are_read_from_every_kind_of_import(tmp_path: Path) -> None:
+    sources = tmp_path / "lamina"
+    for name, text in {
+        "__init__.py": "from lamina.top import a",
+        "errors.py": "",
+        "top/__init__.py": "",
+        "top/a.py": "import importlib\ndef later():\n    importlib.import_module('lamina.middle.b')",
+        "middle/__init__.py": "",
+        "middle/b.py": "from lamina.errors import Some\nif TYPE_CHECKING:\n    import lamina.low.c",
+        "low/__init__.py": "",
+        "low/c.py": "from lamina import errors",
+    }.items():
+        (sources / name).parent.mkdir(parents=True, exist_ok=True)
+        (sources / name).write_text(text)
+    module = rooms()
+    graph = module.rooms(sources)
+    assert graph == {"top": {"middle"}, "middle": {"low", "base"}, "low": {"base"}, "base": set()}
+    assert "    middle --> base" not in module.text(graph)  # through low
+    assert "| middle | low, base |" in module.text(graph)
+    (sources / "low" / "c.py").write_text("import lamina.top.a")
+    with pytest.raises(graphlib.CycleError):
+        module.rooms(sources)
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= 1000
 
 
 def test_the_version_is_one() -> None:
