@@ -88,6 +88,7 @@ class Field:
 
     @property
     def is_array(self) -> bool:
+        """Whether the value is an array, of which only the length is known."""
         return self.kind == _ARRAY
 
 

@@ -54,13 +54,20 @@ class Described(Protocol):
     """What a manifest says about one tensor."""
 
     @property
-    def dtype(self) -> str: ...
+    def dtype(self) -> str:
+        """Of the source, in safetensors' terms."""
+
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Of the source."""
+
     @property
-    def codec(self) -> str: ...
+    def codec(self) -> str:
+        """`plain`, or a name that `lamina.codec` knows."""
+
     @property
-    def panel_rows(self) -> int: ...
+    def panel_rows(self) -> int:
+        """Rows of a panel; 0 where plain."""
 
 
 @dataclass(frozen=True, slots=True)

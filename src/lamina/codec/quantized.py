@@ -23,6 +23,7 @@ class Field:
 
     @property
     def nbytes(self) -> int:
+        """Bytes that it takes in the panel."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def of(self, panel: torch.Tensor) -> torch.Tensor:
@@ -48,6 +49,7 @@ class PackedCodec:
 
     @property
     def panel_bytes(self) -> int:
+        """Bytes of a panel, which holds one matrix; of several tensors, rounded up to `PACKING`."""
         end = self.fields[-1].at + self.fields[-1].nbytes
         return align(end, PACKING) if len(self.fields) > 1 else end
 

@@ -61,6 +61,7 @@ class Segment:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of its panels."""
         return -(-self.rows // self.panel_rows) * self.panel_bytes
 
     def overlap(self, low: int, high: int, begin: int) -> Span | None:
@@ -137,6 +138,7 @@ class Weight:
 
     @property
     def elements(self) -> int:
+        """How many numbers it has."""
         count = 1
         for size in self.shape:
             count *= size
@@ -171,6 +173,7 @@ class Weight:
 
     @property
     def rows(self) -> int:
+        """Length of its first dimension; 1 for a single number."""
         return self.shape[0] if self.shape else 1
 
     @property
@@ -222,6 +225,7 @@ class Call:
     calls: tuple[Call, ...] = ()
 
     def walk(self) -> Iterator[Call]:
+        """This call and every call inside it, outer before inner, in order."""
         yield self
         for call in self.calls:
             yield from call.walk()

@@ -44,6 +44,7 @@ class Panels:
 
     @property
     def matrices(self) -> int:
+        """How many matrices the tensor is made of: the product of all dimensions but the last two."""
         count = 1
         for size in self.shape[:-2]:
             count *= size

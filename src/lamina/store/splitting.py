@@ -47,6 +47,7 @@ class SplitResult:
     kept: Mapping[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
+        """All of it, for JSON."""
         return asdict(self)
 
 

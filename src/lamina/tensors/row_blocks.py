@@ -110,6 +110,7 @@ METADATA = {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tenso
 def linear_arguments(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Input, weight and bias of a call of `torch.nn.functional.linear`, however they were named in it."""
     return input, weight, bias
 
 
@@ -140,6 +141,7 @@ def _is_plain(weight: torch.Tensor) -> bool:
 
 
 def is_number(value: Any) -> bool:
+    """Whether it is a tensor without dimensions that holds a number, which a bool is not."""
     return isinstance(value, torch.Tensor) and value.dim() == 0 and value.dtype is not torch.bool
 
 
