@@ -1,8 +1,9 @@
-"""Every public name of the package says what it is."""
+"""Every public name of the package says what it is, and a class name stands for one thing."""
 
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "lamina"
 TREES = {path.relative_to(SOURCE).as_posix(): ast.parse(path.read_text()) for path in sorted(SOURCE.rglob("*.py"))}
 
 WITHOUT_DOCSTRING = {"runtime/engine.py: Engine.schedule"}
+WITH_TWO_MEANINGS = {"Call", "Trace"}
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
@@ -45,3 +47,28 @@ class _E: ...
 """
     assert untold({"here.py": ast.parse(text)}) == {"here.py: A.b", "here.py: d"}
     assert untold({"here.py": ast.parse("a = 1")}) == {"here.py"}
+
+
+def ambiguous(trees: dict[str, ast.Module]) -> set[str]:
+    """Names of classes and of types that more than one module, or one module twice, gives."""
+    places: dict[str, list[str]] = defaultdict(list)
+    for place, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                places[node.name].append(place)
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                name = node.targets[0].id
+                if name[0].isupper() and not name.isupper():  # a type; a constant is all capitals
+                    places[name].append(place)
+    return {name for name, given in places.items() if len(given) > 1}
+
+
+def test_a_class_name_stands_for_one_thing() -> None:
+    assert not ambiguous(TREES) - WITH_TWO_MEANINGS
+
+
+def test_a_class_name_with_two_meanings_is_found() -> None:
+    first = ast.parse("class One: ...\nclass _Two: ...\nclass Once: ...\nType = int\nROOM = 1")
+    second = ast.parse("One = int\ndef f():\n    class _Two: ...\nclass Type: ...\nROOM = 2")
+    assert ambiguous({"first.py": first, "second.py": second}) == {"One", "_Two", "Type"}

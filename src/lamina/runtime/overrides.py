@@ -207,33 +207,33 @@ class Overrides:
 
 
 class Home:
-    """Where the data of one weight of an engine is; see `lamina.tensors.disk.Home`."""
+    """Where the data of one weight of an engine is; see `lamina.tensors.disk.WeightHome`."""
 
     def __init__(self, engine: Owner, name: str) -> None:
         self._engine, self.name = engine, name
 
     def read(self) -> torch.Tensor:
-        """See `lamina.tensors.disk.Home.read`."""
+        """See `lamina.tensors.disk.WeightHome.read`."""
         return self._engine.current(self.name)
 
     def gather(self, ids: torch.Tensor) -> torch.Tensor | None:
-        """See `lamina.tensors.disk.Home.gather`."""
+        """See `lamina.tensors.disk.WeightHome.gather`."""
         return self._engine.rows(self.name, ids)
 
     def part(self, first: int, count: int) -> torch.Tensor:
-        """See `lamina.tensors.disk.Home.part`."""
+        """See `lamina.tensors.disk.WeightHome.part`."""
         return self._engine.part(self.name, first, count)
 
     def written(self) -> torch.Tensor:
-        """See `lamina.tensors.disk.Home.written`."""
+        """See `lamina.tensors.disk.WeightHome.written`."""
         return self._engine.overrides.written(self.name)
 
     def scale(self, func: Scaling, number: float) -> bool:
-        """See `lamina.tensors.disk.Home.scale`."""
+        """See `lamina.tensors.disk.WeightHome.scale`."""
         return self._engine.overrides.scale(self.name, func, number)
 
     def replace(self, data: torch.Tensor) -> None:
-        """See `lamina.tensors.disk.Home.replace`."""
+        """See `lamina.tensors.disk.WeightHome.replace`."""
         if getattr(data, "home", None) is self:  # what it holds already
             return
         self._engine.overrides.replace(self.name, data)

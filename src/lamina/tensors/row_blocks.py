@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from lamina.tensors.disk import DiskTensor, Home, not_pickled, without_memory
+from lamina.tensors.disk import DiskTensor, WeightHome, not_pickled, without_memory
 from lamina.tensors.guard import Guarded, without_gradient
 
 _SET_REQUIRES_GRAD = torch.Tensor.requires_grad.__set__  # type: ignore[attr-defined]
@@ -48,7 +48,7 @@ class Blocks(torch.Tensor):
         return self
 
     @property
-    def home(self) -> Home | None:
+    def home(self) -> WeightHome | None:
         """Where the data of the weight is."""
         return self.whole.home
 
