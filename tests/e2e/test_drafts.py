@@ -36,7 +36,7 @@ from lamina import (
 from lamina.sizes import format_size
 from lamina.speculative.decoder import MOST
 from lamina.store import split
-from lamina.store.work import Work
+from lamina.store.work import Splitter
 
 IDS = torch.tensor([[5, 99, 23, 77, 5, 99, 23, 77, 5, 99, 23]])
 NEW = 24
@@ -494,7 +494,7 @@ def test_too_little_memory_is_told_before_a_copy_is_written(
     alone: Path, answer: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Work, "run", never)
+        patch.setattr(Splitter, "run", never)
         error = refused_with(BudgetError, alone, memory=1, draft="self")
         assert isinstance(error, BudgetError)
         least = error.minimum_bytes

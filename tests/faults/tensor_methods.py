@@ -26,7 +26,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 from helpers.homes import InMemory
 from lamina.codec import register
 from lamina.errors import LaminaError, StorageError
-from lamina.plan.schedule import Span
+from lamina.plan.schedule import PanelSpan
 from lamina.tensors.disk import DiskTensor
 from lamina.tensors.packed import Encoded, Scratch
 from lamina.tensors.row_blocks import Blocks
@@ -103,7 +103,11 @@ def on_disk() -> DiskTensor:
 
 def encoded() -> Encoded:
     made = Encoded(
-        DATA.shape, DATA.dtype, DATA.clone().view(torch.uint8).view(-1), (Span("raw", 0, 2, 2, 32, 4, 0, 4),), Scratch()
+        DATA.shape,
+        DATA.dtype,
+        DATA.clone().view(torch.uint8).view(-1),
+        (PanelSpan("raw", 0, 2, 2, 32, 4, 0, 4),),
+        Scratch(),
     )
     made.home = InMemory(DATA.clone())
     return made

@@ -20,7 +20,7 @@ from lamina.codec import AFFINE
 from lamina.hf import exact_rows as module
 from lamina.hf.exact_rows import covers, one_row
 from lamina.plan import planner
-from lamina.plan.schedule import Span
+from lamina.plan.schedule import PanelSpan
 from lamina.tensors.packed import Encoded, Scratch
 from lamina.tensors.padded_rows import even_rows
 
@@ -157,7 +157,7 @@ def test_encoded_weights_are_multiplied_in_the_codecs_own_groups() -> None:
     rows, columns = 64, 256
     panels = codec.encode(torch.randn(rows, columns).bfloat16())
     memory = panels.reshape(-1).view(torch.uint8)
-    span = Span("q4", 0, rows, 1, memory.numel() // rows, rows, 0, rows)
+    span = PanelSpan("q4", 0, rows, 1, memory.numel() // rows, rows, 0, rows)
     weight = Encoded((rows, columns), torch.bfloat16, memory, (span,), Scratch())
     x = torch.randn(1, 20, columns).bfloat16()
     singly = torch.cat([functional.linear(one, weight) for one in x.split(1, 1)], 1)

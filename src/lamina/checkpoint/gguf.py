@@ -72,7 +72,7 @@ Value = int | float | bool | str
 
 
 @dataclass(frozen=True, slots=True)
-class Field:
+class MetadataField:
     """One key of the metadata.
 
     Attributes:
@@ -88,6 +88,7 @@ class Field:
 
     @property
     def is_array(self) -> bool:
+        """Whether the value is an array, of which only the length is known."""
         return self.kind == _ARRAY
 
 
@@ -101,7 +102,7 @@ class GgufFile:
     """
 
     checkpoint: Checkpoint
-    fields: Mapping[str, Field]
+    fields: Mapping[str, MetadataField]
 
     @property
     def path(self) -> str:
@@ -116,7 +117,7 @@ class GgufFile:
 
 @dataclass(frozen=True)
 class _Part:
-    fields: dict[str, Field]
+    fields: dict[str, MetadataField]
     tensors: dict[str, TensorEntry]
     fingerprint: Fingerprint
 
@@ -253,9 +254,9 @@ class _Cursor:
             self._buffer += more
 
 
-def _parse(cursor: _Cursor, file: str) -> tuple[dict[str, Field], dict[str, TensorEntry]]:
+def _parse(cursor: _Cursor, file: str) -> tuple[dict[str, MetadataField], dict[str, TensorEntry]]:
     tensor_count, field_count = _counts(cursor)
-    fields: dict[str, Field] = {}
+    fields: dict[str, MetadataField] = {}
     for _ in range(field_count):
         begin = cursor.at
         key = cursor.text("a key", _LONGEST_KEY)
@@ -263,7 +264,7 @@ def _parse(cursor: _Cursor, file: str) -> tuple[dict[str, Field], dict[str, Tens
             raise cursor.fault(f"the key {quote(key)} twice")
         kind = cursor.whole("<I")
         value = _value(cursor, kind, key)
-        fields[key] = Field(kind, value, begin, cursor.at - begin)
+        fields[key] = MetadataField(kind, value, begin, cursor.at - begin)
     alignment = _alignment(cursor, fields)
     found = [_described(cursor) for _ in range(tensor_count)]
     data_start = _align(cursor.at, alignment)
@@ -324,7 +325,7 @@ def _walk(cursor: _Cursor, key: str) -> int:
     return count
 
 
-def _alignment(cursor: _Cursor, fields: Mapping[str, Field]) -> int:
+def _alignment(cursor: _Cursor, fields: Mapping[str, MetadataField]) -> int:
     field = fields.get("general.alignment")
     if field is None:
         return 32

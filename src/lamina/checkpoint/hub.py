@@ -22,9 +22,9 @@ from lamina.checkpoint.hub_errors import clear_errors
 from lamina.checkpoint.mistaken import lone_adapter
 from lamina.checkpoint.remote import remote_headers
 from lamina.checkpoint.repository import (
+    HubRequest,
     Listing,
     RemoteFile,
-    Request,
     Token,
     adapter_of,
     check_listed,
@@ -79,7 +79,7 @@ def locate(
     """
     if (path := local_path(model)) is not None:
         return path
-    request = Request(
+    request = HubRequest(
         os.fspath(model), revision, cache_dir, token, check_subfolder(subfolder), variant, trust_remote_code
     )
     listing = None if local_files_only else list_repository(request)
@@ -104,7 +104,9 @@ def metadata_folder(
     """
     if (path := local_path(model)) is not None:
         return path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
-    request = Request(os.fspath(model), revision, cache_dir, token, check_subfolder(subfolder), None, trust_remote_code)
+    request = HubRequest(
+        os.fspath(model), revision, cache_dir, token, check_subfolder(subfolder), None, trust_remote_code
+    )
     listing = None if local_files_only else list_repository(request)
     if isinstance(listing, Listing):
         with clear_errors(request.model, revision):
@@ -141,7 +143,7 @@ def _can_only_be_a_path(name: str) -> bool:
     )
 
 
-def _download(request: Request, listing: Listing, progress: Progress | None) -> str:
+def _download(request: HubRequest, listing: Listing, progress: Progress | None) -> str:
     if lone := adapter_of(request, listing):
         with clear_errors(request.model, request.revision):
             folder = _fetch_small(request, listing, [lone])
@@ -161,7 +163,7 @@ def _download(request: Request, listing: Listing, progress: Progress | None) -> 
 
 
 def download_files(
-    request: Request, listing: Listing, files: Mapping[str, RemoteFile], progress: Progress | None
+    request: HubRequest, listing: Listing, files: Mapping[str, RemoteFile], progress: Progress | None
 ) -> str:
     """Brings files of a repository, as far as the cache does not have them; gives the folder of their snapshot."""
     total = sum(file.size or 0 for file in files.values())
@@ -173,12 +175,12 @@ def download_files(
     return folder
 
 
-def remember_commit(request: Request) -> None:
+def remember_commit(request: HubRequest) -> None:
     """Lets the cache learn which commit the revision stands for, so that it is found there without the network."""
     _snapshot(request, request.revision, (), _Counter(None, 0, 0))
 
 
-def _fetch_small(request: Request, listing: Listing, also: Iterable[str]) -> str:
+def _fetch_small(request: HubRequest, listing: Listing, also: Iterable[str]) -> str:
     names = [*small_files(listing.files, request.subfolder, request.trust_remote_code), *also]
     # By the revision's own name, so that the cache learns which commit it stands for.
     folder = _snapshot(request, request.revision, names, _Counter(None, 0, 0))
@@ -187,7 +189,7 @@ def _fetch_small(request: Request, listing: Listing, also: Iterable[str]) -> str
     return folder
 
 
-def _snapshot(request: Request, revision: str | None, names: Iterable[str], counter: _Counter) -> str:
+def _snapshot(request: HubRequest, revision: str | None, names: Iterable[str], counter: _Counter) -> str:
     from huggingface_hub import snapshot_download
 
     patterns = [glob.escape(name) for name in names]
@@ -246,13 +248,13 @@ def _silent_bar(counter: _Counter) -> type[Any]:
     return SilentBar
 
 
-def _cache(request: Request) -> str:
+def _cache(request: HubRequest) -> str:
     from huggingface_hub import constants
 
     return os.path.abspath(os.path.expanduser(request.cache_dir or constants.HF_HUB_CACHE))
 
 
-def _is_cached(request: Request, listing: Listing, name: str) -> bool:
+def _is_cached(request: HubRequest, listing: Listing, name: str) -> bool:
     from huggingface_hub.file_download import repo_folder_name
 
     repository = os.path.join(_cache(request), repo_folder_name(repo_id=request.model, repo_type="model"))
@@ -262,7 +264,7 @@ def _is_cached(request: Request, listing: Listing, name: str) -> bool:
     )
 
 
-def _check_space(request: Request, nbytes: int) -> None:
+def _check_space(request: HubRequest, nbytes: int) -> None:
     place = _cache(request)
     while not os.path.exists(place):
         place = os.path.dirname(place)
@@ -274,7 +276,7 @@ def _check_space(request: Request, nbytes: int) -> None:
         )
 
 
-def _snapshot_in_cache(request: Request, why: str) -> str:
+def _snapshot_in_cache(request: HubRequest, why: str) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -301,7 +303,7 @@ def _snapshot_in_cache(request: Request, why: str) -> str:
     return folder
 
 
-def _whole_in_cache(request: Request, why: str) -> str:
+def _whole_in_cache(request: HubRequest, why: str) -> str:
     folder = _snapshot_in_cache(request, why)
     root = os.path.join(folder, request.subfolder)
     try:

@@ -9,7 +9,7 @@ from lamina.checkpoint.choose import check_subfolder
 from lamina.checkpoint.gguf_name import choose_gguf, local_names, part_names
 from lamina.checkpoint.hub import download_files, remember_commit
 from lamina.checkpoint.hub_errors import clear_errors
-from lamina.checkpoint.repository import Listing, Request, Token, in_subfolder, list_repository, offline
+from lamina.checkpoint.repository import HubRequest, Listing, Token, in_subfolder, list_repository, offline
 from lamina.errors import MissingShardError, RequestError, UnsupportedError
 from lamina.progress import Progress
 
@@ -42,7 +42,7 @@ def locate_gguf(
         MissingShardError: the cache alone may be used and does not have it, or the repository lacks a part.
         CheckpointError: no connection, no space.
     """
-    request = Request(model, revision, cache_dir, token, check_subfolder(subfolder))
+    request = HubRequest(model, revision, cache_dir, token, check_subfolder(subfolder))
     listing = None if local_files_only else list_repository(request)
     if not isinstance(listing, Listing):
         why, there = listing or offline(), _cached_names(request)
@@ -70,14 +70,14 @@ def locate_gguf(
     return os.path.join(folder, names[0])
 
 
-def _chosen(request: Request, names: Iterable[str], choice: str) -> str:
+def _chosen(request: HubRequest, names: Iterable[str], choice: str) -> str:
     """The path in the repository of the file that is meant."""
     exact = in_subfolder(request, choice)
     own = [name for name in names if name.startswith(in_subfolder(request, ""))]
     return exact if exact in own else choose_gguf(own, choice, request.model)
 
 
-def _cached_names(request: Request) -> list[str]:
+def _cached_names(request: HubRequest) -> list[str]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -95,7 +95,7 @@ def _cached_names(request: Request) -> list[str]:
     return local_names(folder)
 
 
-def _in_cache(request: Request, names: list[str], why: str) -> str:
+def _in_cache(request: HubRequest, names: list[str], why: str) -> str:
     from huggingface_hub import try_to_load_from_cache
 
     found = [try_to_load_from_cache(request.model, name, request.cache_dir, request.revision) for name in names]

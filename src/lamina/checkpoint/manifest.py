@@ -50,17 +50,24 @@ def check_compression(compression: str) -> str:
     return compression
 
 
-class Described(Protocol):
+class TensorRecord(Protocol):
     """What a manifest says about one tensor."""
 
     @property
-    def dtype(self) -> str: ...
+    def dtype(self) -> str:
+        """Of the source, in safetensors' terms."""
+
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Of the source."""
+
     @property
-    def codec(self) -> str: ...
+    def codec(self) -> str:
+        """`plain`, or a name that `lamina.codec` knows."""
+
     @property
-    def panel_rows(self) -> int: ...
+    def panel_rows(self) -> int:
+        """Rows of a panel; 0 where plain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +127,7 @@ def _describe_files(files: Mapping[str, ManifestFile]) -> dict[str, object]:
     return {name: {"bytes": file.nbytes, "sha256": file.sha256} for name, file in files.items()}
 
 
-def describe_tensor(tensor: Described) -> dict[str, object]:
+def describe_tensor(tensor: TensorRecord) -> dict[str, object]:
     """One tensor as the manifest and the metadata of its file have it."""
     described: dict[str, object] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "codec": tensor.codec}
     return described if tensor.codec == PLAIN else {**described, "panel_rows": tensor.panel_rows}

@@ -14,8 +14,8 @@ from lamina.checkpoint.hub_errors import clear_errors, transport_error
 from lamina.checkpoint.manifest import MANIFEST, apply_manifest, parse_manifest
 from lamina.checkpoint.mistaken import ADAPTER_CONFIG, lone_adapter
 from lamina.checkpoint.repository import (
+    HubRequest,
     Listing,
-    Request,
     Token,
     adapter_of,
     check_listed,
@@ -51,7 +51,7 @@ def remote_headers(
         CheckpointError: no connection, or an answer that makes no sense.
     """
     with clear_errors(model, revision):
-        request = Request(model, revision, token=token, subfolder=check_subfolder(subfolder), variant=variant)
+        request = HubRequest(model, revision, token=token, subfolder=check_subfolder(subfolder), variant=variant)
         listing = list_repository(request)
         if isinstance(listing, str):
             raise CheckpointError(f"the headers of {model} cannot be read: {listing}")
@@ -87,12 +87,12 @@ def remote_headers(
     return Checkpoint(_address(request, listing), addresses, tensors, dtype=dtype, fallbacks=fallbacks)
 
 
-def _address(request: Request, listing: Listing, name: str = "") -> str:
+def _address(request: HubRequest, listing: Listing, name: str = "") -> str:
     path = in_subfolder(request, name).rstrip("/")
     return f"hf://{request.model}@{listing.commit}{'/' if path else ''}{path}"
 
 
-def _remote_header(request: Request, listing: Listing, name: str) -> dict[str, TensorEntry]:
+def _remote_header(request: HubRequest, listing: Listing, name: str) -> dict[str, TensorEntry]:
     start, size = _fetch(request, listing, name, 0, _FIRST_BYTES)
     end = PREFIX_BYTES + header_length(start[:32], size, name)
     if end > len(start):
@@ -100,14 +100,14 @@ def _remote_header(request: Request, listing: Listing, name: str) -> dict[str, T
     return parse_header(start[PREFIX_BYTES:end], size, _address(request, listing, name))
 
 
-def _whole_file(request: Request, listing: Listing, name: str) -> bytes:
+def _whole_file(request: HubRequest, listing: Listing, name: str) -> bytes:
     size = listing.files[in_subfolder(request, name)].size
     if size is not None and size > MAX_HEADER_BYTES:
         raise CheckpointError(f"{name} of {request.model} has {size} bytes, too many for an index")
     return _fetch(request, listing, name, 0, size or MAX_HEADER_BYTES)[0]
 
 
-def _fetch(request: Request, listing: Listing, name: str, begin: int, end: int) -> tuple[bytes, int]:
+def _fetch(request: HubRequest, listing: Listing, name: str, begin: int, end: int) -> tuple[bytes, int]:
     """Bytes `begin` to `end` of a file, fewer where it ends before, and its size."""
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -120,7 +120,7 @@ def _fetch(request: Request, listing: Listing, name: str, begin: int, end: int) 
     raise AssertionError("unreachable")
 
 
-def _fetch_once(request: Request, listing: Listing, name: str, begin: int, end: int) -> tuple[bytes, int]:
+def _fetch_once(request: HubRequest, listing: Listing, name: str, begin: int, end: int) -> tuple[bytes, int]:
     from huggingface_hub import constants, hf_hub_url, hf_raise_for_status
     from huggingface_hub.utils import build_hf_headers, http_stream_backoff  # type: ignore[attr-defined]
 

@@ -29,7 +29,7 @@ def offline() -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class HubRequest:
     """Which model of the hub, and where it goes."""
 
     model: str
@@ -57,7 +57,7 @@ class Listing:
     files: dict[str, RemoteFile]
 
 
-def list_repository(request: Request) -> Listing | str:
+def list_repository(request: HubRequest) -> Listing | str:
     """The files of the repository; where the hub gives no answer, the reason why.
 
     Raises:
@@ -83,7 +83,7 @@ def list_repository(request: Request) -> Listing | str:
     return Listing(info.sha, files)
 
 
-def choose_remote(request: Request, listing: Listing) -> list[str]:
+def choose_remote(request: HubRequest, listing: Listing) -> list[str]:
     """`choose_weights` for a repository: file names without the subfolder. Raises what that raises."""
     top = f"{request.subfolder}/" if request.subfolder else ""
     names = [name[len(top) :] for name in listing.files if name.startswith(top) and "/" not in name[len(top) :]]
@@ -105,7 +105,7 @@ def choose_remote(request: Request, listing: Listing) -> list[str]:
     return choose_weights(own, request.variant, where)
 
 
-def adapter_of(request: Request, listing: Listing) -> str | None:
+def adapter_of(request: HubRequest, listing: Listing) -> str | None:
     """The config of the adapter that a repository is in place of a model; None where it is something else."""
     top = in_subfolder(request, "")
     alone = adapter_alone([name[len(top) :] for name in listing.files if name.startswith(top)])
@@ -113,12 +113,12 @@ def adapter_of(request: Request, listing: Listing) -> str | None:
     return config if alone and config in listing.files else None
 
 
-def in_subfolder(request: Request, name: str) -> str:
+def in_subfolder(request: HubRequest, name: str) -> str:
     """The path in the repository of a file that is named without the subfolder."""
     return f"{request.subfolder}/{name}" if request.subfolder else name
 
 
-def check_listed(request: Request, listing: Listing, shards: Iterable[str], index: str) -> None:
+def check_listed(request: HubRequest, listing: Listing, shards: Iterable[str], index: str) -> None:
     """Raises MissingShardError where the repository lacks a file that its own index names."""
     for name in shards:
         if in_subfolder(request, name) not in listing.files:

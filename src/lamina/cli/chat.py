@@ -15,7 +15,7 @@ from lamina.cli.generation import Notes, encode_chat, generate, text_of
 from lamina.cli.lines import BLOCK, Messages, leaves
 from lamina.cli.live import Terminal, now, stdio, telling
 from lamina.cli.options import MOST_TOKENS, ModelArgument, ModelOptions, Sampling, Verbosity, check_tokens
-from lamina.cli.progress import Progress
+from lamina.cli.progress import StatusLine
 from lamina.cli.report import one_line
 from lamina.errors import BudgetError, RequestError
 
@@ -54,7 +54,7 @@ def chat(
     if system is not None:
         system = text_of(system, "the system prompt")
     terminal = stdio(json=False, quiet=verbosity.quiet)
-    progress = Progress(max_new_tokens)
+    progress = StatusLine(max_new_tokens)
     with ExitStack() as stack:
         with terminal.showing(progress.describe), telling(terminal, quiet=verbosity.quiet):
             loaded = stack.enter_context(library.opened(model, options, progress.report))
@@ -225,7 +225,7 @@ def _next(messages: Messages) -> str | None:
 
 
 def _answer(
-    talk: Conversation, question: str, terminal: Terminal, progress: Progress, notes: Notes, *, quiet: bool
+    talk: Conversation, question: str, terminal: Terminal, progress: StatusLine, notes: Notes, *, quiet: bool
 ) -> None:
     progress.begin()
     before, clock = library.as_dict(talk.model.lamina.stats), Clock()
@@ -280,7 +280,7 @@ class Clock:
 
 
 @contextmanager
-def _interrupt_once(progress: Progress) -> Iterator[Callable[[], bool]]:
+def _interrupt_once(progress: StatusLine) -> Iterator[Callable[[], bool]]:
     """The first Ctrl-C is a request, which the yielded function reports; the second is a KeyboardInterrupt."""
     pressed = False
 

@@ -13,6 +13,7 @@ from lamina.cli import library, output, report
 from lamina.cli.generation import Notes, encode, encode_chat, generate, read_prompt
 from lamina.cli.live import stdio, telling
 from lamina.cli.options import (
+    Json,
     ModelArgument,
     ModelOptions,
     Sampling,
@@ -23,13 +24,12 @@ from lamina.cli.options import (
     parse_prompt_ids,
     vocabulary_of,
 )
-from lamina.cli.progress import Progress
+from lamina.cli.progress import StatusLine
 from lamina.errors import RequestError
 
 TRACE = "lamina-trace.json"
 
 PromptIds = Annotated[str | None, typer.Option(metavar="IDS", help="Token ids instead of text, e.g. 1,2,3.")]
-Json = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout.")]
 
 
 def run(
@@ -61,7 +61,7 @@ def run(
     if chat and isinstance(request, list):
         raise RequestError("--chat needs the prompt as text, not as --prompt-ids")
     terminal = stdio(json=json, quiet=verbosity.quiet)
-    progress = Progress(max_new_tokens)
+    progress = StatusLine(max_new_tokens)
     notes = Notes(None if verbosity.quiet else terminal.note)
     with (
         _stdout_for_the_result(json),
@@ -110,7 +110,7 @@ def plan(
       lamina plan ./model --memory 4GB
       lamina plan org/model --memory 8GB --context 8192 --json
     """
-    progress = Progress(1)
+    progress = StatusLine(1)
     with _stdout_for_the_result(True), stdio(json=True, quiet=verbosity.quiet).showing(progress.describe):
         planned = library.plan(model, options, progress.report)
     output.put(report.as_json(planned) if json else report.plan_table(planned))
@@ -156,7 +156,7 @@ def bench(
         check_file_to_write("trace", trace or TRACE)
     if trace is not None:
         asked["trace"] = trace
-    progress, terminal = Progress(new_tokens), stdio(json=True, quiet=verbosity.quiet)
+    progress, terminal = StatusLine(new_tokens), stdio(json=True, quiet=verbosity.quiet)
     with (
         _stdout_for_the_result(True),
         terminal.showing(progress.describe),

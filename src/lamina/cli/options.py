@@ -33,6 +33,7 @@ ModelArgument = Annotated[
         metavar="MODEL", help="A local folder or file, or a Hugging Face id; with :FILE or :Q4_K_M one GGUF file of it."
     ),
 ]
+Json = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout.")]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ _STAGES = {
 }
 
 
-class Progress:
+class StatusLine:
     """Gathers the numbers: `report` is called while loading, `watch` gives the model whose passes then count."""
 
     def __init__(self, max_new_tokens: int) -> None:

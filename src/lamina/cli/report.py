@@ -65,11 +65,16 @@ class Answered(Protocol):
     """When the tokens of an answer came."""
 
     @property
-    def seconds(self) -> float: ...
+    def seconds(self) -> float:
+        """From the question to the last token."""
+
     @property
-    def seconds_to_first_token(self) -> float | None: ...
+    def seconds_to_first_token(self) -> float | None:
+        """From the question to the first token; None where none came."""
+
     @property
-    def seconds_per_token(self) -> float | None: ...
+    def seconds_per_token(self) -> float | None:
+        """Of the tokens after the first, on average; None where there are none."""
 
 
 _COUNTED = (

@@ -11,12 +11,10 @@ import typer
 from lamina.checkpoint.manifest import check_compression
 from lamina.cli import library, output, report
 from lamina.cli.live import Terminal, stdio
-from lamina.cli.options import ModelArgument, SourceOptions, Verbosity, check_folder
-from lamina.cli.progress import Progress
+from lamina.cli.options import Json, ModelArgument, SourceOptions, Verbosity, check_folder
+from lamina.cli.progress import StatusLine
 from lamina.errors import CheckpointError
 from lamina.sizes import format_size
-
-Json = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout.")]
 
 
 def split(
@@ -50,7 +48,7 @@ def split(
     if compression is not None:
         check_compression(compression)
     check_folder("to", to)
-    terminal, progress = stdio(json=True, quiet=verbosity.quiet), Progress(1)
+    terminal, progress = stdio(json=True, quiet=verbosity.quiet), StatusLine(1)
     told = _Waiting(terminal, progress)
     with contextlib.redirect_stdout(sys.stderr), terminal.showing(progress.describe):
         try:
@@ -88,7 +86,7 @@ def verify(
       lamina verify ./model-4bit
       lamina verify ./model-4bit --json
     """
-    progress = Progress(1)
+    progress = StatusLine(1)
     terminal = stdio(json=True, quiet=verbosity.quiet)
     with contextlib.redirect_stdout(sys.stderr), terminal.showing(progress.describe):
         checked = library.store_library(SourceOptions()).verify(folder, progress=progress.report)
@@ -112,7 +110,7 @@ def verify(
 class _Waiting:
     """Hands progress on, and says in a line of its own that another process is waited for."""
 
-    def __init__(self, terminal: Terminal, progress: Progress) -> None:
+    def __init__(self, terminal: Terminal, progress: StatusLine) -> None:
         self._terminal, self._progress, self._said = terminal, progress, False
 
     def report(self, stage: str, done: int, total: int) -> None:

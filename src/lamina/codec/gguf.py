@@ -49,7 +49,7 @@ class Parts(NamedTuple):
     minimums: Tensor | None = None
 
 
-class Blocks:
+class GgufBlocks:
     """A type of blocks, decoded by the kernels in C; without them by torch or the `gguf` package, to the same bits.
 
     Attributes:
@@ -325,4 +325,4 @@ def register_all() -> None:
     for kind, dtype in _PLAIN.items():
         register(PlainCodec(CODEC_PREFIX + kind, dtype))
     for number, (kind, _, _) in BLOCK_TYPES.items():
-        register(Blocks(number, _DECODED.get(kind)))
+        register(GgufBlocks(number, _DECODED.get(kind)))

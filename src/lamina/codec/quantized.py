@@ -14,7 +14,7 @@ from lamina.plan.layout import PACKING, align
 
 
 @dataclass(frozen=True)
-class Field:
+class PanelField:
     """One stored tensor of a panel: its first byte there, and what it is."""
 
     at: int
@@ -23,6 +23,7 @@ class Field:
 
     @property
     def nbytes(self) -> int:
+        """Bytes that it takes in the panel."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def of(self, panel: torch.Tensor) -> torch.Tensor:
@@ -41,13 +42,14 @@ class PackedCodec:
         fields: these tensors.
     """
 
-    def __init__(self, packed: Packed, fields: tuple[Field, ...]) -> None:
+    def __init__(self, packed: Packed, fields: tuple[PanelField, ...]) -> None:
         self.packed, self.fields = packed, fields
         self.rows = math.prod(packed.shape[:-1])
         self.name = f"{packed!r} of {fields!r}"
 
     @property
     def panel_bytes(self) -> int:
+        """Bytes of a panel, which holds one matrix; of several tensors, rounded up to `PACKING`."""
         end = self.fields[-1].at + self.fields[-1].nbytes
         return align(end, PACKING) if len(self.fields) > 1 else end
 
@@ -89,11 +91,11 @@ def codec_of(packed: Packed, stored: list[tuple[tuple[int, ...], torch.dtype]]) 
     matrices = packed.shape[0] if len(packed.shape) == 3 else 1
     if len(packed.shape) not in (2, 3) or (matrices > 1 and any(s[:1] != (matrices,) for s, _ in stored)):
         return None
-    fields: list[Field] = []
+    fields: list[PanelField] = []
     end = 0
     for shape, dtype in stored:
         own = (1, *shape[1:]) if matrices > 1 else shape
-        fields.append(Field(align(end, PACKING), own, dtype))
+        fields.append(PanelField(align(end, PACKING), own, dtype))
         end = fields[-1].at + fields[-1].nbytes
     one = dataclasses.replace(packed, shape=(1, *packed.shape[1:])) if matrices > 1 else packed
     kind = PackedCodec if type(packed).rows is Packed.rows else PackedRowsCodec

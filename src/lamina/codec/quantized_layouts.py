@@ -72,6 +72,7 @@ class Scaled(Packed):
     factor: float = 1.0
 
     def rows(self, first: int, count: int, *stored: torch.Tensor) -> torch.Tensor:
+        """See `Packed.rows`."""
         weight = to_float(stored[0].view(-1, self.shape[-1])[first : first + count])
         if len(stored) > 2:
             weight = weight - spread(self._of_rows(stored[2].float(), first, count), self.block[1], self.shape[-1])
@@ -101,6 +102,7 @@ class Float4(Packed):
     group: int
 
     def rows(self, first: int, count: int, *stored: torch.Tensor) -> torch.Tensor:
+        """See `Packed.rows`."""
         columns = self.shape[-1]
         packed = stored[0].view(torch.uint8).view(-1, columns // 2)[first : first + count]
         values = look_up(in_pairs(torch.tensor(E2M1, device=packed.device)), packed)
@@ -123,6 +125,7 @@ class Float4Experts(Packed):
     group: int
 
     def rows(self, first: int, count: int, *stored: torch.Tensor) -> torch.Tensor:
+        """See `Packed.rows`."""
         _, high, wide = self.shape
         out = torch.empty(count, wide, device=stored[0].device)
         done = 0
@@ -157,6 +160,7 @@ class Integers(Packed):
     zeros: bool
 
     def rows(self, first: int, count: int, *stored: torch.Tensor) -> torch.Tensor:
+        """See `Packed.rows`."""
         columns, middle = self.shape[-1], 1 << (self.bits - 1)
         values = unpack(stored[0][first : first + count], self.bits, columns)
         scales = stored[1].reshape(-1, stored[1].shape[-1])
@@ -187,6 +191,7 @@ class Gptq(Packed):
     offset: int
 
     def rows(self, first: int, count: int, *stored: torch.Tensor) -> torch.Tensor:
+        """See `Packed.rows`."""
         columns = self.shape[-1]
         values = unpack(stored[0][:, first : first + count].t(), self.bits, columns)
         words = slice(first * self.bits // _WORD, -(-(first + count) * self.bits // _WORD))
@@ -210,6 +215,7 @@ class Awq(Packed):
     group: int
 
     def rows(self, first: int, count: int, *stored: torch.Tensor) -> torch.Tensor:
+        """See `Packed.rows`."""
         words = slice(first // 8, -(-(first + count) // 8))
         values, zeros = (self._outputs(part[:, words], count) for part in stored[:2])
         scales = stored[2][:, first : first + count].t().float()
@@ -242,6 +248,7 @@ class Lookup4(Packed):
     nested_offset: float = 0.0
 
     def rows(self, first: int, count: int, *stored: torch.Tensor) -> torch.Tensor:
+        """See `Packed.rows`."""
         columns = self.shape[-1]
         begin, end = first * columns, (first + count) * columns
         packed = stored[0].view(torch.uint8).view(-1)[begin // 2 : (end + 1) // 2]

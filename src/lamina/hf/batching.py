@@ -73,6 +73,7 @@ class Need:
     shapes: int
 
     def activations(self, size: Size) -> int:
+        """Bytes of the activations of a pass."""
         return self.traced.activations(max(size.batch_tokens, SHORTEST_CONTEXT))
 
     def beside(self, size: Size) -> int:
@@ -89,6 +90,7 @@ class Need:
         return int(self.token_bytes * (size.cache_tokens + self.spare_tokens))
 
     def of(self, size: Size) -> int:
+        """Bytes of all of it."""
         return self.activations(size) + self.beside(size)
 
 

@@ -38,7 +38,7 @@ from lamina.hf.gguf_config import CAUSES, load_gguf_config, refused
 from lamina.hf.internals import TOKENIZER_MAPPING_NAMES, rename_source_key, tokenizer_class_from_name
 from lamina.hf.quiet import silent
 from lamina.hf.tokenizer import usable
-from lamina.tensors.disk import DiskTensor, Op, Source, recording
+from lamina.tensors.disk import DiskTensor, Leaf, Op, recording
 from lamina.tensors.dtypes import torch_dtype
 
 PROBED_COLUMNS = 2  # in place of all of a row: enough to tell columns in another order from rows in another order
@@ -238,7 +238,7 @@ def _parameter(
     shape = entry.shape
     if found is not None:
         shape = found.shape if probe.ndim == 1 else (*found.shape[:-1], entry.shape[-1])
-    computed = Op(_Computed(processor, (entry.name,), name), (Source(entry.name),), {}, None)
+    computed = Op(_Computed(processor, (entry.name,), name), (Leaf(entry.name),), {}, None)
     return DiskTensor(torch.empty(shape, dtype=torch.float32, device="meta"), computed, None), None
 
 

@@ -51,6 +51,7 @@ class Folder:
 
     @property
     def entries(self) -> Entries:
+        """The checkpoint's tensors, by name."""
         return self.checkpoint.tensors
 
 
@@ -403,6 +404,7 @@ def _count(entry: TensorEntry) -> int:
 
 
 def len_of(entry: TensorEntry) -> int:
+    """Indices of the first dimension of a stored tensor; 1 for a single number."""
     return max(entry.shape[0], 1) if entry.shape else 1
 
 

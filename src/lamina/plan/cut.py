@@ -27,6 +27,7 @@ class Item:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of its area."""
         return self.layout.nbytes
 
 

@@ -65,6 +65,7 @@ class Layout:
 
     @property
     def read_bytes(self) -> int:
+        """Bytes that are read into it."""
         return sum(read.needed for read in self.reads)
 
 

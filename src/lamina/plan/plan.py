@@ -47,6 +47,7 @@ class Budget:
 
     @property
     def on_device(self) -> bool:
+        """Whether an accelerator computes."""
         return self.device_memory_bytes is not None
 
     @property
@@ -61,6 +62,7 @@ class Budget:
 
     @property
     def spoken_for_on_device(self) -> int:
+        """Bytes that computing takes where it is done, and that no weight may have there."""
         working = self.activation_bytes + self.kv_cache_bytes + self.scratch_bytes
         return working + self.draft_bytes + self.override_bytes
 
@@ -168,6 +170,7 @@ class Plan:
 
     @property
     def expert_cache_bytes(self) -> int:
+        """Bytes of host memory for the experts that are kept."""
         return self.expert_slots * self.expert_slot_bytes
 
     def has_room_for(self, budget: Budget) -> bool:

@@ -61,9 +61,10 @@ class Segment:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of its panels."""
         return -(-self.rows // self.panel_rows) * self.panel_bytes
 
-    def overlap(self, low: int, high: int, begin: int) -> Span | None:
+    def overlap(self, low: int, high: int, begin: int) -> PanelSpan | None:
         """What of rows `low` to `high` is in here; `begin` is the byte that the caller's memory starts with."""
         first, last = max(self.first, low), min(self.first + self.rows, high)
         if first >= last:
@@ -73,11 +74,11 @@ class Segment:
         skip = first - self.first - panel * self.panel_rows
         held = min(stop * self.panel_rows, self.rows) - panel * self.panel_rows
         at = self.at + panel * self.panel_bytes - begin
-        return Span(self.codec, at, stop - panel, self.panel_rows, self.panel_bytes, held, skip, last - first)
+        return PanelSpan(self.codec, at, stop - panel, self.panel_rows, self.panel_bytes, held, skip, last - first)
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class PanelSpan:
     """Panels in memory.
 
     Attributes:
@@ -137,6 +138,7 @@ class Weight:
 
     @property
     def elements(self) -> int:
+        """How many numbers it has."""
         count = 1
         for size in self.shape:
             count *= size
@@ -171,6 +173,7 @@ class Weight:
 
     @property
     def rows(self) -> int:
+        """Length of its first dimension; 1 for a single number."""
         return self.shape[0] if self.shape else 1
 
     @property
@@ -178,7 +181,7 @@ class Weight:
         """Rows of the matrix for each index of dimension 0."""
         return self.elements // max(self.rows * self.shape[-1], 1) if self.shape else 1
 
-    def spans(self, first: int, count: int) -> tuple[Span, ...]:
+    def spans(self, first: int, count: int) -> tuple[PanelSpan, ...]:
         """The panels of `count` indices of dimension 0, in memory that holds their `stored_range`."""
         begin, _ = self.stored_range(first, count)
         low, high = first * self.inner_rows, (first + count) * self.inner_rows
@@ -222,6 +225,7 @@ class Call:
     calls: tuple[Call, ...] = ()
 
     def walk(self) -> Iterator[Call]:
+        """This call and every call inside it, outer before inner, in order."""
         yield self
         for call in self.calls:
             yield from call.walk()

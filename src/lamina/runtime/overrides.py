@@ -30,20 +30,45 @@ class Owner(Protocol):
     overrides: Overrides
 
     @property
-    def in_pass(self) -> bool: ...
+    def in_pass(self) -> bool:
+        """See `Engine.in_pass`."""
+
     @property
-    def schedule(self) -> Mapping[str, Weight]: ...
-    def bind(self, name: str, tensor: torch.Tensor | None) -> None: ...
-    def current(self, name: str) -> torch.Tensor: ...
-    def foreign(self) -> Iterator[tuple[str, Site, torch.Tensor | None]]: ...
-    def is_back(self, name: str, site: Site) -> bool: ...
-    def leave(self, name: str, site: Site) -> None: ...
-    def occupy(self, name: str, site: Site) -> None: ...
-    def part(self, name: str, first: int, count: int) -> torch.Tensor: ...
-    def placeholder(self, name: str) -> DiskTensor: ...
-    def rows(self, name: str, ids: torch.Tensor) -> torch.Tensor | None: ...
-    def spend(self, nbytes: int, without: Collection[str]) -> None: ...
-    def stands(self, name: str) -> bool: ...
+    def schedule(self) -> Mapping[str, Weight]:
+        """The weights of the model, by name."""
+
+    def bind(self, name: str, tensor: torch.Tensor | None) -> None:
+        """See `Engine.bind`."""
+
+    def current(self, name: str) -> torch.Tensor:
+        """See `Engine.current`."""
+
+    def foreign(self) -> Iterator[tuple[str, Site, torch.Tensor | None]]:
+        """See `Engine.foreign`."""
+
+    def is_back(self, name: str, site: Site) -> bool:
+        """See `Engine.is_back`."""
+
+    def leave(self, name: str, site: Site) -> None:
+        """See `Engine.leave`."""
+
+    def occupy(self, name: str, site: Site) -> None:
+        """See `Engine.occupy`."""
+
+    def part(self, name: str, first: int, count: int) -> torch.Tensor:
+        """See `Engine.part`."""
+
+    def placeholder(self, name: str) -> DiskTensor:
+        """See `Engine.placeholder`."""
+
+    def rows(self, name: str, ids: torch.Tensor) -> torch.Tensor | None:
+        """See `Engine.rows`."""
+
+    def spend(self, nbytes: int, without: Collection[str]) -> None:
+        """See `Engine.spend`."""
+
+    def stands(self, name: str) -> bool:
+        """See `Engine.stands`."""
 
 
 class Overrides:
@@ -182,27 +207,33 @@ class Overrides:
 
 
 class Home:
-    """Where the data of one weight of an engine is; see `lamina.tensors.disk.Home`."""
+    """Where the data of one weight of an engine is; see `lamina.tensors.disk.WeightHome`."""
 
     def __init__(self, engine: Owner, name: str) -> None:
         self._engine, self.name = engine, name
 
     def read(self) -> torch.Tensor:
+        """See `lamina.tensors.disk.WeightHome.read`."""
         return self._engine.current(self.name)
 
     def gather(self, ids: torch.Tensor) -> torch.Tensor | None:
+        """See `lamina.tensors.disk.WeightHome.gather`."""
         return self._engine.rows(self.name, ids)
 
     def part(self, first: int, count: int) -> torch.Tensor:
+        """See `lamina.tensors.disk.WeightHome.part`."""
         return self._engine.part(self.name, first, count)
 
     def written(self) -> torch.Tensor:
+        """See `lamina.tensors.disk.WeightHome.written`."""
         return self._engine.overrides.written(self.name)
 
     def scale(self, func: Scaling, number: float) -> bool:
+        """See `lamina.tensors.disk.WeightHome.scale`."""
         return self._engine.overrides.scale(self.name, func, number)
 
     def replace(self, data: torch.Tensor) -> None:
+        """See `lamina.tensors.disk.WeightHome.replace`."""
         if getattr(data, "home", None) is self:  # what it holds already
             return
         self._engine.overrides.replace(self.name, data)

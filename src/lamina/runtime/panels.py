@@ -10,7 +10,7 @@ from lamina.checkpoint import Checkpoint, Extent, TensorEntry
 from lamina.codec.quantized import codec_of
 from lamina.codec.quantized_layouts import Packed
 from lamina.plan.layout import PACKING, align
-from lamina.plan.schedule import Convert, Cut, Piece, Segment, Span, Weight
+from lamina.plan.schedule import Convert, Cut, PanelSpan, Piece, Segment, Weight
 from lamina.tensors.disk import Box, Computed, DiskTensor
 from lamina.tensors.dtypes import torch_dtype
 from lamina.tensors.packed import BLOCK, block_rows
@@ -44,6 +44,7 @@ class Panels:
 
     @property
     def matrices(self) -> int:
+        """How many matrices the tensor is made of: the product of all dimensions but the last two."""
         count = 1
         for size in self.shape[:-2]:
             count *= size
@@ -90,7 +91,7 @@ def panels_of(source: str | Computed, checkpoint: Checkpoint) -> Panels | None:
     return Panels(encoding.codec, entry.shape, encoding.panel_rows, encoding.panel_bytes, (entry.extent,))
 
 
-def whole_tensor(entry: TensorEntry) -> tuple[Span, ...]:
+def whole_tensor(entry: TensorEntry) -> tuple[PanelSpan, ...]:
     """The panels of a checkpoint tensor, in memory that holds all of it."""
     assert entry.encoding is not None
     codec, panel_rows, panel_bytes = entry.encoding.codec, entry.encoding.panel_rows, entry.encoding.panel_bytes
@@ -99,7 +100,8 @@ def whole_tensor(entry: TensorEntry) -> tuple[Span, ...]:
         matrices, rows = 1, matrices * rows
     panels = -(-rows // panel_rows)
     return tuple(
-        Span(codec, i * panels * panel_bytes, panels, panel_rows, panel_bytes, rows, 0, rows) for i in range(matrices)
+        PanelSpan(codec, i * panels * panel_bytes, panels, panel_rows, panel_bytes, rows, 0, rows)
+        for i in range(matrices)
     )
 
 

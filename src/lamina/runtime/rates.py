@@ -23,7 +23,7 @@ from lamina.codec import AFFINE, LOSSLESS, native
 from lamina.plan.experts import experts_of
 from lamina.plan.forecast import Hardware
 from lamina.plan.layout import Part, lay_out
-from lamina.plan.schedule import Convert, Schedule, Span, Weight
+from lamina.plan.schedule import Convert, PanelSpan, Schedule, Weight
 from lamina.runtime.engine import Engine
 from lamina.stream.memory import Area
 from lamina.stream.probe import measure_disk
@@ -218,7 +218,7 @@ def _made_up(weight: Weight, device: torch.device) -> list[torch.Tensor] | None:
     else:
         return None
     copies, scratch = max(SAMPLE // panels.numel(), 1), Scratch()
-    span = Span(segment.codec, 0, len(panels), segment.panel_rows, panels.shape[1], len(block), 0, len(block))
+    span = PanelSpan(segment.codec, 0, len(panels), segment.panel_rows, panels.shape[1], len(block), 0, len(block))
     return [Encoded((len(block), columns), dtype, _apart(panels).to(device), (span,), scratch)
             for _ in range(copies)]  # fmt: skip
 

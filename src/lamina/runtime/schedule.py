@@ -11,7 +11,7 @@ import torch
 from lamina.checkpoint import Checkpoint, Extent
 from lamina.hf.trace import Trace, layer_names, weight_names
 from lamina.plan.layout import PACKING, align
-from lamina.plan.schedule import Call, Convert, Cut, Piece, Schedule, Segment, Span, Weight
+from lamina.plan.schedule import Call, Convert, Cut, PanelSpan, Piece, Schedule, Segment, Weight
 from lamina.runtime.panels import is_plain, scratch_bytes, segments_of, whole_tensor
 from lamina.tensors.disk import Box, DiskTensor, Expression, replay, sources_of
 from lamina.tensors.dtypes import torch_dtype
@@ -36,7 +36,7 @@ class Replay:
 
     expression: Expression
     sources: tuple[tuple[str, int, tuple[int, ...], torch.dtype], ...]
-    encoded: Mapping[str, tuple[Span, ...]] = field(default_factory=dict)
+    encoded: Mapping[str, tuple[PanelSpan, ...]] = field(default_factory=dict)
     orders: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def __call__(self, stored: torch.Tensor) -> torch.Tensor:

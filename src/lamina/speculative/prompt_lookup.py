@@ -61,7 +61,7 @@ class Place:
 
 
 @dataclass(slots=True)
-class Source:
+class CopySource:
     """A place to copy from.
 
     Attributes:
@@ -94,7 +94,7 @@ def _odds(weights: Sequence[float], features: Sequence[float]) -> float:
     return sum(weight * x for weight, x in zip(weights, features, strict=True))
 
 
-def copy_features(source: Source, steps: int, agree: float, differ: float) -> tuple[float, ...]:
+def copy_features(source: CopySource, steps: int, agree: float, differ: float) -> tuple[float, ...]:
     """What speaks for a copied token: the length of its match, what was copied before, other places that agree."""
     length = min(source.length + steps, LONGEST)
     return (
@@ -109,7 +109,7 @@ def copy_features(source: Source, steps: int, agree: float, differ: float) -> tu
     )
 
 
-def edit_features(edit: Edit, source: Source) -> tuple[float, ...]:
+def edit_features(edit: Edit, source: CopySource) -> tuple[float, ...]:
     """What speaks for doing an edit again: that it was done, and not left undone, before."""
     return (1.0, log2(1 + edit.done), log2(1 + edit.left), float(edit.taken == 0))
 
@@ -271,37 +271,37 @@ class Lookup:
 
     # How likely it is.
 
-    def _copy_chance(self, source: Source, steps: int, agree: float, differ: float) -> float:
+    def _copy_chance(self, source: CopySource, steps: int, agree: float, differ: float) -> float:
         """The chance of the token `steps` after the first that is copied from `source`."""
         return _chance(self._bias + _odds(COPY, copy_features(source, steps, agree, differ)))
 
-    def _edit_chance(self, edit: Edit, source: Source) -> float:
+    def _edit_chance(self, edit: Edit, source: CopySource) -> float:
         """The chance that an edit is done again."""
         return _chance(self._bias + _odds(AGAIN, edit_features(edit, source)))
 
     # What may come next.
 
-    def _sources(self, matches: list[tuple[int, int]]) -> list[Source]:
+    def _sources(self, matches: list[tuple[int, int]]) -> list[CopySource]:
         known, end, place = self._index.tokens, len(self._index), self._place
-        sources = {at: Source(at, length) for at, length in matches}
+        sources = {at: CopySource(at, length) for at, length in matches}
         if place is None:
             return list(sources.values())
         if place.broke < 0:
-            sources[place.at] = Source(place.at, self._index.same(place.at, end), place.copied)
+            sources[place.at] = CopySource(place.at, self._index.same(place.at, end), place.copied)
             return list(sources.values())
         at, length = self._again(place, end)
         if length:
-            sources[at] = Source(at, self._index.same(at, end), place.copied)
+            sources[at] = CopySource(at, self._index.same(at, end), place.copied)
         edit = self._edit(known[place.at - 1], place.at)
         if edit and edit.inserted == tuple(known[place.broke :]):
             at = place.at + edit.taken
-            sources[at] = Source(at, min(place.copied, LONGEST), place.copied, 3)
+            sources[at] = CopySource(at, min(place.copied, LONGEST), place.copied, 3)
         instead = place.at + end - place.broke
-        sources.setdefault(instead, Source(instead, 0, place.copied, 1))
-        sources.setdefault(place.at, Source(place.at, 0, place.copied, 2))
+        sources.setdefault(instead, CopySource(instead, 0, place.copied, 1))
+        sources.setdefault(place.at, CopySource(place.at, 0, place.copied, 2))
         return [source for source in sources.values() if source.at < end]
 
-    def _copy(self, source: Source, peers: list[tuple[int, int]], most: int) -> Proposal:
+    def _copy(self, source: CopySource, peers: list[tuple[int, int]], most: int) -> Proposal:
         """The tokens from `source` on, known edits done again, with the chance of each."""
         known, end, at, proposal = self._index.tokens, len(self._index), source.at, Proposal()
         tokens, confidence = proposal.tokens, proposal.confidence

@@ -34,6 +34,7 @@ class Finished:
     tensors: Mapping[str, ManifestTensor]
 
     def as_line(self) -> str:
+        """The record as one line of JSON, its end included."""
         tensors = {name: describe_tensor(tensor) for name, tensor in self.tensors.items()}
         record = {"file": self.name, "bytes": self.nbytes, "sha256": self.sha256, "tensors": tensors}
         return json.dumps(record, ensure_ascii=False) + "\n"

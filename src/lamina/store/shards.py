@@ -44,6 +44,7 @@ class Stored:
 
     @property
     def columns(self) -> int:
+        """Length of the last dimension; 1 for a single number."""
         return self.shape[-1] if self.shape else 1
 
     @property
@@ -53,21 +54,26 @@ class Stored:
 
     @property
     def matrices(self) -> int:
+        """How many there are: the product of all dimensions but the last two."""
         return math.prod(self.shape[:-2])
 
     @property
     def source_nbytes(self) -> int:
+        """Bytes in the source."""
         return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
     @property
     def panels(self) -> int:
+        """How many panels hold all matrices."""
         return count_panels(self.shape, self.panel_rows)
 
     @property
     def nbytes(self) -> int:
+        """Bytes in the store."""
         return self.source_nbytes if self.codec == PLAIN else self.panels * self.panel_bytes
 
     def as_plain(self) -> Stored:
+        """The same tensor, stored as it is in the source."""
         return Stored(self.name, self.dtype, self.shape)
 
 
@@ -85,6 +91,7 @@ class Run:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of its tensors in the store."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
@@ -104,10 +111,12 @@ class StoreFile:
 
     @property
     def tensors(self) -> tuple[Stored, ...]:
+        """Of all runs, in the order of their bytes."""
         return tuple(tensor for run in self.runs for tensor in run.tensors)
 
     @property
     def source_nbytes(self) -> int:
+        """Bytes of its tensors in the source."""
         return sum(tensor.source_nbytes for tensor in self.tensors)
 
     def replace(self, tensors: dict[str, Stored]) -> StoreFile:

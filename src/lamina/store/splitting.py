@@ -17,7 +17,7 @@ from lamina.progress import Progress
 from lamina.store.original import IN_CACHE, Deletion, delete_original_files
 from lamina.store.place import check_place, default_folder
 from lamina.store.source import explain_age, local_root, open_source
-from lamina.store.work import Announce, Work, finished_store, is_whole, made_from_another, tidy
+from lamina.store.work import Announce, Splitter, finished_store, is_whole, made_from_another, tidy
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class SplitResult:
     kept: Mapping[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
+        """All of it, for JSON."""
         return asdict(self)
 
 
@@ -110,7 +111,7 @@ def split(
         source = open_source(model, trust_remote_code=trust_remote_code, variant=variant, progress=progress, **hub)
         check_place(folder, source.checkpoint.root)
         Fallbacks().say(source.checkpoint.fallbacks)
-        manifest, kept = Work(folder, compression, source, trust_remote_code, progress, announce).run()
+        manifest, kept = Splitter(folder, compression, source, trust_remote_code, progress, announce).run()
     else:
         kept = len(manifest.files) - 1
     deletion = Deletion()

@@ -43,6 +43,7 @@ class Verification:
     small_files: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
+        """All of it, for JSON."""
         return asdict(self)
 
 

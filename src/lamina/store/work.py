@@ -37,7 +37,7 @@ Announce = Callable[[str, int, float], None]
 """Told once, before a byte is written: the folder, how many bytes will be, and about how many seconds that takes."""
 
 
-class Work:
+class Splitter:
     """One split on its way."""
 
     def __init__(

@@ -123,14 +123,17 @@ class CudaDevice:
         self.copying = self.module.Stream(device=device)
 
     def memory(self, nbytes: int) -> torch.Tensor:
+        """See `Device.memory`."""
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def pin(self, tensor: torch.Tensor) -> None:
+        """See `Device.pin`."""
         if self.device.type == "cuda":
             cudart: Any = torch.cuda.cudart  # has no types
             cudart().cudaHostRegister(tensor.data_ptr(), tensor.numel(), 0)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, after: Event | None) -> Event:
+        """See `Device.copy`."""
         if isinstance(after, _CudaEvent):
             self.copying.wait_event(after.event)
         with self.module.stream(self.copying):
@@ -140,10 +143,12 @@ class CudaDevice:
         return _CudaEvent(event)
 
     def compute_after(self, event: Event) -> None:
+        """See `Device.compute_after`."""
         assert isinstance(event, _CudaEvent)
         self.module.current_stream(self.device).wait_event(event.event)
 
     def computed(self) -> Event:
+        """See `Device.computed`."""
         event = self.module.Event()
         event.record(self.module.current_stream(self.device))
         return _CudaEvent(event)
@@ -166,19 +171,24 @@ class PlainDevice:
         self.device = device
 
     def memory(self, nbytes: int) -> torch.Tensor:
+        """See `Device.memory`."""
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def pin(self, tensor: torch.Tensor) -> None:
+        """See `Device.pin`."""
         return None
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, after: Event | None) -> Event:
+        """See `Device.copy`."""
         target.copy_(source)
         return _Past()
 
     def compute_after(self, event: Event) -> None:
+        """See `Device.compute_after`."""
         return None
 
     def computed(self) -> Event:
+        """See `Device.computed`."""
         return _Past()
 
 

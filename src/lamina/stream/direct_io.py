@@ -34,7 +34,8 @@ class File(Protocol):
     def fingerprint(self) -> Fingerprint:
         """Size and times of the open file, whatever its name leads to by now."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Close it; nothing happens where it is closed."""
 
 
 class PosixFile:
@@ -74,6 +75,7 @@ class PosixFile:
         return True
 
     def read_into(self, target: memoryview, offset: int, needed: int) -> None:
+        """See `File.read_into`."""
         done = 0
         while done < needed:
             try:
@@ -96,9 +98,11 @@ class PosixFile:
             os.posix_fadvise(self._fd, offset, needed, os.POSIX_FADV_DONTNEED)
 
     def fingerprint(self) -> Fingerprint:
+        """See `File.fingerprint`."""
         return Fingerprint.of(os.fstat(self._fd))
 
     def close(self) -> None:
+        """See `File.close`."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
@@ -118,6 +122,7 @@ class PlainFile:
             raise CheckpointError(f"cannot open {path}: {error.strerror}") from error
 
     def read_into(self, target: memoryview, offset: int, needed: int) -> None:
+        """See `File.read_into`."""
         done = 0
         with self._lock:
             self._file.seek(offset)
@@ -131,9 +136,11 @@ class PlainFile:
                 done += got
 
     def fingerprint(self) -> Fingerprint:
+        """See `File.fingerprint`."""
         return Fingerprint.of(os.fstat(self._file.fileno()))
 
     def close(self) -> None:
+        """See `File.close`."""
         self._file.close()
 
 

@@ -46,6 +46,7 @@ class ExpertCache:
         return key in self._slot
 
     def held(self) -> list[Key]:
+        """The keys that have a slot."""
         return list(self._slot)
 
     def slot(self, key: Key) -> int | None:
@@ -69,6 +70,7 @@ class ExpertCache:
 
     @property
     def full(self) -> bool:
+        """Whether no slot is free."""
         return not self._free
 
     def take(self, key: Key, keep: Collection[Key] = ()) -> tuple[int, Key | None] | None:

@@ -66,6 +66,7 @@ class Counts:
 
     @property
     def misses(self) -> int:
+        """How many of the experts asked for had to be read then."""
         return self.routed - self.hits - self.foreseen
 
 
@@ -218,6 +219,7 @@ class ExpertStream:
 
     @property
     def slots(self) -> int:
+        """How many experts fit in host memory."""
         return self._cache.slots
 
     @contextmanager

@@ -52,6 +52,7 @@ class Ticket:
 
     @property
     def done(self) -> bool:
+        """Whether no read is still to come."""
         return self.left == 0
 
 
@@ -229,6 +230,7 @@ class Readers:
 
     @property
     def bytes_read(self) -> int:
+        """Bytes that reads gave so far."""
         return self._shared.bytes_read
 
     def look(self, path: str) -> None:
@@ -262,6 +264,7 @@ class Readers:
 
     @property
     def closed(self) -> bool:
+        """Whether `close` was called."""
         return self._shared.closed
 
     def tell(self, on_read: OnRead | None) -> None:
@@ -380,6 +383,7 @@ class Readers:
                 shared.changed.wait()
 
     def resume(self) -> None:
+        """Let reads begin again, once for each `pause`."""
         with self._shared.lock:
             self._shared.paused = max(self._shared.paused - 1, 0)  # 0: made while another thread forked
             self._shared.work.notify_all()

@@ -41,5 +41,6 @@ class Ring:
         self._runs.popleft()
 
     def clear(self) -> None:
+        """Free every run."""
         self._runs.clear()
         self._front = 0

@@ -85,6 +85,7 @@ class Stream:
 
     @property
     def closed(self) -> bool:
+        """Whether its readers are closed."""
         return self.readers.closed
 
     @property

@@ -7,7 +7,7 @@ splits and casts leave a parameter as a set of *boxes* (strided regions of check
 else leaves the recorded expression, which can be replayed on real data.
 
 Outside a recording an operation on a DiskTensor reads the data first: a streamed weight that somebody
-touches outside its module's forward is slow, but right. One that writes to it is handed what the weight's `Home`
+touches outside its module's forward is slow, but right. One that writes to it is handed what the weight's `WeightHome`
 keeps in its place from then on. Views stay DiskTensors, so that writing through them is writing to the weight.
 
 Boxes are computed by torch itself: each one carries a meta view of its checkpoint tensor, and view
@@ -85,7 +85,7 @@ class Box:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class Leaf:
     """A leaf of a recorded expression: the whole checkpoint tensor of this name."""
 
     name: str
@@ -101,10 +101,10 @@ class Op:
     index: int | None
 
 
-Expression = Source | Op
+Expression = Leaf | Op
 
 
-class Home(Protocol):
+class WeightHome(Protocol):
     """Where the data of a weight is, once its model is attached to a checkpoint."""
 
     def read(self) -> torch.Tensor:
@@ -127,10 +127,10 @@ class Home(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _ViewHome:
     """The home of a view: the data of another one, seen through `view`."""
 
-    whole: Home
+    whole: WeightHome
     view: Callable[[torch.Tensor], torch.Tensor]
     row: int | None = None  # of the whole, where the view is one
 
@@ -170,7 +170,7 @@ class DiskTensor(torch.Tensor):
     expression: Expression
     boxes: tuple[Box, ...] | None
     cast_from: torch.dtype | None
-    home: Home | None
+    home: WeightHome | None
     __dlpack_c_exchange_api__ = None  # of torch.Tensor, it goes past `__dlpack__` to memory that is not there
 
     @staticmethod
@@ -210,7 +210,7 @@ class DiskTensor(torch.Tensor):
         if func is aten.select.int and args[0] % self.dim() == 0 and -self.shape[0] <= args[1] < self.shape[0]:
             row = args[1] % self.shape[0]
         view = DiskTensor(meta, self.expression, None, None, self.device)
-        view.home = _Part(self.home, lambda whole: func(whole, *args, **kwargs), row)
+        view.home = _ViewHome(self.home, lambda whole: func(whole, *args, **kwargs), row)
         return view
 
     def on(self, device: torch.device) -> DiskTensor:
@@ -221,7 +221,7 @@ class DiskTensor(torch.Tensor):
     def of(cls, name: str, shape: Sequence[int], dtype: torch.dtype) -> DiskTensor:
         """The checkpoint tensor `name` itself."""
         meta = torch.empty(tuple(shape), dtype=dtype, device="meta")
-        return cls(meta, Source(name), (Box(name, meta, (0,) * meta.dim()),))
+        return cls(meta, Leaf(name), (Box(name, meta, (0,) * meta.dim()),))
 
     @classmethod
     def computed(
@@ -230,7 +230,7 @@ class DiskTensor(torch.Tensor):
         """Stands for what `func` computes from the checkpoint tensors of these names."""
         meta = torch.empty(tuple(shape), dtype=dtype, device="meta")
         source = Computed(func, tuple(names), tuple(shape))
-        expression = Op(func, tuple(Source(name) for name in names), {}, None)
+        expression = Op(func, tuple(Leaf(name) for name in names), {}, None)
         return cls(meta, expression, (Box(source, meta, (0,) * meta.dim()),))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -384,11 +384,11 @@ def write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], read: Callab
 
 def replay(expression: Expression, load: Callable[[str], torch.Tensor]) -> torch.Tensor:
     """Compute a recorded expression; `load(name)` gives a checkpoint tensor."""
-    if isinstance(expression, Source):
+    if isinstance(expression, Leaf):
         return load(expression.name)
 
     def real(value: Any) -> Any:
-        return replay(value, load) if isinstance(value, Source | Op) else value
+        return replay(value, load) if isinstance(value, Leaf | Op) else value
 
     out = expression.func(*tree_map(real, expression.args), **tree_map(real, dict(expression.kwargs)))
     result: torch.Tensor = out if expression.index is None else out[expression.index]
@@ -397,12 +397,12 @@ def replay(expression: Expression, load: Callable[[str], torch.Tensor]) -> torch
 
 def sources_of(expression: Expression) -> list[str]:
     """Names of the checkpoint tensors in an expression, each once, in order of use."""
-    if isinstance(expression, Source):
+    if isinstance(expression, Leaf):
         return [expression.name]
     names: dict[str, None] = {}
 
     def visit(value: Any) -> Any:
-        if isinstance(value, Source | Op):
+        if isinstance(value, Leaf | Op):
             names.update(dict.fromkeys(sources_of(value)))
         return value
 

@@ -19,11 +19,11 @@ from torch.utils._pytree import tree_map
 from lamina.codec import ByRows, Quick, codec_for
 from lamina.errors import UnsupportedError
 from lamina.plan.cut import ROW_MULTIPLE
-from lamina.plan.schedule import Span
+from lamina.plan.schedule import PanelSpan
 from lamina.tensors.disk import (
     SET_DATA,
     DiskTensor,
-    Home,
+    WeightHome,
     materialize,
     no_storage,
     not_pickled,
@@ -96,12 +96,12 @@ class Encoded(torch.Tensor):
     """
 
     memory: torch.Tensor
-    spans: tuple[Span, ...]
+    spans: tuple[PanelSpan, ...]
     scratch: Scratch
     whole: Callable[[torch.Tensor], torch.Tensor] | None
     order: torch.Tensor | None
     quick: bool = False
-    home: Home | None = None  # of one that stays in memory: what is written to it goes there
+    home: WeightHome | None = None  # of one that stays in memory: what is written to it goes there
     _one: _One | None = None
     __dlpack_c_exchange_api__ = None
 
@@ -111,7 +111,7 @@ class Encoded(torch.Tensor):
         shape: tuple[int, ...] | torch.Size,
         dtype: torch.dtype,
         memory: torch.Tensor,
-        spans: tuple[Span, ...],
+        spans: tuple[PanelSpan, ...],
         scratch: Scratch,
         whole: Callable[[torch.Tensor], torch.Tensor] | None = None,
         order: torch.Tensor | None = None,
@@ -195,7 +195,7 @@ class Encoded(torch.Tensor):
             return self.decode()[first : first + count]
         return self._seen(torch.Size((count, *self.shape[1:])), self._spans_of(first, count)).decode()
 
-    def _spans_of(self, index: int, count: int) -> tuple[Span, ...]:
+    def _spans_of(self, index: int, count: int) -> tuple[PanelSpan, ...]:
         """The panels of `count` indices of dimension 0."""
         rows = self.numel() // self.shape[0] // self.shape[-1]
         spans, low = [], index * rows
@@ -206,7 +206,7 @@ class Encoded(torch.Tensor):
             low -= span.rows
         return tuple(spans)
 
-    def _seen(self, shape: torch.Size, spans: tuple[Span, ...]) -> Encoded:
+    def _seen(self, shape: torch.Size, spans: tuple[PanelSpan, ...]) -> Encoded:
         """These spans of the same memory, in another shape."""
         seen = Encoded(shape, self.dtype, self.memory, spans, self.scratch)
         seen.quick = self.quick
@@ -218,10 +218,10 @@ class Encoded(torch.Tensor):
         again.quick, again.home = self.quick, self.home
         return again
 
-    def _panels(self, span: Span) -> torch.Tensor:
+    def _panels(self, span: PanelSpan) -> torch.Tensor:
         return self.memory[span.at : span.at + span.panels * span.panel_bytes].view(span.panels, span.panel_bytes)
 
-    def _decode(self, span: Span, first: int, rows: int, out: torch.Tensor) -> None:
+    def _decode(self, span: PanelSpan, first: int, rows: int, out: torch.Tensor) -> None:
         part = _part(span, first, rows)
         codec, columns = codec_for(part.codec), out.shape[1]
         if isinstance(codec, ByRows):
@@ -234,7 +234,7 @@ class Encoded(torch.Tensor):
         codec.decode(self._panels(part), part.held, columns, held)
         out.copy_(held[part.skip : part.skip + rows])
 
-    def _product(self, flat: torch.Tensor, span: Span, out: torch.Tensor) -> bool:
+    def _product(self, flat: torch.Tensor, span: PanelSpan, out: torch.Tensor) -> bool:
         """Whether the codec multiplied by itself."""
         codec, panels = codec_for(span.codec), self._panels(span)
         if self.quick and isinstance(codec, Quick) and codec.linear_quick(flat, panels, span.rows, out):
@@ -266,7 +266,7 @@ class Encoded(torch.Tensor):
             return None
         return out if bias is None else out.add_(bias)
 
-    def _multiply(self, x: torch.Tensor, span: Span, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    def _multiply(self, x: torch.Tensor, span: PanelSpan, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         columns = self.shape[-1]
         step = block_rows(columns, self.dtype.itemsize, span.codec, span.panel_rows)
         for first in range(0, span.rows, step):
@@ -329,7 +329,7 @@ class Encoded(torch.Tensor):
         return placeholder
 
 
-def _part(span: Span, first: int, rows: int) -> Span:
+def _part(span: PanelSpan, first: int, rows: int) -> PanelSpan:
     """`rows` of the wanted rows of a span, from `first` on."""
     if first == 0 and rows == span.rows:
         return span
@@ -338,7 +338,7 @@ def _part(span: Span, first: int, rows: int) -> Span:
     held = min(stop * span.panel_rows, span.held) - begin * span.panel_rows
     skip = span.skip + first - begin * span.panel_rows
     at = span.at + begin * span.panel_bytes
-    return Span(span.codec, at, stop - begin, span.panel_rows, span.panel_bytes, held, skip, rows)
+    return PanelSpan(span.codec, at, stop - begin, span.panel_rows, span.panel_bytes, held, skip, rows)
 
 
 def _answered(func: Any, args: Any, kwargs: Any) -> Any:

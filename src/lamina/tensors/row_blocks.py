@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
-from lamina.tensors.disk import DiskTensor, Home, not_pickled, without_memory
+from lamina.tensors.disk import DiskTensor, WeightHome, not_pickled, without_memory
 from lamina.tensors.guard import Guarded, without_gradient
 
 _SET_REQUIRES_GRAD = torch.Tensor.requires_grad.__set__  # type: ignore[attr-defined]
@@ -48,7 +48,7 @@ class Blocks(torch.Tensor):
         return self
 
     @property
-    def home(self) -> Home | None:
+    def home(self) -> WeightHome | None:
         """Where the data of the weight is."""
         return self.whole.home
 
@@ -110,6 +110,7 @@ METADATA = {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tenso
 def linear_arguments(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Input, weight and bias of a call of `torch.nn.functional.linear`, however they were named in it."""
     return input, weight, bias
 
 
@@ -140,6 +141,7 @@ def _is_plain(weight: torch.Tensor) -> bool:
 
 
 def is_number(value: Any) -> bool:
+    """Whether it is a tensor without dimensions that holds a number, which a bool is not."""
     return isinstance(value, torch.Tensor) and value.dim() == 0 and value.dtype is not torch.bool
 
 

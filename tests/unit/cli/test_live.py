@@ -11,7 +11,7 @@ import pytest
 
 from helpers.cli_double import Stats
 from lamina.cli.live import Terminal, fit
-from lamina.cli.progress import Progress, format_seconds
+from lamina.cli.progress import StatusLine, format_seconds
 
 
 class Screen(io.StringIO):
@@ -171,7 +171,7 @@ class _Model:
 
 
 def test_progress_tells_the_stage_then_the_pass_then_the_time_left() -> None:
-    progress = Progress(max_new_tokens=10)
+    progress = StatusLine(max_new_tokens=10)
     assert progress.describe() == ["starting"]
     progress.report("load", 25, 100)
     assert progress.describe()[:2] == ["loading 25%", "25 B of 100 B"]

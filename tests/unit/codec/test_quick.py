@@ -14,7 +14,7 @@ import torch
 from lamina.codec import AFFINE, LOSSLESS, Affine, Quick, native
 from lamina.codec.affine import LINEAR_TOKENS
 from lamina.errors import CheckpointError
-from lamina.plan.schedule import Span
+from lamina.plan.schedule import PanelSpan
 from lamina.tensors.packed import Encoded, Scratch
 
 CODECS = list(AFFINE.values())
@@ -193,7 +193,7 @@ def test_which_codecs_have_one() -> None:
 def weight(codec: Affine, panels: torch.Tensor, columns: int, cuts: tuple[int, ...], shape: tuple[int, ...]) -> Encoded:
     nbytes, ends = panels.shape[1], (*cuts, len(panels))
     spans = tuple(
-        Span(codec.name, first * nbytes, last - first, 1, nbytes, last - first, 0, last - first)
+        PanelSpan(codec.name, first * nbytes, last - first, 1, nbytes, last - first, 0, last - first)
         for first, last in zip((0, *cuts), ends, strict=True)
     )
     return Encoded(shape, torch.float32, panels.flatten(), spans, Scratch())
