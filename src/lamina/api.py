@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -103,52 +104,60 @@ class AutoModel:
             WriteError: the store cannot be written.
         """
         model = _named(model)
-        if hf_token is not None:
-            transformers_kwargs.setdefault("token", hf_token)
-        transformers_kwargs, device = lamina.runtime.load.taken(transformers_kwargs, device)
-        check_options(
-            transformers_kwargs,
-            memory=memory,
-            device_memory=device_memory,
-            device=device,
-            context=context,
-            compression=compression,
-        )
+        transformers_kwargs, device = lamina.runtime.load.taken(_with_token(transformers_kwargs, hf_token), device)
+        asked: dict[str, Any] = {"memory": memory, "device_memory": device_memory, "device": device, "context": context}
+        check_options(transformers_kwargs, compression=compression, **asked)
         told = bool(transformers_kwargs.pop("output_loading_info", False))
         stored = compression is not None or layer_shards_saving_path is not None or delete_original
         model = _gguf_named(model, transformers_kwargs, stored)
         source = {key: transformers_kwargs[key] for key in SOURCE if transformers_kwargs.get(key) is not None}
         drafting = Drafting(draft, model, source, transformers_kwargs, (memory, device_memory, context), progress)
         stored = stored and not is_store_of(model, compression or PLAIN)
-        asked: dict[str, Any] = {"memory": memory, "device_memory": device_memory, "device": device, "context": context}
         asked |= {"progress": progress, "beside": drafting.beside}
         if drafting.writes:  # not before the memory is known to be enough for all there will be
             folder, encode = _as_it_will_be(model, compression, source, layer_shards_saving_path)
             lamina.runtime.load.check_memory(folder, encode=encode, **asked, **_for(folder, model, transformers_kwargs))
             drafting.check_disk()
         if stored:
-            words = "anew" if compression is None else f"with compression {compression}"
-            model = split(
-                model,
-                compression=compression,
-                layer_shards_saving_path=layer_shards_saving_path,
-                delete_original=delete_original,
-                progress=progress,
-                announce=announced(f"the model {words}"),
-                **source,
-            ).folder
+            model = _split(model, compression, layer_shards_saving_path, delete_original, progress, source)
             _without(transformers_kwargs, "subfolder", "variant")
         drafting.write()
         loaded = lamina.runtime.load.load_model(model, prefetching=prefetching, **asked, **transformers_kwargs)
-        try:
-            loaded.save_pretrained = in_place_of(
-                loaded.save_pretrained, functools.partial(save_pretrained, loaded.save_pretrained, loaded)
-            )
-            drafting.attach(loaded, exact)
-        except BaseException:
-            loaded.lamina.close()
-            raise
+        _complete(loaded, drafting, exact)
         return (loaded, dict(loaded.lamina.loading_info)) if told else loaded
+
+
+def _split(
+    model: str,
+    compression: str | None,
+    path: str | None,
+    delete_original: bool,
+    progress: Progress | None,
+    source: Mapping[str, Any],
+) -> str:
+    """The folder of the store of a model, written first where it is not there."""
+    words = "anew" if compression is None else f"with compression {compression}"
+    return split(
+        model,
+        compression=compression,
+        layer_shards_saving_path=path,
+        delete_original=delete_original,
+        progress=progress,
+        announce=announced(f"the model {words}"),
+        **source,
+    ).folder
+
+
+def _complete(loaded: PreTrainedModel, drafting: Drafting, exact: bool | None) -> None:
+    """Give a loaded model its way to be saved and its draft; it is closed where that fails."""
+    try:
+        loaded.save_pretrained = in_place_of(
+            loaded.save_pretrained, functools.partial(save_pretrained, loaded.save_pretrained, loaded)
+        )
+        drafting.attach(loaded, exact)
+    except BaseException:
+        loaded.lamina.close()
+        raise
 
 
 @ordinarily
@@ -179,34 +188,17 @@ def plan_model(
     that is not written yet is counted as it will be.
     """
     model = _named(model)
-    if hf_token is not None:
-        transformers_kwargs.setdefault("token", hf_token)
-    transformers_kwargs, device = lamina.runtime.load.taken(transformers_kwargs, device)
-    check_options(
-        transformers_kwargs,
-        memory=memory,
-        device_memory=device_memory,
-        device=device,
-        context=context,
-        compression=compression,
-    )
+    transformers_kwargs, device = lamina.runtime.load.taken(_with_token(transformers_kwargs, hf_token), device)
+    asked: dict[str, Any] = {"memory": memory, "device_memory": device_memory, "device": device, "context": context}
+    check_options(transformers_kwargs, compression=compression, **asked)
     transformers_kwargs.pop("output_loading_info", None)
     stored = compression is not None or layer_shards_saving_path is not None or delete_original
     model = _gguf_named(model, transformers_kwargs, stored)
     source = {key: transformers_kwargs[key] for key in SOURCE if transformers_kwargs.get(key) is not None}
     drafting = Drafting(draft, model, source, transformers_kwargs, (memory, device_memory, context), progress, False)
     folder, encode = _as_it_will_be(model, compression, source, layer_shards_saving_path)
-    planned = lamina.runtime.load.plan_model(
-        folder,
-        memory=memory,
-        device_memory=device_memory,
-        device=device,
-        context=context,
-        progress=progress,
-        encode=encode,
-        beside=drafting.beside,
-        **_for(folder, model, transformers_kwargs),
-    )
+    asked |= {"progress": progress, "beside": drafting.beside}
+    planned = lamina.runtime.load.plan_model(folder, encode=encode, **asked, **_for(folder, model, transformers_kwargs))
     return drafting.told(planned)
 
 
@@ -219,6 +211,11 @@ def bench_model(model: str, *, draft: str | None = None, **request: Any) -> dict
     draft = NONE if draft_name(draft) == AUTO else draft
     request.pop("output_loading_info", None)
     return lamina.measure.bench.bench_model(model, load=AutoModel.from_pretrained, draft=draft, **request)
+
+
+def _with_token(options: dict[str, Any], hf_token: str | None) -> dict[str, Any]:
+    """The options, with the token of the hub under the name that transformers has for it."""
+    return options if hf_token is None else {"token": hf_token, **options}
 
 
 def _gguf_named(model: str, options: dict[str, Any], stored: bool) -> str:

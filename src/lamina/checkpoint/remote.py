@@ -63,17 +63,13 @@ def remote_headers(
         files = choose_remote(request, listing)
         if files[0].endswith(".json"):
             index = files[0]
-            raw = _whole_file(request, listing, index)
-            weight_map, stated = parse_index(raw, index), index_dtype(raw, index)
+            weight_map, stated = _read_index(request, listing, index)
             files = sorted(set(weight_map.values()))
-            check_listed(request, listing, files, index)
         if is_pickled(files[0]):
             raise UnsupportedError(
                 f"{model} has pickled weights only ({files[0]}), which no header describes: download it, then plan"
             )
-        # A 405B model has 191 files: one after the other they would take a minute of waiting.
-        with ThreadPoolExecutor(_REQUESTS_AT_ONCE, "lamina-headers") as pool:
-            shards = list(pool.map(partial(_remote_header, request, listing), files))
+        shards = _remote_shards(request, listing, files)
         if weight_map:
             tensors, fallbacks = merge_indexed(shards, weight_map, index)
         else:
@@ -85,6 +81,20 @@ def remote_headers(
     addresses = tuple(_address(request, listing, name) for name in files)
     dtype = judged_dtype(first, stated)
     return Checkpoint(_address(request, listing), addresses, tensors, dtype=dtype, fallbacks=fallbacks)
+
+
+def _read_index(request: HubRequest, listing: Listing, index: str) -> tuple[dict[str, str], str]:
+    """The file of each tensor by its name, all of them in the repository; and the dtype that an index states."""
+    raw = _whole_file(request, listing, index)
+    weight_map, stated = parse_index(raw, index), index_dtype(raw, index)
+    check_listed(request, listing, sorted(set(weight_map.values())), index)
+    return weight_map, stated
+
+
+def _remote_shards(request: HubRequest, listing: Listing, files: list[str]) -> list[dict[str, TensorEntry]]:
+    """The headers of these files, several at once: a 405B model has 191, one by one that is a minute of waiting."""
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE, "lamina-headers") as pool:
+        return list(pool.map(partial(_remote_header, request, listing), files))
 
 
 def _address(request: HubRequest, listing: Listing, name: str = "") -> str:

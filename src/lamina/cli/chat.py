@@ -143,9 +143,8 @@ class Conversation:
 
         def tell() -> None:
             nonlocal told
-            if not told and (gone := (len(before) - len(self.messages)) // 2):
-                turns = "turn was" if gone == 1 else f"{gone} turns were"
-                self._note(f"lamina: the oldest {turns} dropped to make room (/reset forgets the whole conversation)")
+            if not told:
+                self._say_dropped((len(before) - len(self.messages)) // 2)
             told = True
 
         def counted(new: int) -> None:
@@ -158,16 +157,7 @@ class Conversation:
             try:
                 inputs, most = self._fitting(question)
                 with suppress(KeyboardInterrupt):
-                    generate(
-                        self.model,
-                        inputs,
-                        self._sampling,
-                        min(self._max_new_tokens, most),
-                        show,
-                        tokenizer=self.model.tokenizer,
-                        count=counted,
-                        stopped=stopped,
-                    )
+                    self._generate(inputs, min(self._max_new_tokens, most), show, counted, stopped)
             except BudgetError as error:
                 if tokens:
                     self._note(f"lamina: the answer ends here, for want of memory: {one_line(error)}")
@@ -179,6 +169,24 @@ class Conversation:
             tell()
             self.messages = [*self.messages, _said("user", question), _said("assistant", "".join(pieces))]
             return tokens
+
+    def _generate(
+        self,
+        inputs: dict[str, Any],
+        most: int,
+        write: Callable[[str], None],
+        count: Callable[[int], None],
+        stopped: Callable[[], bool],
+    ) -> None:
+        """Answer with `most` tokens or fewer."""
+        tokenizer = self.model.tokenizer
+        generate(self.model, inputs, self._sampling, most, write, tokenizer=tokenizer, count=count, stopped=stopped)
+
+    def _say_dropped(self, turns: int) -> None:
+        """Say that so many turns were forgotten, if any was."""
+        if turns:
+            dropped = "turn was" if turns == 1 else f"{turns} turns were"
+            self._note(f"lamina: the oldest {dropped} dropped to make room (/reset forgets the whole conversation)")
 
     def _fitting(self, question: str) -> tuple[dict[str, Any], int]:
         """The inputs for a question, after as many turns as fit the context; and how many tokens its answer may have.

@@ -11,7 +11,7 @@ import typer
 
 from lamina.cli import library, output, report
 from lamina.cli.generation import Notes, encode, encode_chat, generate, read_prompt
-from lamina.cli.live import stdio, telling
+from lamina.cli.live import Terminal, stdio, telling
 from lamina.cli.options import (
     Json,
     ModelArgument,
@@ -63,26 +63,14 @@ def run(
     terminal = stdio(json=json, quiet=verbosity.quiet)
     progress = StatusLine(max_new_tokens)
     notes = Notes(None if verbosity.quiet else terminal.note)
-    with (
-        _stdout_for_the_result(json),
-        terminal.showing(progress.describe),
-        telling(terminal, quiet=verbosity.quiet),
-    ):
+    with _stdout_for_the_result(json), _shown(terminal, progress, quiet=verbosity.quiet):
         with library.opened(model, options, progress.report) as loaded:
             progress.watch(loaded)
-            if chat:
-                inputs = encode_chat(loaded, model, [{"role": "user", "content": str(request)}])
-            else:
-                inputs = encode(loaded, request)
+            inputs = _inputs(loaded, model, request, chat=chat)
             notes.loaded(loaded)
+            write, tokenizer = _nowhere if json else terminal.write, _tokenizer(loaded, needed=prompt_ids is None)
             tokens, text = generate(
-                loaded,
-                inputs,
-                sampling,
-                max_new_tokens,
-                _nowhere if json else terminal.write,
-                tokenizer=_tokenizer(loaded, needed=prompt_ids is None),
-                count=progress.count,
+                loaded, inputs, sampling, max_new_tokens, write, tokenizer=tokenizer, count=progress.count
             )
             stats = library.as_dict(loaded.lamina.stats)
         if not json:
@@ -92,6 +80,18 @@ def run(
     notes.answered(stats)
     if not verbosity.quiet:
         output.tell(report.summary(stats, len(tokens)))
+
+
+def _inputs(loaded: Any, model: str, request: str | list[int], *, chat: bool) -> dict[str, Any]:
+    """What the model is given for a prompt: as it is, or as a question."""
+    return encode_chat(loaded, model, [{"role": "user", "content": str(request)}]) if chat else encode(loaded, request)
+
+
+@contextlib.contextmanager
+def _shown(terminal: Terminal, progress: StatusLine, *, quiet: bool) -> Iterator[None]:
+    """Show how far the work is, and what is logged meanwhile."""
+    with terminal.showing(progress.describe), telling(terminal, quiet=quiet):
+        yield
 
 
 def plan(
@@ -157,11 +157,7 @@ def bench(
     if trace is not None:
         asked["trace"] = trace
     progress, terminal = StatusLine(new_tokens), stdio(json=True, quiet=verbosity.quiet)
-    with (
-        _stdout_for_the_result(True),
-        terminal.showing(progress.describe),
-        telling(terminal, quiet=verbosity.quiet),
-    ):
+    with _stdout_for_the_result(True), _shown(terminal, progress, quiet=verbosity.quiet):
         result = library.bench(
             model, options, progress.report, prompt_tokens=prompt_tokens, new_tokens=new_tokens, prompt_ids=ids, **asked
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
@@ -50,25 +51,31 @@ def split(
     check_folder("to", to)
     terminal, progress = stdio(json=True, quiet=verbosity.quiet), StatusLine(1)
     told = _Waiting(terminal, progress)
-    with contextlib.redirect_stdout(sys.stderr), terminal.showing(progress.describe):
-        try:
-            made = library.store_library(source).split(
-                model,
-                to=to,
-                compression=compression,
-                delete_original=delete_original,
-                progress=told.report,
-                **source.as_kwargs(),
-            )
-        except KeyboardInterrupt:
-            terminal.note("what is finished is kept: run the same command again, and it goes on from there")
-            raise
+    with contextlib.redirect_stdout(sys.stderr), terminal.showing(progress.describe), _told_of_what_is_kept(terminal):
+        made = library.store_library(source).split(
+            model,
+            to=to,
+            compression=compression,
+            delete_original=delete_original,
+            progress=told.report,
+            **source.as_kwargs(),
+        )
     result = library.as_dict(made)
     for path, why in result["kept"].items():
         terminal.note(f"kept: {path} {why}")
     output.put(report.as_json(result) if json else result["folder"])
     if not verbosity.quiet:
         output.tell(report.split_summary(result))
+
+
+@contextlib.contextmanager
+def _told_of_what_is_kept(terminal: Terminal) -> Iterator[None]:
+    """Say, to whoever stops a split, how it goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        terminal.note("what is finished is kept: run the same command again, and it goes on from there")
+        raise
 
 
 def verify(

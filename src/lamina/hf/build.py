@@ -120,18 +120,27 @@ def load_config(request: Request, tensors: int) -> tuple[PreTrainedConfig, dict[
             )
             fields = fields or fields_of(config)
     except CheckpointError as error:
-        text = " ".join(str(error.__cause__).split())
-        if "trust_remote_code" in text:
-            raise RequestError(
-                f"the model in {source} brings its own code: read it, then pass {option('trust_remote_code', True)}"
-            ) from error.__cause__
-        if "does not recognize this architecture" in text or "Unrecognized model" in text:
-            known = f"transformers does not know the model in {source}: {text[:200]}"
-            raise UnsupportedError(known) from error.__cause__
-        if not fields:
-            raise RequestError(f"config= is neither a config nor the path of one: {source}: {text[:200]}") from error
+        _explain_refused(error, source, given=not fields)
         raise
     return config, unused, file, fields
+
+
+def _explain_refused(error: CheckpointError, source: str, *, given: bool) -> None:
+    """Raise what says better why transformers read no config there, if anything does.
+
+    Args:
+        given: it was asked for with `config=`, and is no file.
+    """
+    text = " ".join(str(error.__cause__).split())
+    if "trust_remote_code" in text:
+        raise RequestError(
+            f"the model in {source} brings its own code: read it, then pass {option('trust_remote_code', True)}"
+        ) from error.__cause__
+    if "does not recognize this architecture" in text or "Unrecognized model" in text:
+        known = f"transformers does not know the model in {source}: {text[:200]}"
+        raise UnsupportedError(known) from error.__cause__
+    if given:
+        raise RequestError(f"config= is neither a config nor the path of one: {source}: {text[:200]}") from error
 
 
 def build(request: Request, checkpoint: Checkpoint, loading_info: dict[str, Any] | None = None) -> PreTrainedModel:
@@ -194,18 +203,10 @@ def _build(request: Request, checkpoint: Checkpoint, loading_info: dict[str, Any
                     **options
                 )  # fmt: skip
         except CheckpointError as error:
-            text = " ".join(str(error.__cause__).split())
-            if "unexpected keyword argument" in text:
-                raise RequestError(f"neither Lamina nor {model_class.__name__} knows this option: {text}") from error
+            _explain_option(error, model_class.__name__)
             raise
     _check(info, checkpoint, state)
-    if getattr(model.config, "is_encoder_decoder", False):  # a decoder with an encoder's weights says no by itself
-        said = f"is_encoder_decoder = {str(model.config.is_encoder_decoder)[:60]}"
-        raise CheckpointError(f"{where}: {said}, but {model_class.__name__} has no encoder: fetch the file again")
-    if unstored.left_out:
-        raise CheckpointError(
-            f"{where} asks for {format_size(unstored.left_out)} of weights that no file of {checkpoint.root} holds"
-        )
+    _check_made(model, where, model_class.__name__, unstored.left_out, checkpoint.root)
     if loading_info is not None:
         loading_info.update(info)
     if quantization is not None:
@@ -214,6 +215,22 @@ def _build(request: Request, checkpoint: Checkpoint, loading_info: dict[str, Any
     if "experts_implementation" not in request.options and any(model.get_experts_implementation().values()):
         model.set_experts_implementation("eager")  # the one that takes an expert at a time
     return model
+
+
+def _explain_option(error: CheckpointError, kind: str) -> None:
+    """Raise what says so if the model could not be made because nobody knows one of the options."""
+    text = " ".join(str(error.__cause__).split())
+    if "unexpected keyword argument" in text:
+        raise RequestError(f"neither Lamina nor {kind} knows this option: {text}") from error
+
+
+def _check_made(model: PreTrainedModel, where: str, kind: str, left_out: int, root: str) -> None:
+    """Refuse what the config asks for and the checkpoint in `root` has not: an encoder, or `left_out` bytes."""
+    if getattr(model.config, "is_encoder_decoder", False):  # a decoder with an encoder's weights says no by itself
+        said = f"is_encoder_decoder = {str(model.config.is_encoder_decoder)[:60]}"
+        raise CheckpointError(f"{where}: {said}, but {kind} has no encoder: fetch the file again")
+    if left_out:
+        raise CheckpointError(f"{where} asks for {format_size(left_out)} of weights that no file of {root} holds")
 
 
 def _dtype(request: Request, checkpoint: Checkpoint, config: PreTrainedConfig) -> Any:

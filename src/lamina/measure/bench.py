@@ -25,6 +25,7 @@ from lamina.progress import Progress
 from lamina.runtime.engine import Engine
 from lamina.runtime.load import load_model
 from lamina.runtime.rates import Turns
+from lamina.runtime.stats import Stats
 from lamina.stream.experts import Counts
 from lamina.stream.memory import Area
 from lamina.stream.probe import SETTINGS, measure_disk
@@ -85,9 +86,15 @@ def bench_model(
         meter.disk_after()
         stats, plan = loaded.lamina.stats, loaded.lamina.plan
         profiled = None if file is None else _profile(loaded, ids, model, file, meter)
+    result = {**_speed(meter, stats, plan, len(tokens)), **_work(meter, stats, plan, len(ids), tokens)}
+    return result if profiled is None else {**result, "profile": profiled}
+
+
+def _speed(meter: _Meter, stats: Stats, plan: Plan, tokens: int) -> dict[str, Any]:
+    """How fast a run of so many tokens was, with what draft, and in how much memory."""
     disk = meter.disk_bytes_per_second
-    result = {
-        "seconds_per_token": meter.seconds_per_token(len(tokens)),
+    return {
+        "seconds_per_token": meter.seconds_per_token(tokens),
         "time_to_first_token_seconds": stats.time_to_first_token_seconds,
         "load_seconds": stats.load_seconds,
         "bytes_read_per_pass": round(plan.bytes_streamed_per_pass + meter.expert_bytes_per_step),
@@ -107,8 +114,14 @@ def bench_model(
         "memory_budget_bytes": stats.memory_budget_bytes,
         "resident_bytes": stats.resident_bytes,
         "model_bytes": stats.model_bytes,
+    }
+
+
+def _work(meter: _Meter, stats: Stats, plan: Plan, prompt_tokens: int, tokens: list[int]) -> dict[str, Any]:
+    """What a run did: its tokens and passes, its experts, and what the plan expected of it."""
+    return {
         "tokens": tokens,
-        "prompt_tokens": len(ids),
+        "prompt_tokens": prompt_tokens,
         "new_tokens": len(tokens),
         "passes": stats.passes,
         "step_seconds": meter.steps,
@@ -120,12 +133,11 @@ def bench_model(
         "expert_cache_bytes": plan.expert_cache_bytes,
         "expert_slots": plan.expert_slots,
         "experts": plan.expert_count,
-        "predicted_seconds_per_token": _predicted(plan, disk, meter),
+        "predicted_seconds_per_token": _predicted(plan, meter.disk_bytes_per_second, meter),
         "planned_seconds_per_token": plan.predicted_seconds_per_token,
         "planned_rates": asdict(plan.hardware),
         "planned_work": asdict(plan.work),
     }
-    return result if profiled is None else {**result, "profile": profiled}
 
 
 def _profile(loaded: PreTrainedModel, ids: Sequence[int], model: str, file: Path, meter: _Meter) -> dict[str, Any]:

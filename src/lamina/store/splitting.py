@@ -92,9 +92,7 @@ def split(
     began = time.perf_counter()
     compression = check_compression(PLAIN if compression is None else compression)
     hub = {key: value for key, value in hub.items() if value is not None}
-    model, chosen = split_name(model)
-    if chosen := chosen or hub.pop("gguf_file", None):
-        raise UnsupportedError(f"{chosen} of {model} is small already and streams as it is: a GGUF file needs no split")
+    model = _named(model, hub.pop("gguf_file", None))
     local = os.path.exists(os.path.expanduser(model))
     model = os.path.expanduser(model) if local else model
     if to is None:
@@ -115,12 +113,23 @@ def split(
     else:
         kept = len(manifest.files) - 1
     deletion = Deletion()
-    if delete_original and local:
-        linked = os.path.islink(model.rstrip(os.sep))
-        deletion = delete_original_files(folder, root, manifest.source["files"], progress, linked=linked)
-    elif delete_original:
-        deletion = Deletion((), {model: IN_CACHE})
+    if delete_original:
+        deletion = _delete(model, folder, root, manifest, progress) if local else Deletion((), {model: IN_CACHE})
     return _result(folder, manifest, kept, began, deletion)
+
+
+def _named(model: str | os.PathLike[str], gguf_file: str | None) -> str:
+    """The name of a model that is no GGUF file, whichever way one may be asked for."""
+    name, chosen = split_name(model)
+    if chosen := chosen or gguf_file:
+        raise UnsupportedError(f"{chosen} of {name} is small already and streams as it is: a GGUF file needs no split")
+    return name
+
+
+def _delete(model: str, folder: str, root: str, manifest: Manifest, progress: Progress | None) -> Deletion:
+    """Delete the files of a local model, in `root`, that the store in `folder` was made from."""
+    linked = os.path.islink(model.rstrip(os.sep))
+    return delete_original_files(folder, root, manifest.source["files"], progress, linked=linked)
 
 
 def _commit(model: str, local: bool, hub: Mapping[str, Any]) -> str | None:
