@@ -144,12 +144,12 @@ def test_one_request_at_a_time_where_no_more_fit_and_an_error_with_what_is_enoug
 
 def test_a_batch_gives_its_room_back(model: Any) -> None:
     manager = model.init_continuous_batching(CONFIG)
-    taken = sum(model.lamina._batches.values())
+    taken = model.lamina._batches.nbytes
     budget = model.lamina.plan.budget
     assert 0 < taken <= budget.kv_cache_bytes + budget.activation_bytes
     manager.start()
     manager.stop()
-    assert not model.lamina._batches
+    assert model.lamina._batches.nbytes == 0
 
 
 def _need(**more: Any) -> Need:

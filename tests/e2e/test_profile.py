@@ -233,7 +233,8 @@ def test_a_step_reads_what_the_plan_says(model: PreTrainedModel) -> None:
 def state(model: PreTrainedModel) -> list[Any]:
     """Everything that recording puts something else in the place of."""
     lamina, engine = model.lamina, model.lamina._engine
-    owners = [lamina, engine, engine.readers, engine.stream, engine.stream._ring, Encoded]
+    owners = [lamina._passes, lamina._meter, engine, engine.binder, engine.materializer, engine.readers]
+    owners += [engine.stream, engine.stream._ring, Encoded]
     hooks = [[*m._forward_hooks.values(), *m._forward_pre_hooks.values()] for m in model.modules()]
     callables = [{name: value for name, value in vars(owner).items() if callable(value)} for owner in owners]
     return [callables, hooks, engine.readers._shared.on_read]

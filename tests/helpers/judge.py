@@ -21,7 +21,7 @@ from helpers.families import MOE, input_ids
 from lamina import AutoModel, BudgetError
 from lamina.plan import layout
 from lamina.runtime import budget
-from lamina.runtime.engine import Engine
+from lamina.runtime.materialize import Materializer
 
 CONTEXT = 64  # tokens to make room for: the tests need far fewer
 NEW_TOKENS = 6
@@ -119,14 +119,14 @@ def streamed_model(folder: Path, memory: int, **options: Any) -> PreTrainedModel
 def reads_on_demand() -> Iterator[list[str]]:
     """The names of the weights that were not there when they were needed, as they come."""
     names: list[str] = []
-    read = Engine.read
+    read = Materializer.read
 
-    def noted(engine: Engine, name: str) -> torch.Tensor:
+    def noted(materializer: Materializer, name: str) -> torch.Tensor:
         names.append(name)
-        return read(engine, name)
+        return read(materializer, name)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "read", noted)
+        patch.setattr(Materializer, "read", noted)
         yield names
 
 

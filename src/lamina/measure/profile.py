@@ -84,23 +84,27 @@ class Recording:
     def start(self) -> None:
         """Put what times a call in the place of each call that counts."""
         engine, lamina = self.engine, self.model.lamina
+        binder, materializer = engine.binder, engine.materializer
         for owner, calls, kind in (
             (engine.readers, "wait settle settled", WAIT),
-            (engine, "_convert", COPY),
-            (engine, "finish gather read begin_pass end_pass _acquire _block", LAMINA),
-            (lamina, "_make_room _ended", LAMINA),
+            (materializer, "_convert", COPY),
+            (materializer, "finish gather read block", LAMINA),
+            (engine, "begin_pass end_pass", LAMINA),
+            (binder, "_acquire", LAMINA),
+            (lamina._passes, "_make_room", LAMINA),
+            (lamina._meter, "ended", LAMINA),
             (engine.stream, "acquire release _pump", LAMINA),
             (engine.stream and engine.stream._lane, "upload enter leave", COPY),
             (engine.experts, "route acquire foresee leave", LAMINA),
             (engine.experts, "_upload _entered _wait_for_copy", COPY),
-            (engine._expert_hooks, "_finish", LAMINA),
+            (binder.expert_hooks, "_finish", LAMINA),
             (Encoded, "_decode _product decode", DECODE),
             (Encoded, "linear gather expert", THROUGH),
         ):
             for name in calls.split() if owner is not None else ():
                 self._replace(owner, name, self._timed(getattr(owner, name), kind, name.strip("_")))
         names = {id(module): name for name, module in self.model.named_modules()}
-        for handle in engine._handles:
+        for handle in binder.handles:
             self._time_hook(handle, names)
         self._watch_modules(names)
         if engine.stream is not None:

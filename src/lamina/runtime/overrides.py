@@ -16,9 +16,9 @@ from torch import nn
 
 from lamina.errors import BudgetError, UnsupportedError
 from lamina.plan.schedule import Convert, Weight
-from lamina.runtime.sites import Site
+from lamina.runtime.sites import Places, Site
 from lamina.runtime.turn import Turn
-from lamina.tensors.disk import DiskTensor
+from lamina.runtime.values import Values
 
 Scaling = Callable[..., Any]
 
@@ -28,6 +28,8 @@ class Owner(Protocol):
 
     lock: Turn
     overrides: Overrides
+    places: Places
+    values: Values
 
     @property
     def in_pass(self) -> bool:
@@ -37,38 +39,11 @@ class Owner(Protocol):
     def schedule(self) -> Mapping[str, Weight]:
         """The weights of the model, by name."""
 
-    def bind(self, name: str, tensor: torch.Tensor | None) -> None:
-        """See `Engine.bind`."""
-
-    def current(self, name: str) -> torch.Tensor:
-        """See `Engine.current`."""
-
     def foreign(self) -> Iterator[tuple[str, Site, torch.Tensor | None]]:
         """See `Engine.foreign`."""
 
-    def is_back(self, name: str, site: Site) -> bool:
-        """See `Engine.is_back`."""
-
-    def leave(self, name: str, site: Site) -> None:
-        """See `Engine.leave`."""
-
-    def occupy(self, name: str, site: Site) -> None:
-        """See `Engine.occupy`."""
-
-    def part(self, name: str, first: int, count: int) -> torch.Tensor:
-        """See `Engine.part`."""
-
-    def placeholder(self, name: str) -> DiskTensor:
-        """See `Engine.placeholder`."""
-
-    def rows(self, name: str, ids: torch.Tensor) -> torch.Tensor | None:
-        """See `Engine.rows`."""
-
     def spend(self, nbytes: int, without: Collection[str]) -> None:
         """See `Engine.spend`."""
-
-    def stands(self, name: str) -> bool:
-        """See `Engine.stands`."""
 
 
 class Overrides:
@@ -100,7 +75,7 @@ class Overrides:
         with self._engine.lock:
             if name not in self.held:
                 self.make_room([name])
-                self._hold(name, self._engine.current(name))
+                self._hold(name, self._engine.values.current(name))
             return self.held[name].detach()
 
     def replace(self, name: str, data: torch.Tensor) -> None:
@@ -124,7 +99,7 @@ class Overrides:
             weight = self._engine.schedule[name]
             if name in self.held or weight.convert is Convert.DECODE:
                 return False
-            if not self._engine.placeholder(name).is_floating_point():
+            if not self._engine.places.placeholder(name).is_floating_point():
                 return False
             if number != 1:
                 self.scaled[name].append((func, number))
@@ -174,8 +149,8 @@ class Overrides:
         """
         engine = self._engine
         for name, site, nbytes in tuple(self._left):
-            if engine.is_back(name, site):
-                engine.occupy(name, site)
+            if engine.places.is_back(name, site):
+                engine.places.occupy(name, site)
                 self._left.remove((name, site, nbytes))
                 self.gone.discard(name)
                 engine.spend(-nbytes, without=())
@@ -183,16 +158,16 @@ class Overrides:
         found = list(engine.foreign())
         memory = {id(each): each.nbytes for _, _, each in found if each is not None and not hasattr(each, "home")}
         for name, site, _ in found:  # before a plan is made anew, which would bind there again
-            engine.leave(name, site)
+            engine.places.leave(name, site)
         try:
             engine.spend(sum(memory.values()), without=())
         except BudgetError:
             for name, site, _ in found:
-                engine.occupy(name, site)
+                engine.places.occupy(name, site)
             raise
         for name, site, each in found:
             self._left.append((name, site, memory.pop(id(each), 0)))
-            if not engine.stands(name):
+            if not engine.places.stands(name):
                 self.gone.add(name)
                 self.outdated = True
 
@@ -200,10 +175,10 @@ class Overrides:
         self.scaled.pop(name, None)  # `data` has been scaled
         if data.is_inference():
             data = data.clone()
-        asked = self._engine.placeholder(name).requires_grad and (data.is_floating_point() or data.is_complex())
+        asked = self._engine.places.placeholder(name).requires_grad and (data.is_floating_point() or data.is_complex())
         self._reserved.discard(name)
         self.held[name] = parameter = nn.Parameter(data, requires_grad=asked)
-        self._engine.bind(name, parameter)
+        self._engine.places.bind(name, parameter)
 
 
 class Home:
@@ -214,15 +189,15 @@ class Home:
 
     def read(self) -> torch.Tensor:
         """See `lamina.tensors.disk.WeightHome.read`."""
-        return self._engine.current(self.name)
+        return self._engine.values.current(self.name)
 
     def gather(self, ids: torch.Tensor) -> torch.Tensor | None:
         """See `lamina.tensors.disk.WeightHome.gather`."""
-        return self._engine.rows(self.name, ids)
+        return self._engine.values.rows(self.name, ids)
 
     def part(self, first: int, count: int) -> torch.Tensor:
         """See `lamina.tensors.disk.WeightHome.part`."""
-        return self._engine.part(self.name, first, count)
+        return self._engine.values.part(self.name, first, count)
 
     def written(self) -> torch.Tensor:
         """See `lamina.tensors.disk.WeightHome.written`."""

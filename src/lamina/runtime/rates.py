@@ -161,7 +161,7 @@ def _some(engine: Engine, weights: Sequence[Weight]) -> list[torch.Tensor]:
         owed += share * weight.nbytes
         if owed >= weight.nbytes / 2:
             owed -= weight.nbytes
-            chosen.append(engine.bound(weight.name))
+            chosen.append(engine.places.bound(weight.name))
     return chosen
 
 
@@ -189,7 +189,7 @@ def _read(engine: Engine, readers: Readers, weights: Sequence[Weight], sample: i
         begun.append((weight, layout, area, readers.submit(layout.reads, area)))
     for weight, layout, area, ticket in begun:
         readers.wait(ticket)
-        yield engine.finish(layout.placed[0], area.tensor.to(engine.device)).view(-1, weight.shape[-1])
+        yield engine.materializer.finish(layout.placed[0], area.tensor.to(engine.device)).view(-1, weight.shape[-1])
 
 
 def _rows(weight: Weight, most: int) -> int:

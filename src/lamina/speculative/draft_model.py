@@ -99,7 +99,7 @@ class Companion:
 
         def share() -> None:
             for name in self.shared:
-                engine.bind(name, beside.bound(name))
+                engine.places.bind(name, beside.places.bound(name))
 
         share()
         beside.followers.append(share)

@@ -1,0 +1,158 @@
+"""From stored bytes to tensors: those that are in memory already, and those that are read now.
+
+Nothing here knows of a model or of hooks: a weight is a name in the schedule.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+
+from lamina.plan.cut import Item
+from lamina.plan.layout import Part, Placed, Read, lay_out
+from lamina.plan.schedule import Convert, Weight
+from lamina.runtime.schedule import Weights
+from lamina.stream.memory import Area
+from lamina.stream.readers import Readers
+from lamina.tensors.packed import Encoded, Scratch
+
+
+class Materializer:
+    """Makes tensors of the weights of one schedule.
+
+    Args:
+        weights: the schedule, with what turns stored bytes into tensors.
+        readers: the reader threads, for what is read now.
+        device: where the tensors of what is read now end up.
+        arrived: (name, tensor) -> the weight, or rows of it, as it should be by now; it may write to the tensor.
+        asked: whether the weight of a name takes gradients.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        readers: Readers,
+        device: torch.device,
+        arrived: Callable[[str, torch.Tensor], torch.Tensor],
+        asked: Callable[[str], bool],
+    ) -> None:
+        self._weights, self._readers, self._device = weights, readers, device
+        self._arrived, self._asked = arrived, asked
+        self._schedule = weights.schedule.weights
+        self._scratch = Scratch()
+
+    def finish(self, placed: Placed, memory: torch.Tensor) -> torch.Tensor:
+        """The tensor of a part whose stored bytes are in `memory`.
+
+        Args:
+            placed: the part, and where its bytes are.
+            memory: uint8 of shape (bytes,), with room for the finished part where it is converted.
+        """
+        weight = self._schedule[placed.part.weight]
+        shape = weight.shape if placed.part.count == weight.rows else (placed.part.count, *weight.shape[1:])
+        if weight.convert is Convert.DECODE:
+            return self._packed(weight, placed, shape, memory)
+        final = memory[placed.at : placed.at + placed.nbytes].view(dtype_of(weight)).view(shape)
+        if weight.convert is not Convert.NONE:
+            self._convert(weight, memory[placed.stored_at : placed.stored_at + placed.stored_nbytes], final)
+        final = self._arrived(weight.name, final).data  # counts from now on what is written to it
+        # torch picks kernels by this flag even under no_grad (matmul folds): plain transformers has it set
+        return final.requires_grad_(self._asked(weight.name) and is_differentiable(final))
+
+    def stored(self, item: Item) -> torch.Tensor:
+        """The stored bytes of an item, read now: uint8 of shape (item.nbytes,)."""
+        area = Area(item.nbytes)
+        self._readers.read(item.layout.reads, area)
+        return area.tensor
+
+    def block(self, item: Item) -> torch.Tensor:
+        """The tensor of an item with one part, read now."""
+        return self.finish(item.layout.placed[0], self.stored(item)).to(self._device)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A weight, whole, read now."""
+        return self.rows(name, 0, self._schedule[name].rows)
+
+    def rows(self, name: str, first: int, count: int) -> torch.Tensor:
+        """`count` indices of dimension 0 of a weight, from `first` on, read now."""
+        layout = lay_out([(self._schedule[name], Part(name, first, count))])
+        area = Area(layout.nbytes)
+        self._readers.read(layout.reads, area)
+        tensor = self.finish(layout.placed[0], area.tensor)
+        tensor = tensor.decode() if isinstance(tensor, Encoded) else tensor
+        return tensor.detach().to(self._device)
+
+    def gather(self, name: str, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of a table, read now.
+
+        Args:
+            ids: integer tensor of any shape.
+
+        Returns:
+            Tensor of shape (*ids.shape, columns).
+        """
+        weight = self._schedule[name]
+        unique, inverse = torch.unique(ids.to("cpu"), return_inverse=True)
+        if weight.convert is Convert.DECODE:
+            return self._gather_packed(weight, unique.tolist())[inverse].to(self._device)
+        row = weight.stored_nbytes // weight.rows
+        area = Area(len(unique) * row)
+        reads = []
+        for place, index in enumerate(unique.tolist()):
+            for piece in weight.pieces_of_rows(index, 1):
+                extent = piece.extent
+                at = place * row + piece.at
+                reads.append(Read(extent.file, extent.offset, extent.length, at, extent.length, False))
+        self._readers.read(reads, area)
+        stored = area.tensor[: len(unique) * row].view(self._stored_dtype(weight)).view(len(unique), weight.shape[1])
+        rows = self._arrived(name, stored.to(self._device, dtype_of(weight)))
+        return rows[inverse.to(self._device)]
+
+    def _gather_packed(self, weight: Weight, rows: list[int]) -> torch.Tensor:
+        """Rows of a table that is stored in panels; each of their panels is read for itself."""
+        order = self._weights.orders.get(weight.name)
+        rows = rows if order is None else order[rows].tolist()
+        ranges = [weight.stored_range(row, 1) for row in rows]
+        places = list(itertools.accumulate((end - begin for begin, end in ranges), initial=0))
+        area = Area(places[-1])
+        reads = []
+        for row, at in zip(rows, places, strict=False):
+            for piece in weight.pieces_of_rows(row, 1):
+                extent = piece.extent
+                reads.append(Read(extent.file, extent.offset, extent.length, at + piece.at, extent.length, False))
+        self._readers.read(reads, area)
+        columns, dtype = weight.shape[1], dtype_of(weight)
+        out = torch.empty(len(rows), columns, dtype=dtype)
+        for place, row in enumerate(rows):
+            memory = area.tensor[places[place] : places[place + 1]]
+            out[place] = Encoded((1, columns), dtype, memory, weight.spans(row, 1), self._scratch).decode()[0]
+        return out
+
+    def _convert(self, weight: Weight, stored: torch.Tensor, final: torch.Tensor) -> None:
+        if weight.convert is Convert.CAST:
+            final.copy_(stored.view(self._stored_dtype(weight)).view(final.shape))
+        else:
+            final.copy_(self._weights.replays[weight.name](stored))
+
+    def _packed(self, weight: Weight, placed: Placed, shape: tuple[int, ...], memory: torch.Tensor) -> Encoded:
+        part, dtype = placed.part, dtype_of(weight)
+        stored = memory[placed.stored_at : placed.stored_at + placed.stored_nbytes]
+        whole = self._weights.replays.get(weight.name)
+        order = self._weights.orders.get(weight.name) if part.count == weight.rows else None
+        return Encoded(shape, dtype, stored, weight.spans(part.first, part.count), self._scratch, whole, order)
+
+    def _stored_dtype(self, weight: Weight) -> torch.dtype:
+        return self._weights.stored_dtypes.get(weight.name, dtype_of(weight))
+
+
+def dtype_of(weight: Weight) -> torch.dtype:
+    """The dtype that a weight has in the model."""
+    dtype: torch.dtype = getattr(torch, weight.dtype)
+    return dtype
+
+
+def is_differentiable(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of this dtype can take gradients."""
+    return tensor.is_floating_point() or tensor.is_complex()

@@ -1,0 +1,192 @@
+"""The story of a pass: it begins, gets room, weights are bound while it computes and released, it ends.
+
+`Passes.a_pass` has it in order. What happens between, module by module, is in the hooks of the engine: a weight is
+bound when its module is entered and released when it is left.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from lamina.errors import BudgetError, CheckpointError, LaminaError
+from lamina.fallbacks import cause
+from lamina.hf.internals import batched_tokens, cache_of, cached_tokens
+from lamina.hf.logits import Logits
+from lamina.hf.names import PreTrainedModel
+from lamina.hf.trace import Trace
+from lamina.plan.plan import Budget
+from lamina.runtime.batches import Batches
+from lamina.runtime.engine import Engine
+from lamina.runtime.meter import Meter
+from lamina.sizes import format_size
+from lamina.tensors.guard import asking, refused
+from lamina.tensors.ids import check_tokens
+from lamina.tensors.padded_rows import even_rows
+
+GROWTH = 1.5  # of the cache, when it outgrows the plan: so that a long answer replans a few times, not every token
+
+
+class Passes:
+    """What surrounds the forward passes of one model.
+
+    Args:
+        model: whose passes they are.
+        engine: binds its weights.
+        traced: says what a pass takes.
+        meter: counts them.
+        batches: what continuous batches have of the same room.
+    """
+
+    def __init__(self, model: PreTrainedModel, engine: Engine, traced: Trace, meter: Meter, batches: Batches) -> None:
+        self._model, self._engine, self._trace, self._meter, self._batches = model, engine, traced, meter, batches
+        self._logits = Logits(model)
+
+    @contextmanager
+    def a_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """What surrounds one forward: one thread at a time, room for its tokens, the stream at its start.
+
+        Args:
+            args: what `forward` is given.
+            kwargs: the same, by name.
+
+        Raises:
+            BudgetError: not even the smallest plan has room for its tokens.
+        """
+        engine = self._engine
+        with engine.lock, torch.set_grad_enabled(torch.is_grad_enabled() and not engine.plan.streams):
+            # a streamed weight is gone before a backward pass could use it
+            try:
+                self._meter.began()
+                tokens, cached = _tokens(args, kwargs)
+                batched = bool(batched_tokens(kwargs))
+                logits = 0 if batched else self._logits.of(tokens, args, kwargs)
+                self._make_room(tokens, cached, batched, logits)
+                engine.begin_pass()
+                with even_rows(tokens, engine.device, batched):
+                    yield  # the model computes: hooks bind and release what streams
+                self._meter.ended(engine.experts.counts.nbytes if engine.experts is not None else 0)
+            finally:
+                self._meter.left()
+                engine.end_pass()
+
+    def forward(self, module: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """`forward` of the model, or of the model under its head, as a pass of the stream."""
+        engine = self._engine
+        # the whole model is never inside its own pass: what an interrupt left of the one before does not count
+        if module is not self._model and self._meter.in_own_pass:  # inside that of the whole model
+            return type(module).forward(module, *args, **kwargs)
+        if engine.device.type != "cpu":
+            args, kwargs = tree_map(lambda value: _to(value, engine.device), (args, kwargs))
+        guarded = engine.plan.streams and torch.is_grad_enabled()
+        sources = asking(args, kwargs, *module.parameters()) if guarded else []
+        try:
+            with self.a_pass(args, kwargs):
+                out = type(module).forward(module, *args, **kwargs)
+        except Exception as error:
+            if isinstance(error, IndexError):  # of a table in memory: torch names neither the id nor the table
+                check_tokens(self._model, args, kwargs, error)
+            self._blame_config(error)
+            raise
+        if not self._meter.in_generate:
+            self._meter.batched(batched_tokens(kwargs))
+        return refused(out, sources)
+
+    def _blame_config(self, error: Exception) -> None:
+        """Say of the first pass that fails, where one over a single token fails as well, that the config is wrong.
+
+        A model that was traced without values, on any of the second ways, may fail with any.
+
+        Raises:
+            CheckpointError: so it is.
+        """
+        if self._meter.passes or not self._trace.fallbacks or isinstance(error, LaminaError | MemoryError):
+            return
+        ids = torch.zeros(1, 1, dtype=torch.long, device=self._engine.device)
+        try:
+            with torch.no_grad(), self.a_pass((), {"input_ids": ids}):
+                type(self._model).forward(self._model, input_ids=ids)
+            self._meter.not_counted()
+        except LaminaError:
+            return
+        except Exception as again:
+            where = self._model.config.name_or_path
+            raise CheckpointError(
+                f"a forward pass of the model in {where} fails with a single token, {cause(again)}: its config is wrong"
+            ) from error
+
+    def _make_room(self, tokens: int, cached: int, batched: bool = False, logits: int = 0) -> None:
+        """Keep the budget when a pass brings more tokens than were planned for: fewer weights stay resident.
+
+        Args:
+            logits: bytes of those beyond the last token's, which alone the trace counted.
+
+        Raises:
+            BudgetError: not even the smallest plan has room for them.
+        """
+        budget = self._engine.plan.budget
+        others = self._batches.nbytes
+        activations = self._trace.activations(tokens) + logits
+        cache = others if batched and others else others + self._trace.cache(cached + tokens)
+        if activations + cache <= budget.activation_bytes + budget.kv_cache_bytes:
+            return
+        grown = others + self._trace.cache(int((cached + tokens) * GROWTH))
+        for wanted in (grown, cache):
+            larger = dataclasses.replace(
+                budget, activation_bytes=activations, kv_cache_bytes=wanted, context_tokens=cached + tokens
+            )
+            try:
+                self._engine.replan(larger)
+                return
+            except BudgetError as error:
+                if wanted != cache:
+                    continue
+                if not logits:
+                    raise
+                raise BudgetError(
+                    f"{error}; {format_size(logits)} of it are logits: logits_to_keep=1 gives the last token's alone",
+                    error.minimum_bytes,
+                ) from None
+
+    def give_room(self, nbytes: int) -> None:
+        """Let go of weights until so many bytes of the budget are free for a draft.
+
+        Raises:
+            BudgetError: not even the smallest plan leaves so much.
+        """
+        if not nbytes:
+            return
+        with self._engine.lock:
+            self._engine.replan(self._with_draft(nbytes))
+
+    def check_room(self, nbytes: int) -> None:
+        """Refuse what `give_room` would refuse, and let go of nothing.
+
+        Raises:
+            BudgetError: not even the smallest plan leaves so much.
+        """
+        with self._engine.lock:
+            self._engine.plan_for(self._with_draft(nbytes))
+
+    def _with_draft(self, nbytes: int) -> Budget:
+        budget = self._engine.plan.budget
+        return dataclasses.replace(budget, draft_bytes=budget.draft_bytes + nbytes)
+
+
+def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
+    """Tokens that a pass brings, and tokens that are in its cache already, all rows of the batch together."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if ids is None:
+        ids = kwargs.get("inputs_embeds")
+    if not isinstance(ids, torch.Tensor) or ids.dim() < 2:
+        return 0, 0
+    return ids.shape[0] * ids.shape[1], ids.shape[0] * cached_tokens(cache_of(kwargs))
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
