@@ -18,7 +18,7 @@ from lamina.tensors.packed import BLOCK, block_rows
 REPLAY_COPIES = 3  # of a weight while its expression is computed: intermediate results in a wider dtype
 
 
-Places = list[tuple[Extent, int]]
+ExtentParts = list[tuple[Extent, int]]
 """Extents, each with the byte where it goes."""
 
 
@@ -50,7 +50,7 @@ class Panels:
             count *= size
         return count
 
-    def places(self, first: int, count: int) -> Places:
+    def places(self, first: int, count: int) -> ExtentParts:
         """Where `count` panels from `first` on are read from, and to."""
         if len(self.extents) == 1:
             whole = self.extents[0]
@@ -109,7 +109,7 @@ def segments_of(tensor: DiskTensor, checkpoint: Checkpoint) -> tuple[tuple[Segme
     """The segments of a weight and the pieces that hold them; no pieces where rows of panels cannot say it."""
     if tensor.boxes is None or tensor.dim() < 2 or not tensor.numel() or not _orders_fit(tensor, checkpoint):
         return (), None
-    found: list[tuple[Segment, Places]] = []
+    found: list[tuple[Segment, ExtentParts]] = []
     for box in tensor.boxes:
         panels = panels_of(box.source, checkpoint)
         runs = list(_runs(box, tuple(tensor.shape), panels)) if panels is not None else [None]
@@ -173,7 +173,7 @@ def _matrices(entry: TensorEntry) -> tuple[int, int]:
     return count, entry.shape[-2]
 
 
-def _runs(box: Box, shape: tuple[int, ...], panels: Panels) -> Iterator[tuple[Segment, Places] | None]:
+def _runs(box: Box, shape: tuple[int, ...], panels: Panels) -> Iterator[tuple[Segment, ExtentParts] | None]:
     """For each matrix of a box: the rows of the weight that it is, and where its panels are; None if none are it."""
     view, columns = box.view, shape[-1]
     sizes, strides = view.shape, view.stride()
