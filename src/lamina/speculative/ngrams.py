@@ -24,6 +24,7 @@ class Index:
     def __init__(self) -> None:
         self.tokens = array("i")
         self._clear(1024)
+        self._whole = True  # False where Ctrl-C cut a change short: tables and text are not of one length then
 
     def _clear(self, buckets: int) -> None:
         self._mask = buckets - 1
@@ -40,6 +41,7 @@ class Index:
 
     def extend(self, tokens: Sequence[int]) -> None:
         """More text at the end."""
+        self._whole = False
         begin = len(self.tokens)
         self.tokens.extend(tokens)
         if len(self.tokens) > self._mask + 1:  # twice as many buckets: each token moves once or twice in all
@@ -53,15 +55,24 @@ class Index:
                 bucket = hash(tuple(self.tokens[end - level : end])) & self._mask
                 chain.append(heads[bucket])
                 heads[bucket] = end
+        self._whole = True
 
     def truncate(self, length: int) -> None:
-        """Forget what comes after the first `length` tokens: the chains are undone from their ends."""
+        """Forget what comes after the first `length` tokens: the chains are undone from their ends.
+
+        All is forgotten where a change before was cut short.
+        """
+        if not self._whole:
+            self.tokens = array("i")
+            self._clear(1024)
+        self._whole = False
         for end in range(len(self.tokens), length, -1):
             for level, heads, chain in zip(LEVELS, self._heads, self._chains, strict=True):
                 before = chain.pop()
                 if end >= level:
                     heads[hash(tuple(self.tokens[end - level : end])) & self._mask] = before
         del self.tokens[length:]
+        self._whole = True
 
     def same(self, at: int, end: int, most: int = LONGEST) -> int:
         """How many tokens before `at` and before `end` are the same, up to `most`."""
