@@ -55,6 +55,18 @@ def test_logits_of_every_token_are_counted_where_they_are_asked_for(folder: Path
     assert each["loss"] - each["all"] == ROWS * TOKENS * tiny_config("llama").vocab_size * LOSS
 
 
+def test_the_model_under_the_head_gives_none(folder: Path, ids: torch.Tensor) -> None:
+    with lamina.AutoModel.from_pretrained(str(folder), memory="2GB", draft=None, context=8) as model:
+        last = counted(model, ids, logits_to_keep=1)
+    with lamina.AutoModel.from_pretrained(str(folder), memory="2GB", draft=None, context=8) as model, torch.no_grad():
+        model.model(ids)
+        budget = model.lamina.plan.budget
+        # the cache has room for half as much again each time that it outgrows the plan, here and there
+        assert (
+            budget.activation_bytes + budget.kv_cache_bytes == last - (ROWS - 1) * tiny_config("llama").vocab_size * 4
+        )
+
+
 def test_what_does_not_fit_is_refused_with_what_to_do(folder: Path, ids: torch.Tensor) -> None:
     many = ids.repeat(64, 1)
     least = minimum_of(folder, draft=None)

@@ -27,20 +27,16 @@ class Logits:
         self._each = vocabulary * model.dtype.itemsize if KEEP in arguments_of(model) else 0
         self._loss = vocabulary * LOSS
 
-    def of(self, tokens: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    def of(self, rows: int, length: int, kwargs: Mapping[str, Any]) -> int:
         """Bytes of the logits of a pass beyond one token's.
 
         Args:
-            tokens: of all rows.
-            args, kwargs: of `forward`.
+            rows: of the batch.
+            length: tokens of each row.
+            kwargs: of `forward`.
         """
-        if not tokens:
-            return 0
         kept = kwargs.get(KEEP, 0)
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        ids = kwargs.get("inputs_embeds") if ids is None else ids
-        rows = ids.shape[0] if isinstance(ids, torch.Tensor) and ids.dim() > 1 else 1
-        of_a_row = kept.numel() if isinstance(kept, torch.Tensor) else kept or tokens // rows
-        count = min(rows * of_a_row, tokens)
+        of_a_row = kept.numel() if isinstance(kept, torch.Tensor) else kept or length
+        count = rows * min(of_a_row, length)
         loss = self._loss * count if kwargs.get("labels") is not None else 0
         return max(count - 1, 0) * self._each + loss

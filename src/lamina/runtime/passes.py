@@ -7,6 +7,7 @@ bound when its module is entered and released when it is left.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,14 +47,16 @@ class Passes:
     def __init__(self, model: PreTrainedModel, engine: Engine, traced: Trace, meter: Meter, batches: Batches) -> None:
         self._model, self._engine, self._trace, self._meter, self._batches = model, engine, traced, meter, batches
         self._logits = Logits(model)
+        self._activations = functools.lru_cache(maxsize=64)(traced.activations)  # decode steps are of one token each
 
     @contextmanager
-    def a_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    def a_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any], with_head: bool = True) -> Iterator[None]:
         """What surrounds one forward: one thread at a time, room for its tokens, the stream at its start.
 
         Args:
             args: what `forward` is given.
             kwargs: the same, by name.
+            with_head: it gives logits; the model under the head gives none.
 
         Raises:
             BudgetError: not even the smallest plan has room for its tokens.
@@ -63,12 +66,12 @@ class Passes:
             # a streamed weight is gone before a backward pass could use it
             try:
                 self._meter.began()
-                tokens, cached = _tokens(args, kwargs)
+                rows, length = _shape(args, kwargs)
                 batched = bool(batched_tokens(kwargs))
-                logits = 0 if batched else self._logits.of(tokens, args, kwargs)
-                self._make_room(tokens, cached, batched, logits)
+                logits = self._logits.of(rows, length, kwargs) if with_head and not batched else 0
+                self._make_room(rows * length, rows * cached_tokens(cache_of(kwargs)), batched, logits)
                 engine.begin_pass()
-                with even_rows(tokens, engine.device, batched):
+                with even_rows(rows * length, engine.device, batched):
                     yield  # the model computes: hooks bind and release what streams
                 self._meter.ended(engine.experts.counts.nbytes if engine.experts is not None else 0)
             finally:
@@ -86,7 +89,7 @@ class Passes:
         guarded = engine.plan.streams and torch.is_grad_enabled()
         sources = asking(args, kwargs, *module.parameters()) if guarded else []
         try:
-            with self.a_pass(args, kwargs):
+            with self.a_pass(args, kwargs, module is self._model):
                 out = type(module).forward(module, *args, **kwargs)
         except Exception as error:
             if isinstance(error, IndexError):  # of a table in memory: torch names neither the id nor the table
@@ -131,7 +134,7 @@ class Passes:
         """
         budget = self._engine.plan.budget
         others = self._batches.nbytes
-        activations = self._trace.activations(tokens) + logits
+        activations = self._activations(tokens) + logits
         cache = others if batched and others else others + self._trace.cache(cached + tokens)
         if activations + cache <= budget.activation_bytes + budget.kv_cache_bytes:
             return
@@ -178,14 +181,14 @@ class Passes:
         return dataclasses.replace(budget, draft_bytes=budget.draft_bytes + nbytes)
 
 
-def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
-    """Tokens that a pass brings, and tokens that are in its cache already, all rows of the batch together."""
+def _shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
+    """Rows of the batch that a pass brings, and tokens of each; both 0 where it does not say."""
     ids = kwargs.get("input_ids", args[0] if args else None)
     if ids is None:
         ids = kwargs.get("inputs_embeds")
     if not isinstance(ids, torch.Tensor) or ids.dim() < 2:
         return 0, 0
-    return ids.shape[0] * ids.shape[1], ids.shape[0] * cached_tokens(cache_of(kwargs))
+    return ids.shape[0], ids.shape[1]
 
 
 def _to(value: Any, device: torch.device) -> Any:
