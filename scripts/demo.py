@@ -58,7 +58,10 @@ def main() -> int:
 
 def explained(budget: int, used: int | None) -> Iterator[str]:
     """What the two peaks are: that of the process, and that of the memory cgroup around it, if there was one."""
-    yield "two peaks: the last line has that of the process itself, the most memory it held, Python and torch included"
+    yield (
+        "two peaks: the one in the last line is that of the process itself, Python and torch included, which Lamina "
+        "keeps within the budget"
+    )
     if used is None:
         yield "the other, of a memory cgroup, is missing: this machine lets us make none"
         return
