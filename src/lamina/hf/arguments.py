@@ -21,6 +21,7 @@ from lamina.checkpoint import Checkpoint
 from lamina.checkpoint.choose import is_pickled
 from lamina.checkpoint.manifest import MANIFEST
 from lamina.errors import RequestError, UnsupportedError
+from lamina.hf.config import short
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -133,14 +134,14 @@ def _one_dtype(name: str, value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
     if set(value) != {""}:
-        raise RequestError(f"{name} must be one dtype for the whole model, got {_short(dict(value))}: give one of them")
+        raise RequestError(f"{name} must be one dtype for the whole model, got {short(dict(value))}: give one of them")
     return value[""]
 
 
 def _check_kind(options: Mapping[str, Any], name: str, kinds: Any, wanted: str) -> None:
     value = options.get(name)
     if value is not None and not isinstance(value, kinds):
-        raise RequestError(f"{name} must be {wanted}, got {type(value).__name__} {_short(value)}")
+        raise RequestError(f"{name} must be {wanted}, got {type(value).__name__} {short(value)}")
 
 
 def _placed(placed: Any, device: str | torch.device) -> str | torch.device:
@@ -150,7 +151,7 @@ def _placed(placed: Any, device: str | torch.device) -> str | torch.device:
         return device
     if len(named) > 1 or "disk" in named or isinstance(placed, bool):
         raise RequestError(
-            f"device_map {_short(placed)} cannot be obeyed: what lives where follows from memory= and device_memory=; "
+            f"device_map {short(placed)} cannot be obeyed: what lives where follows from memory= and device_memory=; "
             "name one device, or leave it out"
         )
     (name,) = named
@@ -158,7 +159,7 @@ def _placed(placed: Any, device: str | torch.device) -> str | torch.device:
         wanted = torch.device(int(name) if name.lstrip("-").isdigit() else name)
     except (RuntimeError, TypeError, ValueError) as error:
         text = str(error).splitlines()[0][:100]
-        raise RequestError(f"device_map {_short(placed)} names no device that is here: {text}; try 'cpu'") from error
+        raise RequestError(f"device_map {short(placed)} names no device that is here: {text}; try 'cpu'") from error
     if str(device) not in ("auto", str(wanted)):
         raise RequestError(f"device_map says {wanted}, device says {device}: give one of them")
     return wanted
@@ -177,8 +178,3 @@ def _in_context(device: str | torch.device) -> str | torch.device:
             "or make an empty model with transformers' from_config"
         )
     return here if str(device) == "auto" else device
-
-
-def _short(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 60 else f"{text[:60]}..."

@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from lamina.errors import CheckpointError, LaminaError
+from lamina.hf.config import short
 from lamina.sizes import format_size
 
 MOST_COUNTED = 100_000  # of layers, experts, heads, labels, ..., where no checkpoint has more tensors
@@ -46,7 +47,7 @@ def check_counts(
     most = max(MOST_COUNTED, tensors)
     for name, value in _walk(fields):
         if isinstance(value, int) and value > most and _COUNTS.search(name.rpartition(".")[2]):
-            raise wrong(f"{where} says {name} = {_shown(value)}, the checkpoint has {tensors} tensors: that cannot be")
+            raise wrong(f"{where} says {name} = {short(value)}, the checkpoint has {tensors} tensors: that cannot be")
 
 
 @contextmanager
@@ -125,7 +126,3 @@ def _walk(fields: Mapping[str, Any], before: str = "", depth: int = 8) -> Iterat
             yield from _walk(value, f"{before}{name}.", depth - 1)
         else:
             yield f"{before}{name}", value
-
-
-def _shown(value: int) -> str:
-    return str(value) if value.bit_length() < 128 else f"a number of {value.bit_length()} bits"

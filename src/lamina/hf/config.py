@@ -98,13 +98,13 @@ def check_generation(fields: Mapping[str, Any], where: str) -> None:
         kind, wanted = _KINDS.get(name, (object, ""))
         whole = isinstance(value, float) and value.is_integer() and kind is int
         if value is not None and not whole and not isinstance(value, kind):
-            raise CheckpointError(f"{where}: {name} must be {wanted}, got {_short(value)}: fetch the file again")
+            raise CheckpointError(f"{where}: {name} must be {wanted}, got {short(value)}: fetch the file again")
         if name in _IDS.split() and isinstance(value, list) and not all(type(each) is int for each in value):
-            raise CheckpointError(f"{where}: {name} must be {wanted}, got {_short(value)}: fetch the file again")
+            raise CheckpointError(f"{where}: {name} must be {wanted}, got {short(value)}: fetch the file again")
         if name == "stop_strings" and isinstance(value, list) and not all(isinstance(each, str) for each in value):
-            raise CheckpointError(f"{where}: {name} must be {wanted}, got {_short(value)}: fetch the file again")
+            raise CheckpointError(f"{where}: {name} must be {wanted}, got {short(value)}: fetch the file again")
         if name in _COUNTS and value is not None and not 0 < value <= MOST_COUNTED:
-            raise CheckpointError(f"{where}: {name} must be from 1 to {MOST_COUNTED}, got {_short(value)}")
+            raise CheckpointError(f"{where}: {name} must be from 1 to {MOST_COUNTED}, got {short(value)}")
 
 
 def _said(error: Exception) -> str:
@@ -119,7 +119,7 @@ def _hint(fields: Mapping[str, Any]) -> str:
     if not _makes(fields):
         found = [name for name in fields if _makes({key: fields[key] for key in fields if key != name})]
         if found:
-            named = ", ".join(f"{name} = {_short(fields[name])}" for name in found[:MOST_SUSPECTS])
+            named = ", ".join(f"{name} = {short(fields[name])}" for name in found[:MOST_SUSPECTS])
             return f"; wrong is {named}"
     try:
         usual = AutoConfig.for_model(str(fields.get("model_type"))).to_dict()
@@ -149,14 +149,15 @@ def _suspects(fields: Mapping[str, Any], usual: Mapping[str, Any], before: str =
             odd = odd or not -HUGE < value < HUGE  # NaN is not, either
             odd = odd or (numbers and normal is not None and normal > 0 and value <= 0)
         if odd and name not in ("dtype", "torch_dtype", "model_type"):
-            yield f"{before}{name} = {_short(value)}"
+            yield f"{before}{name} = {short(value)}"
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value as an error shows it: one line of some 60 characters."""
     if isinstance(value, int) and value.bit_length() > 256:
         return f"a number of {value.bit_length()} bits"
     text = " ".join(repr(value).split())

@@ -39,9 +39,9 @@ from lamina.measure.timeline import (
     STEP,
     THROUGH,
     WAIT,
+    ChromeTrace,
     ReadSpan,
     Span,
-    Trace,
     by_call,
     chrome_trace,
     drive_of,
@@ -58,7 +58,7 @@ MOST_OPERATIONS = 30_000  # the same for torch's profiler, which takes 2.4 kB fo
 MARKS = 5  # readings of both clocks, of which the closest pair counts
 MARK = "lamina: both clocks"
 WARMING, TIMED, COUNTED, PROFILED = "warming", "timed", "counted", "profiled"
-Call = Callable[..., Any]
+Function = Callable[..., Any]
 
 
 class Recording:
@@ -128,7 +128,7 @@ class Recording:
         setattr(owner, name, replacement)
         self._undo.append(lambda: setattr(owner, name, before) if own else delattr(owner, name))
 
-    def _timed(self, call: Call, kind: str, name: str) -> Call:
+    def _timed(self, call: Function, kind: str, name: str) -> Function:
         spans, now = self.spans, time.perf_counter_ns
 
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -353,7 +353,7 @@ def generate_greedily(
     return [int(token) for token in out[0, len(ids) :]]
 
 
-def profile_model(model: PreTrainedModel, ids: Sequence[int], title: str) -> tuple[dict[str, Any], Trace]:
+def profile_model(model: PreTrainedModel, ids: Sequence[int], title: str) -> tuple[dict[str, Any], ChromeTrace]:
     """Generate `TOKENS` tokens, or fewer of a model with very many units; where the time went.
 
     Args:
@@ -436,7 +436,7 @@ def _disk(recording: Recording, timed: Sequence[Step]) -> dict[str, Any]:
     }
 
 
-def _trace(title: str, recording: Recording, stages: _Stages, profiled: Sequence[Step]) -> Trace:
+def _trace(title: str, recording: Recording, stages: _Stages, profiled: Sequence[Step]) -> ChromeTrace:
     """What was recorded in the profiled steps."""
     begin, end = profiled[0].begin, profiled[-1].end
     marks = [Span(STEP, f"step {number}", step.begin, step.end) for number, step in enumerate(profiled, 1)]

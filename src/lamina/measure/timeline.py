@@ -168,7 +168,7 @@ def drive_of(reads: Iterable[ReadSpan], full: Iterable[tuple[int, int]], steps: 
     return Drive(wall, busy, in_flight, idle_full, nbytes)
 
 
-class Trace(NamedTuple):
+class ChromeTrace(NamedTuple):
     """A trace as Perfetto reads it.
 
     Attributes:
@@ -188,7 +188,7 @@ def chrome_trace(
     reads: Sequence[ReadSpan],
     levels: Sequence[tuple[int, int]],
     most_events: int = MOST_EVENTS,
-) -> Trace:
+) -> ChromeTrace:
     """Chrome's trace-event format: a track for the model, one for each reader thread, counters for ring and reads.
 
     Args:
@@ -223,7 +223,9 @@ def chrome_trace(
         flying += more
         events.append(_counted("reads in flight", "reads", at - zero, flying))
     told = {"made by": "lamina", "dropped operations": dropped, "dropped below microseconds": below / 1000}
-    return Trace({"otherData": told, "displayTimeUnit": "ms", "traceEvents": events}, dropped, below if dropped else 0)
+    return ChromeTrace(
+        {"otherData": told, "displayTimeUnit": "ms", "traceEvents": events}, dropped, below if dropped else 0
+    )
 
 
 def _slice(name: str, kind: str, track: int, begin: int, end: int, told: Any = None) -> dict[str, Any]:
