@@ -11,6 +11,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,7 +66,7 @@ class Engine:
         readers: Readers,
         foresee: bool = True,
     ) -> None:
-        self.plan, self.weights, self.device, self.readers = plan, weights, device, readers
+        self._plan, self.weights, self.device, self.readers = plan, weights, device, readers
         self.lock = Turn()
         self.followers: list[Callable[[], None]] = []
         self._model = weakref.ref(model)
@@ -91,6 +92,19 @@ class Engine:
             self.places.settle(name, parameter, tensor)
         if self.plan.streams:
             self.binder.attach(model, self.plan, self.device)
+
+    @property
+    def plan(self) -> Plan:
+        """What lives where."""
+        return self._plan
+
+    def revise(self, **facts: Any) -> None:
+        """Let the plan say something else where nothing moves for it.
+
+        Args:
+            facts: fields of `Plan`: what was measured or chosen, or a budget that the same plan keeps.
+        """
+        self._plan = replace(self._plan, **facts)
 
     def close(self) -> None:
         """Stop reading. Resident weights stay; a streamed one raises ClosedError from now on."""
@@ -200,14 +214,14 @@ class Engine:
         """
         budget = replace(self.plan.budget, override_bytes=self.plan.budget.override_bytes + nbytes)
         if self.plan.has_room_for(budget):
-            self.plan = replace(self.plan, budget=budget)
+            self.revise(budget=budget)
             return
         for times in (8, 2, 1):  # more are likely to follow: a plan for each of them would take long
             with contextlib.ExitStack() as stack:
                 if times > 1:
                     stack.enter_context(contextlib.suppress(BudgetError))
                 self.replan(replace(budget, override_bytes=budget.override_bytes + (times - 1) * nbytes), without)
-                self.plan = replace(self.plan, budget=budget)
+                self.revise(budget=budget)
                 return
 
     def _follow(self, plan: Plan) -> None:
@@ -221,7 +235,7 @@ class Engine:
         self.places.clear(dropped)  # and keep hold of nothing, else the old ring stays
         self.overrides.outdated = False
         told = self.plan
-        self.plan = replace(
+        self._plan = replace(
             plan,
             draft=told.draft,
             draft_reason=told.draft_reason,

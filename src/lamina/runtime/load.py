@@ -73,9 +73,9 @@ def load_model(
     engine = Engine(prepared.model, prepared.weights, prepared.plan, prepared.device, readers, prefetching)
     return_large_blocks()
     try:
-        engine.plan = dataclasses.replace(engine.plan, hardware=measure(engine, prepared.checkpoint))
+        engine.revise(hardware=measure(engine, prepared.checkpoint))
         engine.start(prepared.model, progress)
-        engine.plan = dataclasses.replace(engine.plan, fallbacks=_fallbacks(prepared, readers))
+        engine.revise(fallbacks=_fallbacks(prepared, readers))
         readers.remember()
         prepared.checkpoint.verify_unchanged()  # while it was loaded, or since its headers were read
     except BaseException:

@@ -130,15 +130,19 @@ class Drafting:
 
     def told(self, plan: Plan) -> Plan:
         """The plan with what was chosen, why, and what it promises."""
+        return replace(plan, **self._facts(plan))
+
+    def _facts(self, plan: Plan) -> dict[str, Any]:
+        """What a plan says of the draft, by field."""
         seconds = None
         if self.chosen == SELF and self._companion is not None:
             row = row_seconds(plan, exact=self.wanted == AUTO)
             seconds = seconds_with_draft(plan, self._companion.nbytes, plan.operations_per_token, row)
-        return replace(plan, draft=self.chosen, draft_reason=self.reason, predicted_seconds_per_token_drafted=seconds)
+        return {"draft": self.chosen, "draft_reason": self.reason, "predicted_seconds_per_token_drafted": seconds}
 
     def attach(self, model: PreTrainedModel, exact: bool | None) -> None:
         """Give the model its draft."""
-        model.lamina.engine.plan = self.told(model.lamina.engine.plan)
+        model.lamina.engine.revise(**self._facts(model.lamina.plan))
         speculator = Speculator(model, self.wanted, self.chosen, self.reason, exact, self._load_later)
         if self._companion is not None:
             speculator.add(self.chosen, self._companion, self._progress)
