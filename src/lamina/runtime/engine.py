@@ -27,7 +27,7 @@ from lamina.runtime.materialize import Materializer, is_differentiable
 from lamina.runtime.overrides import Home, Overrides
 from lamina.runtime.residents import load_residents
 from lamina.runtime.schedule import Weights
-from lamina.runtime.sites import Places, Site, move_buffers
+from lamina.runtime.sites import Site, WeightSites, move_buffers
 from lamina.runtime.turn import Turn
 from lamina.runtime.values import Values
 from lamina.stream.experts import ExpertStream
@@ -48,7 +48,7 @@ class Engine:
         foresee: read experts before their router has spoken, where the one before it tells which ones are likely.
 
     Attributes:
-        places: where the weights stand in the model.
+        sites: where the weights stand in the model.
         materializer: makes tensors of stored bytes.
         values: the weights as they are now.
         binder: binds what streams.
@@ -70,11 +70,11 @@ class Engine:
         self.lock = Turn()
         self.followers: list[Callable[[], None]] = []
         self._model = weakref.ref(model)
-        self.places = Places(model, device, lambda name: Home(self, name))
+        self.sites = WeightSites(model, device, lambda name: Home(self, name))
         self.overrides = Overrides(self)
-        self.materializer = Materializer(weights, readers, device, self.overrides.arrived, self.places.asked)
-        self.values = Values(model, self.schedule, self.places, self.materializer, self.overrides.held)
-        self.binder = Binder(weights, readers, self.places, self.materializer, self.overrides, self.lock, foresee)
+        self.materializer = Materializer(weights, readers, device, self.overrides.arrived, self.sites.asked)
+        self.values = Values(model, self.schedule, self.sites, self.materializer, self.overrides.held)
+        self.binder = Binder(weights, readers, self.sites, self.materializer, self.overrides, self.lock, foresee)
 
     def start(self, model: PreTrainedModel, progress: Progress | None = None) -> None:
         """Read the resident weights, bind them, and let the stream run ahead."""
@@ -85,11 +85,11 @@ class Engine:
         for name, tensor in found.items():
             parameter = tensor
             if isinstance(tensor, Encoded):
-                tensor.home = self.places.placeholder(name).home
+                tensor.home = self.sites.placeholder(name).home
             else:
                 parameter = nn.Parameter(tensor, requires_grad=is_differentiable(tensor))
             self.values.resident[name] = parameter
-            self.places.settle(name, parameter, tensor)
+            self.sites.settle(name, parameter, tensor)
         if self.plan.streams:
             self.binder.attach(model, self.plan, self.device)
 
@@ -166,7 +166,7 @@ class Engine:
 
     def foreign(self) -> Iterator[tuple[str, Site, torch.Tensor | None]]:
         """Places of streamed weights where somebody put another tensor, or took the parameter away."""
-        return self.places.foreign(self.plan.resident, self.overrides.held)
+        return self.sites.foreign(self.plan.resident, self.overrides.held)
 
     def plan_for(self, budget: Budget, without: Collection[str] = ()) -> Plan:
         """A plan for another budget that holds nothing in memory but what is there now.
@@ -229,10 +229,10 @@ class Engine:
         model = self._model()
         assert model is not None
         self.binder.detach()
-        dropped = [name for name in self.places if name not in plan.resident and name not in self.overrides.held]
+        dropped = [name for name in self.sites if name not in plan.resident and name not in self.overrides.held]
         for name in dropped:
             self.values.resident.pop(name, None)
-        self.places.clear(dropped)  # and keep hold of nothing, else the old ring stays
+        self.sites.clear(dropped)  # and keep hold of nothing, else the old ring stays
         self.overrides.outdated = False
         told = self.plan
         self._plan = replace(

@@ -99,7 +99,7 @@ class Companion:
 
         def share() -> None:
             for name in self.shared:
-                engine.places.bind(name, beside.places.bound(name))
+                engine.sites.bind(name, beside.sites.bound(name))
 
         share()
         beside.followers.append(share)
