@@ -26,7 +26,8 @@ from lamina.plan.plan import Plan
 from lamina.plan.speculation import pays, seconds_with_draft
 from lamina.progress import Progress
 from lamina.runtime.budget import default_context
-from lamina.runtime.load import Described, Encode, plan_described
+from lamina.runtime.describe import Described, Encode
+from lamina.runtime.load import plan_described
 from lamina.sizes import format_seconds, format_size
 from lamina.speculative.decoder import (
     AUTO,
