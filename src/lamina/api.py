@@ -21,8 +21,8 @@ from lamina.hf.names import PreTrainedModel
 from lamina.plan.plan import Plan
 from lamina.progress import Progress
 from lamina.runtime.check import check_options
+from lamina.runtime.describe import Encode, chosen_gguf
 from lamina.runtime.install import in_place_of
-from lamina.runtime.load import Encode, chosen_gguf
 from lamina.speculative.decoder import AUTO, NONE, draft_name
 from lamina.speculative.setup import SOURCE, Drafting, announced
 from lamina.store import as_if_split, default_folder, is_store_of, split

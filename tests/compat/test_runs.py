@@ -123,7 +123,7 @@ def watched(model: PreTrainedModel) -> list[tuple[int, int]]:
     seen: list[tuple[int, int]] = []
     engine = model.lamina.engine
     tight = dataclasses.replace(engine.plan.budget, activation_bytes=model.lamina._trace.activations(1))
-    engine.plan = dataclasses.replace(engine.plan, budget=tight)
+    engine.revise(budget=tight)
 
     def look(_: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         held = sum(tensor.nbytes for tensor in _tensors_of(cache_of(kwargs) or cache_of(out)))

@@ -468,7 +468,7 @@ def test_a_text_that_outgrows_the_plan(written: Path, answer: list[int]) -> None
         engine = model.lamina.engine
         tight = dataclasses.replace(engine.plan.budget, activation_bytes=model.lamina._trace.activations(1))
         tight = dataclasses.replace(tight, memory_bytes=tight.spoken_for + engine.plan.resident_bytes + 30_000)
-        engine.plan = dataclasses.replace(engine.plan, budget=tight)
+        engine.revise(budget=tight)
         before = shared_names(model)
         assert not model.lamina.plan.streams
         same(model, answer, 4 * NEW)

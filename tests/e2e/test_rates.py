@@ -121,7 +121,7 @@ def test_what_is_timed_is_chosen_by_bytes(folder: Path, monkeypatch: pytest.Monk
             assert len(chosen) == len(weights)
         small = [dataclasses.replace(large, name=weight.name, shape=(1, 1)) for weight in weights[:-1]]
         monkeypatch.setattr(rates, "SAMPLE", large.nbytes * 3 // 4)
-        assert any(matrix is engine.places.bound(large.name) for matrix in rates._some(engine, [*small, large]))
+        assert any(matrix is engine.sites.bound(large.name) for matrix in rates._some(engine, [*small, large]))
 
 
 def test_a_store_s_decoding_is_measured(store: Path) -> None:

@@ -22,7 +22,7 @@ from lamina.runtime.expert_hooks import ExpertHooks
 from lamina.runtime.materialize import Materializer
 from lamina.runtime.overrides import Overrides
 from lamina.runtime.schedule import Weights
-from lamina.runtime.sites import Places
+from lamina.runtime.sites import WeightSites
 from lamina.runtime.turn import Turn
 from lamina.stream.device import Device, device_for
 from lamina.stream.experts import Counts, ExpertStream
@@ -39,7 +39,7 @@ class Binder:
     Args:
         weights: the model's schedule.
         readers: the reader threads.
-        places: where the weights stand.
+        sites: where the weights stand.
         materializer: makes tensors of what the streams give.
         overrides: the weights that are held in place of what is on disk.
         lock: one thread at a time runs the model.
@@ -56,13 +56,13 @@ class Binder:
         self,
         weights: Weights,
         readers: Readers,
-        places: Places,
+        sites: WeightSites,
         materializer: Materializer,
         overrides: Overrides,
         lock: Turn,
         foresee: bool,
     ) -> None:
-        self._weights, self._readers, self._places, self._overrides = weights, readers, places, overrides
+        self._weights, self._readers, self._sites, self._overrides = weights, readers, sites, overrides
         self._materializer, self._lock, self._foresee = materializer, lock, foresee
         self.stream: Stream | None = None
         self.experts: ExpertStream | None = None
@@ -166,7 +166,7 @@ class Binder:
             for placed in held.item.layout.placed:
                 if placed.part.weight not in self._overrides.held:
                     weight = self._materializer.finish(placed, held.memory)
-                    self._places.bind(placed.part.weight, guarded(weight))
+                    self._sites.bind(placed.part.weight, guarded(weight))
 
         return enter
 
@@ -188,9 +188,9 @@ class Binder:
 
     def _unbind(self, name: str) -> bool:
         """Put the placeholder back; False where what was bound has been written to."""
-        if name in self._overrides.held or not self._places.stands(name):
+        if name in self._overrides.held or not self._sites.stands(name):
             return True
-        return self._places.unbind(name)
+        return self._sites.unbind(name)
 
     def _acquire(self, module: str, block: int) -> Held | None:
         assert self.stream is not None
@@ -203,9 +203,9 @@ class Binder:
 
     def _serve_in_blocks(self, module: str, items: list[Item]) -> None:
         for weight in dict.fromkeys(part.weight for part in items[0].parts):
-            stand_in = Blocks(self._places.placeholder(weight))
+            stand_in = Blocks(self._sites.placeholder(weight))
             stand_in.linear = self._linear_in_blocks(module, items)
-            self._places.stand_in(weight, stand_in)
+            self._sites.stand_in(weight, stand_in)
 
     def _linear_in_blocks(
         self, module: str, items: list[Item]
@@ -249,5 +249,5 @@ class Binder:
         self.handles += hooks.attach(model, plan.experts)
         for experts in plan.experts:
             for weight in experts.weights:
-                disk = self._places.placeholder(weight.name)
-                self._places.stand_in(weight.name, hooks.stand_in(experts.module, weight, disk))
+                disk = self._sites.placeholder(weight.name)
+                self._sites.stand_in(weight.name, hooks.stand_in(experts.module, weight, disk))

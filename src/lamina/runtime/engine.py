@@ -11,6 +11,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ from lamina.runtime.materialize import Materializer, is_differentiable
 from lamina.runtime.overrides import Home, Overrides
 from lamina.runtime.residents import load_residents
 from lamina.runtime.schedule import Weights
-from lamina.runtime.sites import Places, Site, move_buffers
+from lamina.runtime.sites import Site, WeightSites, move_buffers
 from lamina.runtime.turn import Turn
 from lamina.runtime.values import Values
 from lamina.stream.experts import ExpertStream
@@ -47,7 +48,7 @@ class Engine:
         foresee: read experts before their router has spoken, where the one before it tells which ones are likely.
 
     Attributes:
-        places: where the weights stand in the model.
+        sites: where the weights stand in the model.
         materializer: makes tensors of stored bytes.
         values: the weights as they are now.
         binder: binds what streams.
@@ -65,15 +66,15 @@ class Engine:
         readers: Readers,
         foresee: bool = True,
     ) -> None:
-        self.plan, self.weights, self.device, self.readers = plan, weights, device, readers
+        self._plan, self.weights, self.device, self.readers = plan, weights, device, readers
         self.lock = Turn()
         self.followers: list[Callable[[], None]] = []
         self._model = weakref.ref(model)
-        self.places = Places(model, device, lambda name: Home(self, name))
+        self.sites = WeightSites(model, device, lambda name: Home(self, name))
         self.overrides = Overrides(self)
-        self.materializer = Materializer(weights, readers, device, self.overrides.arrived, self.places.asked)
-        self.values = Values(model, self.schedule, self.places, self.materializer, self.overrides.held)
-        self.binder = Binder(weights, readers, self.places, self.materializer, self.overrides, self.lock, foresee)
+        self.materializer = Materializer(weights, readers, device, self.overrides.arrived, self.sites.asked)
+        self.values = Values(model, self.schedule, self.sites, self.materializer, self.overrides.held)
+        self.binder = Binder(weights, readers, self.sites, self.materializer, self.overrides, self.lock, foresee)
 
     def start(self, model: PreTrainedModel, progress: Progress | None = None) -> None:
         """Read the resident weights, bind them, and let the stream run ahead."""
@@ -84,13 +85,26 @@ class Engine:
         for name, tensor in found.items():
             parameter = tensor
             if isinstance(tensor, Encoded):
-                tensor.home = self.places.placeholder(name).home
+                tensor.home = self.sites.placeholder(name).home
             else:
                 parameter = nn.Parameter(tensor, requires_grad=is_differentiable(tensor))
             self.values.resident[name] = parameter
-            self.places.settle(name, parameter, tensor)
+            self.sites.settle(name, parameter, tensor)
         if self.plan.streams:
             self.binder.attach(model, self.plan, self.device)
+
+    @property
+    def plan(self) -> Plan:
+        """What lives where."""
+        return self._plan
+
+    def revise(self, **facts: Any) -> None:
+        """Let the plan say something else where nothing moves for it.
+
+        Args:
+            facts: fields of `Plan`: what was measured or chosen, or a budget that the same plan keeps.
+        """
+        self._plan = replace(self._plan, **facts)
 
     def close(self) -> None:
         """Stop reading. Resident weights stay; a streamed one raises ClosedError from now on."""
@@ -152,7 +166,7 @@ class Engine:
 
     def foreign(self) -> Iterator[tuple[str, Site, torch.Tensor | None]]:
         """Places of streamed weights where somebody put another tensor, or took the parameter away."""
-        return self.places.foreign(self.plan.resident, self.overrides.held)
+        return self.sites.foreign(self.plan.resident, self.overrides.held)
 
     def plan_for(self, budget: Budget, without: Collection[str] = ()) -> Plan:
         """A plan for another budget that holds nothing in memory but what is there now.
@@ -200,14 +214,14 @@ class Engine:
         """
         budget = replace(self.plan.budget, override_bytes=self.plan.budget.override_bytes + nbytes)
         if self.plan.has_room_for(budget):
-            self.plan = replace(self.plan, budget=budget)
+            self.revise(budget=budget)
             return
         for times in (8, 2, 1):  # more are likely to follow: a plan for each of them would take long
             with contextlib.ExitStack() as stack:
                 if times > 1:
                     stack.enter_context(contextlib.suppress(BudgetError))
                 self.replan(replace(budget, override_bytes=budget.override_bytes + (times - 1) * nbytes), without)
-                self.plan = replace(self.plan, budget=budget)
+                self.revise(budget=budget)
                 return
 
     def _follow(self, plan: Plan) -> None:
@@ -215,13 +229,13 @@ class Engine:
         model = self._model()
         assert model is not None
         self.binder.detach()
-        dropped = [name for name in self.places if name not in plan.resident and name not in self.overrides.held]
+        dropped = [name for name in self.sites if name not in plan.resident and name not in self.overrides.held]
         for name in dropped:
             self.values.resident.pop(name, None)
-        self.places.clear(dropped)  # and keep hold of nothing, else the old ring stays
+        self.sites.clear(dropped)  # and keep hold of nothing, else the old ring stays
         self.overrides.outdated = False
         told = self.plan
-        self.plan = replace(
+        self._plan = replace(
             plan,
             draft=told.draft,
             draft_reason=told.draft_reason,

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from lamina.fallbacks import Fallbacks
 from lamina.host import peak_resident_bytes
@@ -122,7 +123,6 @@ class Meter:
         if record.verified and self._steps:  # steps are no longer alike: some give many tokens
             step, per_step = statistics.fmean(self._steps), record.tokens / record.cycles
         expert_bytes = self._expert_bytes / len(self._steps) if self._steps else 0.0
-        read = plan.bytes_streamed_per_pass + expert_bytes
         in_pass = self._pass_began is not None
         done, expected = engine.progress() if in_pass else (0, plan.bytes_read_per_pass)
         return Stats(
@@ -138,28 +138,42 @@ class Meter:
             resident_bytes=plan.resident_bytes,
             model_bytes=plan.model_bytes,
             bytes_read_per_pass=plan.bytes_read_per_pass,
-            read_bytes_per_second=read / step if step else 0.0,
+            read_bytes_per_second=(plan.bytes_streamed_per_pass + expert_bytes) / step if step else 0.0,
             load_seconds=self._load_seconds,
             time_to_first_token_seconds=self._first_token,
             pass_bytes_done=done,
             pass_bytes_expected=expected,
             in_pass=in_pass,
             active_bytes_per_token=plan.active_bytes_per_token,
-            experts_routed=counts.routed,
-            expert_hits=counts.hits,
-            experts_foreseen=counts.foreseen,
-            expert_misses=counts.misses,
-            expert_bytes_read=counts.nbytes,
             expert_hit_rate=counts.hits / counts.routed if counts.routed else plan.hit_rate_without_reading,
             expert_bytes_per_token=expert_bytes / max(per_pass, 1.0),
-            expert_tokens={module: tuple(tokens) for module, tokens in counts.tokens.items()},
-            draft=record.name,
-            draft_reason=record.said,
             draft_bytes=plan.budget.draft_bytes,
-            drafted_tokens=record.drafted,
-            accepted_tokens=record.accepted,
-            accepted_by_position=record.accepted_by_position,
-            draft_share_of_time=record.draft_share_of_time,
             fallbacks=tuple(fallbacks),
             read_retries=engine.readers.retries,
+            **_of_experts(counts),
+            **_of_drafts(record),
         )
+
+
+def _of_experts(counts: Counts) -> dict[str, Any]:
+    """What the stream of experts counted, by field of `Stats`."""
+    return {
+        "experts_routed": counts.routed,
+        "expert_hits": counts.hits,
+        "experts_foreseen": counts.foreseen,
+        "expert_misses": counts.misses,
+        "expert_bytes_read": counts.nbytes,
+        "expert_tokens": {module: tuple(tokens) for module, tokens in counts.tokens.items()},
+    }
+
+
+def _of_drafts(record: Record) -> dict[str, Any]:
+    """What speculation counted, by field of `Stats`."""
+    return {
+        "draft": record.name,
+        "draft_reason": record.said,
+        "drafted_tokens": record.drafted,
+        "accepted_tokens": record.accepted,
+        "accepted_by_position": record.accepted_by_position,
+        "draft_share_of_time": record.draft_share_of_time,
+    }

@@ -16,7 +16,7 @@ from torch import nn
 
 from lamina.errors import BudgetError, UnsupportedError
 from lamina.plan.schedule import Convert, Weight
-from lamina.runtime.sites import Places, Site
+from lamina.runtime.sites import Site, WeightSites
 from lamina.runtime.turn import Turn
 from lamina.runtime.values import Values
 
@@ -28,7 +28,7 @@ class Owner(Protocol):
 
     lock: Turn
     overrides: Overrides
-    places: Places
+    sites: WeightSites
     values: Values
 
     @property
@@ -99,7 +99,7 @@ class Overrides:
             weight = self._engine.schedule[name]
             if name in self.held or weight.convert is Convert.DECODE:
                 return False
-            if not self._engine.places.placeholder(name).is_floating_point():
+            if not self._engine.sites.placeholder(name).is_floating_point():
                 return False
             if number != 1:
                 self.scaled[name].append((func, number))
@@ -149,8 +149,8 @@ class Overrides:
         """
         engine = self._engine
         for name, site, nbytes in tuple(self._left):
-            if engine.places.is_back(name, site):
-                engine.places.occupy(name, site)
+            if engine.sites.is_back(name, site):
+                engine.sites.occupy(name, site)
                 self._left.remove((name, site, nbytes))
                 self.gone.discard(name)
                 engine.spend(-nbytes, without=())
@@ -158,16 +158,16 @@ class Overrides:
         found = list(engine.foreign())
         memory = {id(each): each.nbytes for _, _, each in found if each is not None and not hasattr(each, "home")}
         for name, site, _ in found:  # before a plan is made anew, which would bind there again
-            engine.places.leave(name, site)
+            engine.sites.leave(name, site)
         try:
             engine.spend(sum(memory.values()), without=())
         except BudgetError:
             for name, site, _ in found:
-                engine.places.occupy(name, site)
+                engine.sites.occupy(name, site)
             raise
         for name, site, each in found:
             self._left.append((name, site, memory.pop(id(each), 0)))
-            if not engine.places.stands(name):
+            if not engine.sites.stands(name):
                 self.gone.add(name)
                 self.outdated = True
 
@@ -175,10 +175,10 @@ class Overrides:
         self.scaled.pop(name, None)  # `data` has been scaled
         if data.is_inference():
             data = data.clone()
-        asked = self._engine.places.placeholder(name).requires_grad and (data.is_floating_point() or data.is_complex())
+        asked = self._engine.sites.placeholder(name).requires_grad and (data.is_floating_point() or data.is_complex())
         self._reserved.discard(name)
         self.held[name] = parameter = nn.Parameter(data, requires_grad=asked)
-        self._engine.places.bind(name, parameter)
+        self._engine.sites.bind(name, parameter)
 
 
 class Home:

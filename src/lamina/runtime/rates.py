@@ -161,7 +161,7 @@ def _some(engine: Engine, weights: Sequence[Weight]) -> list[torch.Tensor]:
         owed += share * weight.nbytes
         if owed >= weight.nbytes / 2:
             owed -= weight.nbytes
-            chosen.append(engine.places.bound(weight.name))
+            chosen.append(engine.sites.bound(weight.name))
     return chosen
 
 

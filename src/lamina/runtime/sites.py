@@ -16,7 +16,7 @@ Site = tuple[nn.Module, str, bool]
 Sites = dict[str, list[Site]]
 
 
-class Places:
+class WeightSites:
     """The places of one model's weights: a placeholder stands there, or what a pass has bound, or what stays.
 
     Args:

@@ -12,7 +12,7 @@ from lamina.hf.names import PreTrainedModel
 from lamina.plan.schedule import Weight
 from lamina.runtime.materialize import Materializer, dtype_of
 from lamina.runtime.residents import AT_ONCE
-from lamina.runtime.sites import Places, standing
+from lamina.runtime.sites import WeightSites, standing
 from lamina.tensors.ids import OTHERS, TOKENS, check_ids
 from lamina.tensors.packed import Encoded
 
@@ -23,7 +23,7 @@ class Values:
     Args:
         model: whose weights they are.
         schedule: the weights by name.
-        places: where they stand.
+        sites: where they stand.
         materializer: reads what is not in memory.
         held: by name, what is held in place of what is on disk.
 
@@ -35,12 +35,12 @@ class Values:
         self,
         model: PreTrainedModel,
         schedule: Mapping[str, Weight],
-        places: Places,
+        sites: WeightSites,
         materializer: Materializer,
         held: Mapping[str, torch.Tensor],
     ) -> None:
         self._model = weakref.ref(model)
-        self._schedule, self._places, self._materializer, self._held = schedule, places, materializer, held
+        self._schedule, self._sites, self._materializer, self._held = schedule, sites, materializer, held
         self.resident: dict[str, torch.Tensor] = {}
 
     def current(self, name: str) -> torch.Tensor:
@@ -91,7 +91,7 @@ class Values:
         bound = self.resident[name]
         if isinstance(bound, Encoded):
             return False  # whoever writes to it has made it an override
-        if any(standing(site) is not bound for site in self._places.of(name)):
+        if any(standing(site) is not bound for site in self._sites.of(name)):
             return True
         weight = self._schedule[name]
         if bound.shape != weight.shape or bound.dtype != dtype_of(weight):
@@ -110,7 +110,7 @@ class Values:
         model = self._model()
         with contextlib.suppress(NotImplementedError):
             table = None if model is None else model.get_input_embeddings()
-            return any(module is table for module, _, _ in self._places.of(name))
+            return any(module is table for module, _, _ in self._sites.of(name))
         return False
 
 

@@ -26,7 +26,8 @@ from lamina.plan.plan import Plan
 from lamina.plan.speculation import pays, seconds_with_draft
 from lamina.progress import Progress
 from lamina.runtime.budget import default_context
-from lamina.runtime.load import Described, Encode, plan_described
+from lamina.runtime.describe import Described, Encode
+from lamina.runtime.load import plan_described
 from lamina.sizes import format_seconds, format_size
 from lamina.speculative.decoder import (
     AUTO,
@@ -130,15 +131,19 @@ class Drafting:
 
     def told(self, plan: Plan) -> Plan:
         """The plan with what was chosen, why, and what it promises."""
+        return replace(plan, **self._facts(plan))
+
+    def _facts(self, plan: Plan) -> dict[str, Any]:
+        """What a plan says of the draft, by field."""
         seconds = None
         if self.chosen == SELF and self._companion is not None:
             row = row_seconds(plan, exact=self.wanted == AUTO)
             seconds = seconds_with_draft(plan, self._companion.nbytes, plan.operations_per_token, row)
-        return replace(plan, draft=self.chosen, draft_reason=self.reason, predicted_seconds_per_token_drafted=seconds)
+        return {"draft": self.chosen, "draft_reason": self.reason, "predicted_seconds_per_token_drafted": seconds}
 
     def attach(self, model: PreTrainedModel, exact: bool | None) -> None:
         """Give the model its draft."""
-        model.lamina.engine.plan = self.told(model.lamina.engine.plan)
+        model.lamina.engine.revise(**self._facts(model.lamina.plan))
         speculator = Speculator(model, self.wanted, self.chosen, self.reason, exact, self._load_later)
         if self._companion is not None:
             speculator.add(self.chosen, self._companion, self._progress)

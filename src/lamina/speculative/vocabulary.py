@@ -9,7 +9,7 @@ from typing import Any
 from lamina.errors import RequestError
 from lamina.hf.build import Request
 from lamina.hf.tokenizer import load_tokenizer
-from lamina.runtime.load import Described
+from lamina.runtime.describe import Described
 
 FILE = "tokenizer.json"
 MOSTLY = 0.9  # of the model's tokens a draft must have; one may have special tokens that the other lacks
