@@ -35,6 +35,8 @@ def greedy(given: argparse.Namespace) -> dict[str, Any]:
         memory=given.memory,
         prompt_tokens=given.prompt_tokens,
         new_tokens=given.new_tokens,
+        load=AutoModel.from_pretrained,
+        draft=None,
     )
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,13 +18,14 @@ import lamina.measure.bench
 import lamina.runtime.load
 from lamina.caller import offers, option
 from lamina.errors import RequestError, UnsupportedError
-from lamina.hf.arguments import ordinarily
+from lamina.hf.arguments import ordinarily, sorted_out
 from lamina.hf.names import PreTrainedModel
 from lamina.plan.plan import Plan
 from lamina.progress import Progress
 from lamina.runtime.check import check_options
 from lamina.runtime.describe import Encode, chosen_gguf
 from lamina.runtime.install import in_place_of
+from lamina.runtime.load import Asked, check_memory, load_model
 from lamina.speculative.decoder import AUTO, NONE, draft_name
 from lamina.speculative.setup import SOURCE, Drafting, announced
 from lamina.store import as_if_split, default_folder, is_store_of, split
@@ -103,26 +106,22 @@ class AutoModel:
             UnsupportedError: it cannot be streamed.
             WriteError: the store cannot be written.
         """
-        model = _named(model)
-        transformers_kwargs, device = lamina.runtime.load.taken(_with_token(transformers_kwargs, hf_token), device)
-        asked: dict[str, Any] = {"memory": memory, "device_memory": device_memory, "device": device, "context": context}
-        check_options(transformers_kwargs, compression=compression, **asked)
-        told = bool(transformers_kwargs.pop("output_loading_info", False))
+        asked = Asked(memory, device_memory, device, context, progress)
         stored = compression is not None or layer_shards_saving_path is not None or delete_original
-        model = _gguf_named(model, transformers_kwargs, stored)
-        source = {key: transformers_kwargs[key] for key in SOURCE if transformers_kwargs.get(key) is not None}
-        drafting = Drafting(draft, model, source, transformers_kwargs, (memory, device_memory, context), progress)
+        model, asked, options = _sorted(model, asked, transformers_kwargs, hf_token, compression, stored)
+        told = bool(options.pop("output_loading_info", False))
+        source, drafting = _drafting(draft, model, asked, options)
         stored = stored and not is_store_of(model, compression or PLAIN)
-        asked |= {"progress": progress, "beside": drafting.beside}
+        asked = replace(asked, beside=drafting.beside)
         if drafting.writes:  # not before the memory is known to be enough for all there will be
             folder, encode = _as_it_will_be(model, compression, source, layer_shards_saving_path)
-            lamina.runtime.load.check_memory(folder, encode=encode, **asked, **_for(folder, model, transformers_kwargs))
+            check_memory(folder, asked, _for(folder, model, options), encode)
             drafting.check_disk()
         if stored:
             model = _split(model, compression, layer_shards_saving_path, delete_original, progress, source)
-            _without(transformers_kwargs, "subfolder", "variant")
+            _without(options, "subfolder", "variant")
         drafting.write()
-        loaded = lamina.runtime.load.load_model(model, prefetching=prefetching, **asked, **transformers_kwargs)
+        loaded = load_model(model, asked, options, prefetching=prefetching)
         _complete(loaded, drafting, exact)
         return (loaded, dict(loaded.lamina.loading_info)) if told else loaded
 
@@ -187,18 +186,14 @@ def plan_model(
     With a compression, and no store of it yet, it is the plan of the store that would be written; a copy for drafting
     that is not written yet is counted as it will be.
     """
-    model = _named(model)
-    transformers_kwargs, device = lamina.runtime.load.taken(_with_token(transformers_kwargs, hf_token), device)
-    asked: dict[str, Any] = {"memory": memory, "device_memory": device_memory, "device": device, "context": context}
-    check_options(transformers_kwargs, compression=compression, **asked)
-    transformers_kwargs.pop("output_loading_info", None)
+    asked = Asked(memory, device_memory, device, context, progress)
     stored = compression is not None or layer_shards_saving_path is not None or delete_original
-    model = _gguf_named(model, transformers_kwargs, stored)
-    source = {key: transformers_kwargs[key] for key in SOURCE if transformers_kwargs.get(key) is not None}
-    drafting = Drafting(draft, model, source, transformers_kwargs, (memory, device_memory, context), progress, False)
+    model, asked, options = _sorted(model, asked, transformers_kwargs, hf_token, compression, stored)
+    options.pop("output_loading_info", None)
+    source, drafting = _drafting(draft, model, asked, options, weights_wanted=False)
     folder, encode = _as_it_will_be(model, compression, source, layer_shards_saving_path)
-    asked |= {"progress": progress, "beside": drafting.beside}
-    planned = lamina.runtime.load.plan_model(folder, encode=encode, **asked, **_for(folder, model, transformers_kwargs))
+    asked = replace(asked, beside=drafting.beside)
+    planned = lamina.runtime.load.plan_model(folder, asked, _for(folder, model, options), encode)
     return drafting.told(planned)
 
 
@@ -213,9 +208,43 @@ def bench_model(model: str, *, draft: str | None = None, **request: Any) -> dict
     return lamina.measure.bench.bench_model(model, load=AutoModel.from_pretrained, draft=draft, **request)
 
 
-def _with_token(options: dict[str, Any], hf_token: str | None) -> dict[str, Any]:
-    """The options, with the token of the hub under the name that transformers has for it."""
-    return options if hf_token is None else {"token": hf_token, **options}
+def _sorted(
+    model: str,
+    asked: Asked,
+    transformers_kwargs: dict[str, Any],
+    hf_token: str | None,
+    compression: str | None,
+    stored: bool,
+) -> tuple[str, Asked, dict[str, Any]]:
+    """The name of the model, what is asked of it and the options for transformers, each looked at.
+
+    Args:
+        stored: a store of it is asked for.
+    """
+    model = _named(model)
+    given = transformers_kwargs if hf_token is None else {"token": hf_token, **transformers_kwargs}
+    options, device, ignored = sorted_out(given, asked.device)
+    for name in ignored:  # of `from_pretrained`, which stands in `ordinarily`
+        warnings.warn(f"{name} has no meaning here and is ignored", stacklevel=4)
+    asked = replace(asked, device=device)
+    check_options(
+        options,
+        memory=asked.memory,
+        device_memory=asked.device_memory,
+        device=device,
+        context=asked.context,
+        compression=compression,
+    )
+    return _gguf_named(model, options, stored), asked, options
+
+
+def _drafting(
+    draft: str | None, model: str, asked: Asked, options: dict[str, Any], weights_wanted: bool = True
+) -> tuple[dict[str, Any], Drafting]:
+    """Where the model comes from, and its draft."""
+    source = {key: options[key] for key in SOURCE if options.get(key) is not None}
+    memory = (asked.memory, asked.device_memory, asked.context)
+    return source, Drafting(draft, model, source, options, memory, asked.progress, weights_wanted)
 
 
 def _gguf_named(model: str, options: dict[str, Any], stored: bool) -> str:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from helpers.families import write_tiny
 from helpers.judge import minimum_of, steady, streamed_model
+from lamina import AutoModel
 from lamina.errors import LaminaError, RequestError, WriteError
 from lamina.measure import profile
 from lamina.measure.bench import bench_model
@@ -322,7 +323,8 @@ def test_the_steps_of_very_many_units_are_fewer(model: PreTrainedModel, monkeypa
 
 def test_bench_profiles_only_when_asked(folders: dict[str, Path], tmp_path: Path) -> None:
     with steady():
-        request = {"memory": minimum_of(folders["mixtral"]), "device": "cpu", "new_tokens": 3, "prompt_ids": PROMPT}
+        request = {"memory": minimum_of(folders["mixtral"], draft=None), "device": "cpu", "new_tokens": 3}
+        request |= {"prompt_ids": PROMPT, "draft": None, "load": AutoModel.from_pretrained}
         file = tmp_path / "t.json"
         plain = bench_model(str(folders["mixtral"]), trace=file, **request)
         assert "profile" not in plain and not file.exists()

@@ -23,7 +23,6 @@ from lamina.plan.layout import Layout
 from lamina.plan.plan import Plan
 from lamina.progress import Progress
 from lamina.runtime.engine import Engine
-from lamina.runtime.load import load_model
 from lamina.runtime.rates import Turns
 from lamina.runtime.stats import Stats
 from lamina.stream.experts import Counts
@@ -48,7 +47,7 @@ def bench_model(
     profile: bool = False,
     trace: str | os.PathLike[str] = DEFAULT,
     progress: Progress | None = None,
-    load: Callable[..., PreTrainedModel] = load_model,
+    load: Callable[..., PreTrainedModel],
     **options: Any,
 ) -> dict[str, Any]:
     """Load, generate greedily, and measure; between the tokens read a pass's bytes with nothing else going on.

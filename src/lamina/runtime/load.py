@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import gc
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 
 from lamina.caller import option
 from lamina.errors import BudgetError, RequestError
-from lamina.hf.arguments import ordinarily, sorted_out
 from lamina.hf.build import Request
 from lamina.hf.names import PreTrainedModel
 from lamina.hf.tokenizer import LazyTokenizer, load_tokenizer
@@ -34,34 +32,42 @@ from lamina.stream.readers import Readers
 LONG = 0.3  # seconds to read the drive for a plan alone
 
 
-@ordinarily
-def load_model(
-    model: str,
-    *,
-    memory: float | str | None = None,
-    device_memory: float | str | None = None,
-    device: str | torch.device = "auto",
-    prefetching: bool = True,
-    context: int | None = None,
-    progress: Progress | None = None,
-    beside: Beside | None = None,
-    **transformers_kwargs: Any,
-) -> PreTrainedModel:
-    """A checkpoint as a transformers model that streams; see `lamina.AutoModel.from_pretrained`.
+Beside = Callable[[Described, torch.device], Callable[[int], int]]
+"""(what is about to be planned, its device) -> (tokens of context -> bytes that something else has of its memory)"""
 
-    Args:
+
+@dataclass(frozen=True)
+class Asked:
+    """The memory that a model is to have, where it computes, and who hears of it; see `lamina.AutoModel`.
+
+    Attributes:
         beside: what else is to have room in the same memory.
     """
+
+    memory: float | str | None = None
+    device_memory: float | str | None = None
+    device: str | torch.device = "auto"
+    context: int | None = None
+    progress: Progress | None = None
+    beside: Beside | None = None
+
+
+def load_model(model: str, asked: Asked, options: dict[str, Any], *, prefetching: bool = True) -> PreTrainedModel:
+    """A checkpoint as a transformers model that streams.
+
+    Args:
+        options: as `lamina.hf.arguments.sorted_out` gives them; what is used up here is taken out.
+        prefetching: see `lamina.AutoModel.from_pretrained`, whose errors are these.
+    """
     began = time.perf_counter()
-    options, device = taken(transformers_kwargs, device)
-    prepared = _prepare(model, memory, device_memory, device, context, options, progress, beside=beside)
+    prepared = _prepare(model, asked, options)
     prepare(prepared.weights.schedule.weights.values())
     readers = Readers(fingerprints=prepared.checkpoint.fingerprints)
     engine = Engine(prepared.model, prepared.weights, prepared.plan, prepared.device, readers, prefetching)
     return_large_blocks()
     try:
         engine.revise(hardware=measure(engine, prepared.checkpoint))
-        engine.start(prepared.model, progress)
+        engine.start(prepared.model, asked.progress)
         engine.revise(fallbacks=_fallbacks(prepared, readers))
         readers.remember()
         prepared.checkpoint.verify_unchanged()  # while it was loaded, or since its headers were read
@@ -89,20 +95,6 @@ def _give_tokenizer(model: PreTrainedModel, request: Request, hub: Mapping[str, 
     model.lamina.when_closed(lazy.forget)
 
 
-def taken(
-    transformers_kwargs: Mapping[str, Any], device: str | torch.device
-) -> tuple[dict[str, Any], str | torch.device]:
-    """See `lamina.hf.arguments.sorted_out`; what has no meaning here is said to the caller of the caller."""
-    options, device, ignored = sorted_out(transformers_kwargs, device)
-    for name in ignored:
-        warnings.warn(f"{name} has no meaning here and is ignored", stacklevel=4)
-    return options, device
-
-
-Beside = Callable[[Described, torch.device], Callable[[int], int]]
-"""(what is about to be planned, its device) -> (tokens of context -> bytes that something else has of its memory)"""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Prepared(Described):
     """A model that is planned as well; nothing of it is read yet."""
@@ -111,51 +103,24 @@ class Prepared(Described):
     device: torch.device
 
 
-@ordinarily
-def plan_model(
-    model: str,
-    *,
-    memory: float | str | None = None,
-    device_memory: float | str | None = None,
-    device: str | torch.device = "auto",
-    context: int | None = None,
-    progress: Progress | None = None,
-    encode: Encode | None = None,
-    beside: Beside | None = None,
-    **transformers_kwargs: Any,
-) -> Plan:
-    """What `load_model` would do, from the config and the headers alone; see `lamina.plan_model`.
+def plan_model(model: str, asked: Asked, options: dict[str, Any], encode: Encode | None = None) -> Plan:
+    """What `load_model` would do, from the config and the headers alone.
 
     Args:
         encode: gives the checkpoint that is meant in place of the one that is there.
-        beside: as for `load_model`.
     """
-    options, device = taken(transformers_kwargs, device)
-    prepared = _prepare(model, memory, device_memory, device, context, options, progress, False, encode, beside)
+    prepared = _prepare(model, asked, options, weights_wanted=False, encode=encode)
     hardware, fallbacks = _found(prepared, encode is not None)
     return dataclasses.replace(prepared.plan, hardware=hardware, fallbacks=fallbacks)
 
 
-@ordinarily
-def check_memory(
-    model: str,
-    *,
-    memory: float | str | None = None,
-    device_memory: float | str | None = None,
-    device: str | torch.device = "auto",
-    context: int | None = None,
-    progress: Progress | None = None,
-    encode: Encode | None = None,
-    beside: Beside | None = None,
-    **transformers_kwargs: Any,
-) -> None:
+def check_memory(model: str, asked: Asked, options: dict[str, Any], encode: Encode | None = None) -> None:
     """Refuse what `load_model` would refuse for its memory, before a store is written.
 
     Raises:
         BudgetError: the memory is too small, as for `load_model`.
     """
-    options, device = taken(transformers_kwargs, device)
-    _prepare(model, memory, device_memory, device, context, options, progress, True, encode, beside)
+    _prepare(model, asked, options, encode=encode)
 
 
 def _found(prepared: Prepared, not_written: bool) -> tuple[Hardware, tuple[str, ...]]:
@@ -182,25 +147,15 @@ def _fallbacks(prepared: Described, readers: Readers | None) -> tuple[str, ...]:
 
 
 def _prepare(
-    model: str,
-    memory: float | str | None,
-    device_memory: float | str | None,
-    device: str | torch.device,
-    context: int | None,
-    options: dict[str, Any],
-    progress: Progress | None,
-    weights_wanted: bool = True,
-    encode: Encode | None = None,
-    beside: Beside | None = None,
+    model: str, asked: Asked, options: dict[str, Any], weights_wanted: bool = True, encode: Encode | None = None
 ) -> Prepared:
-    chosen = choose_device(device)
-    described = describe_model(model, options, progress, weights_wanted, encode)
+    device = choose_device(asked.device)
+    described = describe_model(model, options, asked.progress, weights_wanted, encode)
     gc.collect()  # what transformers' loader left behind must not count as overhead
-    also = beside(described, chosen) if beside is not None else None
-    plan = plan_described(
-        described, memory, device_memory, chosen, context, default_context(described.model.config), also
-    )
-    return Prepared(plan=plan, device=chosen, **{f.name: getattr(described, f.name) for f in fields(described)})
+    also = asked.beside(described, device) if asked.beside is not None else None
+    most = default_context(described.model.config)
+    plan = plan_described(described, asked.memory, asked.device_memory, device, asked.context, most, also)
+    return Prepared(plan=plan, device=device, **{f.name: getattr(described, f.name) for f in fields(described)})
 
 
 def plan_described(
@@ -213,9 +168,6 @@ def plan_described(
     beside: Callable[[int], int] | None,
 ) -> Plan:
     """The plan; where nobody said how long the context is, the longest usual one that the memory has room for."""
-    if context is not None and context < 1:
-        raise RequestError(f"{option('context')} must be at least 1 token, got {context}")
-
     weights, traced, tokenizer = described.weights, described.trace, described.tokenizer_bytes
 
     def budget(tokens: int) -> Budget:
