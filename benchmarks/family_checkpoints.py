@@ -12,7 +12,16 @@ from checkpoints import split_into_shards, write_folder
 from report import run_main
 from transformers import AutoConfig, AutoModelForCausalLM
 
-FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
+Shape = tuple[str, dict[str, object]]
+"""model type, fields of the config"""
+
+
+def _llama(layers: int, hidden: int, ffn: int, heads: int, vocabulary: int) -> Shape:
+    fields = {"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers}
+    return "llama", fields | {"num_attention_heads": heads, "num_key_value_heads": 8, "vocab_size": vocabulary}
+
+
+FAMILIES: dict[str, Shape] = {
     "bloom": ("bloom", {"hidden_size": 1536, "n_layer": 6, "n_head": 16, "vocab_size": 60_000}),
     "falcon": ("falcon", {"hidden_size": 4544, "num_hidden_layers": 2, "num_attention_heads": 71}),
     "gemma3": (
@@ -21,21 +30,9 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
         | {"num_key_value_heads": 1, "head_dim": 256, "vocab_size": 262_144},
     ),
     "gpt2": ("gpt2", {"n_embd": 1024, "n_layer": 12, "n_head": 16, "n_positions": 2048}),
-    "llama-8b": (
-        "llama",
-        {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 2, "num_attention_heads": 32}
-        | {"num_key_value_heads": 8, "vocab_size": 128_256},
-    ),
-    "llama-70b": (
-        "llama",
-        {"hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 1, "num_attention_heads": 64}
-        | {"num_key_value_heads": 8, "vocab_size": 32_000},
-    ),
-    "llama-405b": (
-        "llama",
-        {"hidden_size": 16_384, "intermediate_size": 53_248, "num_hidden_layers": 1, "num_attention_heads": 128}
-        | {"num_key_value_heads": 8, "vocab_size": 128_256},
-    ),
+    "llama-8b": _llama(2, 4096, 14_336, 32, 128_256),
+    "llama-70b": _llama(1, 8192, 28_672, 64, 32_000),
+    "llama-405b": _llama(1, 16_384, 53_248, 128, 128_256),
     "mamba": ("mamba", {"hidden_size": 1024, "num_hidden_layers": 12, "vocab_size": 50_280}),
     "opt": (
         "opt",
