@@ -18,6 +18,7 @@ from enum import Enum
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -311,6 +312,29 @@ class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
         weakref.finalize(storage, gone)
 
 
+def attention_fuses(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> bool:
+    """Whether the processor has one kernel for such an attention, which keeps no scores of every row and key.
+
+    It has none where queries have other heads than keys have (falcon's one head) or values another size (DeepSeek's).
+    torch is asked with tensors of one row, seen as if they had these shapes.
+    """
+    given = (query, key, value, *([] if attn_mask is None else [attn_mask]))
+    query, key, value, *mask = [torch.empty(t.shape[-1:], dtype=t.dtype, device="cpu").expand(t.shape) for t in given]
+    chosen = torch._fused_sdp_choice(
+        query, key, value, mask[0] if mask else None, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+    return bool(chosen != SDPBackend.MATH.value)
+
+
 class _Recorder(TorchFunctionMode):
     """Writes down touches by module, and the bytes of results alive at once.
 
@@ -353,8 +377,9 @@ class _Recorder(TorchFunctionMode):
                     kind = _kind(func, position, args, frozenset())
                     self._touch(seen[0], kind if kind == "experts" else "other", leaf)
         answer = _VALUES.get(func) if self.answering else None
-        fused = func is torch.nn.functional.scaled_dot_product_attention
-        self.memory.paused = fused  # on meta tensors it is made of products, of which the processor's keeps nothing
+        self.memory.paused = True
+        fused = func is torch.nn.functional.scaled_dot_product_attention and attention_fuses(*args, **kwargs)
+        self.memory.paused = fused  # on meta tensors it is always made of products and a softmax
         try:
             out = func(*args, **kwargs) if answer is None else answer(func, args, kwargs)
         finally:
