@@ -31,8 +31,7 @@ from lamina.hf.internals import generation_config_in
 from lamina.hf.quantized import check_decoded, take_quantization, unpacked_state
 from lamina.hf.quiet import silent
 from lamina.sizes import format_size
-from lamina.tensors.disk import DiskTensor, recording
-from lamina.tensors.dtypes import TORCH_DTYPES, torch_dtype
+from lamina.tensors.disk import TORCH_DTYPES, DiskTensor, recording, torch_dtype
 
 if TYPE_CHECKING:
     from lamina.hf.gguf import GgufModel

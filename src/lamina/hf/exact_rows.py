@@ -35,9 +35,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from lamina.caller import option
-from lamina.codec import Affine, Lossless, codec_for
-from lamina.codec.affine import LINEAR_TOKENS as AFFINE_TOKENS
-from lamina.codec.gguf import LINEAR_TOKENS as GGUF_TOKENS
+from lamina.codec import codec_for
 from lamina.hf.experts import experts_by_config
 from lamina.hf.internals import (
     ALL_ATTENTION_FUNCTIONS,
@@ -311,12 +309,11 @@ def _alike(count: int, rows: int, columns: int, dtype: torch.dtype, threads: int
     return torch.equal(functional.linear(x, weight), single)
 
 
-def _own_product(weight: Encoded) -> int | None:
-    """Rows up to which the codecs of a weight multiply by themselves; None where they never do."""
-    codecs = [codec_for(span.codec) for span in weight.spans]
-    if weight.whole is not None or all(isinstance(codec, Lossless) for codec in codecs):
-        return None
-    return AFFINE_TOKENS if all(isinstance(codec, Affine) for codec in codecs) else GGUF_TOKENS
+def _own_product(weight: Encoded) -> int:
+    """Rows up to which the codecs of a weight multiply by themselves; 0 where they never do."""
+    spans = weight.spans if weight.whole is None else ()
+    most = {codec_for(span.codec).linear_tokens for span in spans} - {0}
+    return min(most, default=0)
 
 
 def _seen(one: torch.Tensor, right: torch.Tensor, from_end: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -38,8 +38,8 @@ from lamina.hf.gguf_config import CAUSES, load_gguf_config, refused
 from lamina.hf.internals import TOKENIZER_MAPPING_NAMES, rename_source_key, tokenizer_class_from_name
 from lamina.hf.quiet import silent
 from lamina.hf.tokenizer import usable
-from lamina.tensors.disk import DiskTensor, Leaf, Op, recording
-from lamina.tensors.dtypes import torch_dtype
+from lamina.tensors.disk import DiskTensor, recording, torch_dtype
+from lamina.tensors.expressions import Leaf, Op
 
 PROBED_COLUMNS = 2  # in place of all of a row: enough to tell columns in another order from rows in another order
 INSTALL = "GGUF files need the gguf package: pip install 'lamina[gguf]'"

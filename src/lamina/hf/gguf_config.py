@@ -17,7 +17,7 @@ from lamina.checkpoint.gguf import MAGIC, GgufFile
 from lamina.errors import CheckpointError, LaminaError, UnsupportedError
 from lamina.hf.internals import GGUF_CONFIG_MAPPING, gguf_config_architectures
 from lamina.hf.quiet import silent
-from lamina.tensors.dtypes import TORCH_DTYPES
+from lamina.tensors.disk import TORCH_DTYPES
 
 LONGEST_ARRAY = 1 << 16  # bytes; what a config needs is shorter, vocabularies and merges are longer
 CAUSES = (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, NotImplementedError)

@@ -22,7 +22,8 @@ from lamina.checkpoint import Checkpoint, TensorEntry
 from lamina.codec.quantized_layouts import Awq, Float4, Float4Experts, Gptq, Integers, Lookup4, Packed, Scaled
 from lamina.errors import CheckpointError, RequestError, UnsupportedError
 from lamina.hf.internals import Conv1D
-from lamina.tensors.disk import Computed, DiskTensor
+from lamina.tensors.disk import DiskTensor
+from lamina.tensors.expressions import Computed
 
 Entries = Mapping[str, TensorEntry]
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}

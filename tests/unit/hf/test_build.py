@@ -18,8 +18,7 @@ from lamina import MissingTensorError, RequestError, UnsupportedError
 from lamina.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from lamina.checkpoint.extent import DTYPE_BITS, Extent
 from lamina.hf.build import Request, build
-from lamina.tensors.disk import DiskTensor
-from lamina.tensors.dtypes import TORCH_DTYPES, torch_dtype
+from lamina.tensors.disk import TORCH_DTYPES, DiskTensor, torch_dtype
 
 
 def _built(folder: Path, **options: Any) -> PreTrainedModel:
