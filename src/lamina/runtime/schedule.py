@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 
 from lamina.checkpoint import Checkpoint, Extent
-from lamina.hf.trace import Trace, layer_names, weight_names
+from lamina.hf.recorder import layer_names, weight_names
+from lamina.hf.trace import Trace
 from lamina.plan.layout import PACKING, align
 from lamina.plan.schedule import Call, Convert, Cut, PanelSpan, Piece, Schedule, Segment, Weight
 from lamina.runtime.panels import is_plain, scratch_bytes, segments_of, whole_tensor

@@ -18,7 +18,8 @@ from lamina.checkpoint.manifest import PLAIN
 from lamina.codec import AFFINE, LOSSLESS
 from lamina.errors import UnsupportedError
 from lamina.hf.experts import experts_by_config
-from lamina.hf.trace import Trace, weight_names
+from lamina.hf.recorder import weight_names
+from lamina.hf.trace import Trace
 from lamina.runtime.schedule import Weights
 from lamina.store.encode import BLOCK_ELEMENTS
 from lamina.store.shards import Run, Stored, file_nbytes, make_files

@@ -255,7 +255,8 @@ class DiskTensor(torch.Tensor):
             raise no_storage(func)
         if func in _LEAVING and isinstance(args[0], DiskTensor):
             return func(materialize(args[0]).requires_grad_(args[0].requires_grad), *args[1:], **(kwargs or {}))
-        return as_it_is(func, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         """A copy that is in memory."""

@@ -17,7 +17,7 @@ from helpers.families import tiny_config, write_tiny
 from lamina import MissingTensorError, RequestError, UnsupportedError
 from lamina.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from lamina.checkpoint.extent import DTYPE_BITS, Extent
-from lamina.hf.build import Request, build
+from lamina.hf.building.build import Request, build
 from lamina.tensors.disk import TORCH_DTYPES, DiskTensor, torch_dtype
 
 
