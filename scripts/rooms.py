@@ -3,9 +3,9 @@
     python scripts/rooms.py            # writes what stands between the two markers
     python scripts/rooms.py --check    # changes nothing; exit code 1 where the page says something else
 
-A room is a folder of src/lamina. Of the single modules beside them `api` is a room too, and the others are one, `base`.
-An import counts wherever it stands: within a function, under TYPE_CHECKING, and as a string that is the whole name of a
-module (the command line imports that way).
+A room is a folder of src/lamina, and so is a folder in one (`hf.building`). Of the single modules beside them `api` is
+a room too, and the others are one, `base`. An import counts wherever it stands: within a function, under TYPE_CHECKING,
+and as a string that is the whole name of a module (the command line imports that way).
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def room_of(module: str, sources: Path) -> str | None:
     parts = module.split(".")
     if len(parts) == 1 or parts[1] in NO_ROOM:
         return None
-    return parts[1] if (sources / parts[1]).is_dir() or parts[1] in OWN else BASE
+    folders = [parts[1:end] for end in range(2, len(parts) + 1) if sources.joinpath(*parts[1:end]).is_dir()]
+    return ".".join(folders[-1]) if folders else parts[1] if parts[1] in OWN else BASE
 
 
 def imported(tree: ast.Module, known: Mapping[str, Path]) -> Iterator[str]:

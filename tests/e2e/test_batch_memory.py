@@ -17,8 +17,9 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig
 
 import lamina
 from lamina import AutoModel, BudgetError
-from lamina.hf import batching, internals
-from lamina.hf.batching import PAGE, Need, Size, shorter, size_for
+from lamina.hf import internals
+from lamina.hf.decoding import batching
+from lamina.hf.decoding.batching import PAGE, Need, Size, shorter, size_for
 from lamina.hf.trace import Trace
 from lamina.plan.schedule import Call
 from lamina.tensors.padded_rows import BATCHED_SIZES, even_rows, pieces

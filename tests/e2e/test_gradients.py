@@ -21,7 +21,7 @@ from helpers.gguf_files import write_model
 from helpers.judge import minimum_of, plain_model, steady, streamed_model
 from helpers.quantize import fp8, write_quantized
 from lamina import UnsupportedError
-from lamina.hf.exact_rows import one_row
+from lamina.hf.decoding.exact_rows import one_row
 from lamina.tensors.packed import Encoded
 
 IDS = torch.arange(3, 40)[None]

@@ -11,7 +11,7 @@ import torch
 import lamina
 from helpers.families import tiny_config, write_tiny
 from helpers.judge import minimum_of, plain_model
-from lamina.hf.logits import LOSS
+from lamina.hf.trace import LOSS
 
 ROWS = 4
 TOKENS = 64  # of each row

@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch.multiprocessing.reductions import reduce_tensor
 
 from helpers.homes import InMemory
-from lamina.codec import register
+from lamina.codec import Codec, register
 from lamina.errors import LaminaError, StorageError
 from lamina.plan.schedule import PanelSpan
 from lamina.tensors.disk import DiskTensor
@@ -83,16 +83,13 @@ DOORS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-class Raw:
+class Raw(Codec):
     """Elements as they are."""
 
     name = "raw"
 
     def decode(self, panels: torch.Tensor, rows: int, columns: int, out: torch.Tensor) -> None:
         out.copy_(panels.reshape(-1).clone().view(torch.float32).view(rows, columns))
-
-    def linear(self, x: torch.Tensor, panels: torch.Tensor, rows: int, out: torch.Tensor) -> bool:
-        return False
 
 
 def on_disk() -> DiskTensor:

@@ -22,8 +22,8 @@ import lamina
 from helpers.families import tiny_config, write_tiny
 from lamina import CheckpointError, LaminaError, RequestError
 from lamina.checkpoint import open_checkpoint
-from lamina.hf import bounds
-from lamina.hf.build import Request, build
+from lamina.hf import config
+from lamina.hf.building.build import Request, build
 from lamina.hf.config import check_generation, read_json
 from lamina.hf.tokenizer import load_tokenizer
 from lamina.hf.trace import trace
@@ -200,7 +200,7 @@ def test_what_is_no_fault_of_a_config_passes_through(
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr("lamina.hf.build.AutoModelForCausalLM.from_config", fail)
+    monkeypatch.setattr("lamina.hf.building.build.AutoModelForCausalLM.from_config", fail)
     with pytest.raises(error):
         _build(few / "llama")
 
@@ -218,7 +218,7 @@ def test_a_table_that_no_file_holds_is_bounded(few: Path, monkeypatch: pytest.Mo
         pytest.raises(CheckpointError, match=r"a buffer of shape \(1000000000, 2\).*that no file holds"),
         torch.device("cpu"),
     ):
-        unstored = bounds.Unstored(0, "config.json")
+        unstored = config.Unstored(0, "config.json")
         with unstored:
             torch.empty_like(torch.empty(10**9, 2, device="meta"), device="cpu")
 
@@ -235,7 +235,7 @@ def test_modules_of_other_threads_do_not_count() -> None:
     def build_many() -> None:
         made.append(torch.nn.Sequential(*(torch.nn.ReLU() for _ in range(2000))))
 
-    with bounds.as_many_as(0, "config.json"):
+    with config.as_many_as(0, "config.json"):
         other = threading.Thread(target=build_many)
         other.start()
         other.join()
@@ -249,10 +249,10 @@ def test_modules_of_other_threads_do_not_count() -> None:
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt2", "mamba2", "qwen3_moe", "dbrx", "gemma3_text"])
 def test_ordinary_configs_are_far_from_the_bounds(family: str) -> None:
     fields = json.loads(tiny_config(family).to_json_string())
-    bounds.check_counts(fields, 0, "config.json")
+    config.check_counts(fields, 0, "config.json")
     large = {"vocab_size": 262_144, "max_position_embeddings": 10_485_760, "block_size": 131_072, "rope_theta": 10**9}
-    bounds.check_counts(fields | large, 0, "config.json")
-    bounds.check_counts({"num_hidden_layers": 200_000}, 300_000, "config.json")
+    config.check_counts(fields | large, 0, "config.json")
+    config.check_counts({"num_hidden_layers": 200_000}, 300_000, "config.json")
 
 
 def test_a_pass_that_cannot_be_is_the_configs_fault(few: Path) -> None:

@@ -19,7 +19,7 @@ from helpers.families import write_tiny
 from lamina import AutoModel, FallbackWarning
 from lamina.checkpoint import open_checkpoint
 from lamina.errors import CheckpointError, MissingShardError, MissingTensorError
-from lamina.hf.build import Request, build
+from lamina.hf.building.build import Request, build
 from lamina.store import split
 
 INDEX = "model.safetensors.index.json"

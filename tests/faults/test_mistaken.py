@@ -24,8 +24,7 @@ from lamina.errors import (
     RequestError,
     UnsupportedError,
 )
-from lamina.hf import adapter
-from lamina.hf.build import Request, build
+from lamina.hf.building.build import Request, build
 from lamina.hf.tokenizer import load_tokenizer
 from lamina.store import split
 
@@ -124,7 +123,7 @@ def test_an_adapter_beside_its_model_is_not_passed_over(tmp_path: Path, monkeypa
         with pytest.raises(UnsupportedError, match=line):
             call(str(folder))
     with monkeypatch.context() as patch:  # transformers goes on without
-        patch.setattr(adapter, "is_peft_available", lambda: False)
+        patch.setattr(config, "is_peft_available", lambda: False)
         with pytest.warns(FallbackWarning, match="is not applied"):
             AutoModel.from_pretrained(str(folder), memory="3GB", device="cpu").lamina.close()
         assert not list(Path(split(str(folder), to=tmp_path / "store").folder).glob("adapter*"))

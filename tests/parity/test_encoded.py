@@ -19,7 +19,7 @@ from helpers.families import FAMILIES, write_tiny
 from helpers.judge import Judge, answers, assert_equal, judge, minimum_of, steady, streamed_model
 from lamina.checkpoint import Checkpoint, open_checkpoint
 from lamina.checkpoint.extent import Encoding, TensorEntry
-from lamina.codec import codec, register
+from lamina.codec import Codec, codec, register
 from lamina.plan.schedule import Convert
 from lamina.tensors import packed
 
@@ -29,7 +29,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 WIDEST_PANEL = 4
 
 
-class Raw:
+class Raw(Codec):
     """Elements as they are; one codec a dtype."""
 
     def __init__(self, stored: str) -> None:
@@ -38,9 +38,6 @@ class Raw:
     def decode(self, panels: torch.Tensor, rows: int, columns: int, out: torch.Tensor) -> None:
         assert panels.is_contiguous() and out.shape == (rows, columns)
         out.copy_(panels.reshape(-1).clone().view(self.stored).view(rows, columns))
-
-    def linear(self, x: torch.Tensor, panels: torch.Tensor, rows: int, out: torch.Tensor) -> bool:
-        return False
 
 
 def in_panels(entry: TensorEntry) -> TensorEntry:

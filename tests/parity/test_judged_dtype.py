@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from helpers import quantize
 from helpers.families import write_tiny
 from lamina.checkpoint import open_checkpoint
-from lamina.hf.build import Request, build
+from lamina.hf.building.build import Request, build
 from lamina.store import split
 from lamina.tensors.torch_pickle import read_pickled
 

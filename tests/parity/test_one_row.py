@@ -17,8 +17,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from helpers.families import MOE, input_ids, tiny_config, tiny_model
 from helpers.judge import minimum_of, reads_on_demand, steady, streamed_model
 from lamina.codec import AFFINE
-from lamina.hf import exact_rows as module
-from lamina.hf.exact_rows import covers, one_row
+from lamina.hf.decoding import exact_rows as module
+from lamina.hf.decoding.exact_rows import covers, one_row
 from lamina.plan import planner
 from lamina.plan.schedule import PanelSpan
 from lamina.tensors.packed import Encoded, Scratch

@@ -27,6 +27,7 @@ import math
 import torch
 
 from lamina.codec import fitting, native
+from lamina.codec.codec import Codec
 from lamina.codec.fitting import BLOCK, GROUP
 from lamina.errors import CheckpointError
 
@@ -34,10 +35,12 @@ LINEAR_TOKENS = 16  # beyond, decoding a block of rows and torch's own product a
 FALLBACK_ELEMENTS = 1 << 20  # decoded at a time without kernels: bounds what that takes besides
 
 
-class Affine:
+class Affine(Codec):
     """A codec of `bits` bits a weight; see the head of this file."""
 
     panel_rows = 1
+    linear_tokens = LINEAR_TOKENS
+    has_quick = True
 
     def __init__(self, bits: int) -> None:
         self.name = f"q{bits}"
@@ -88,7 +91,7 @@ class Affine:
         return not failed
 
     def linear_quick(self, x: torch.Tensor, panels: torch.Tensor, rows: int, out: torch.Tensor) -> bool:
-        """See `Quick`. x is rounded to 8 bits, a scale for each group of 32 columns; sums of groups are in fp32."""
+        """See `Codec`. x is rounded to 8 bits, a scale for each group of 32 columns; sums of groups are in fp32."""
         tokens, columns = x.shape
         kernels, type_code = native.library(), native.type_code(x.dtype)
         if kernels is None or type_code is None or x.device.type != "cpu" or not 0 < tokens <= LINEAR_TOKENS:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from weakref import WeakValueDictionary
 
 import torch
 
 from lamina.errors import UnsupportedError
 
 
-class Codec(Protocol):
+class Codec:
     """Turns panels of bytes into rows of numbers. Stateless; called from several threads.
 
     Attributes:
         name: as an `Encoding` names it.
+        linear_tokens: tokens up to which `linear` may have a quicker way; 0 where it has none.
+        has_rows: there is a `decode_rows`, for panels that may be as large as a weight.
+        has_quick: there is a `linear_quick`.
     """
 
     name: str
+    linear_tokens: int = 0
+    has_rows: bool = False
+    has_quick: bool = False
 
     def decode(self, panels: torch.Tensor, rows: int, columns: int, out: torch.Tensor) -> None:
         """Decode whole panels.
@@ -27,7 +33,11 @@ class Codec(Protocol):
             columns: of a row.
             out: shape (rows, columns), contiguous, in any floating dtype: what is decoded is rounded to it.
         """
-        ...
+        raise NotImplementedError
+
+    def decode_rows(self, panels: torch.Tensor, first: int, rows: int, columns: int, out: torch.Tensor) -> None:
+        """Decode rows `first` to `first + rows` of these panels alone; the other arguments are those of `decode`."""
+        raise NotImplementedError
 
     def linear(self, x: torch.Tensor, panels: torch.Tensor, rows: int, out: torch.Tensor) -> bool:
         """Compute `x @ decoded.T` without decoding to memory, where that is quicker.
@@ -42,36 +52,41 @@ class Codec(Protocol):
             False where this codec has no quicker way for so many tokens, this dtype or this device; then nothing
             was done.
         """
-        ...
-
-
-@runtime_checkable
-class ByRows(Protocol):
-    """A codec that decodes some rows of a panel without the others: its panels may be as large as a weight."""
-
-    def decode_rows(self, panels: torch.Tensor, first: int, rows: int, columns: int, out: torch.Tensor) -> None:
-        """Decode rows `first` to `first + rows` of these panels; the other arguments are those of `decode`."""
-        ...
-
-
-@runtime_checkable
-class Quick(Protocol):
-    """A codec with a product that is quicker than its own and less exact: for drafts, which are checked anyway."""
+        return False
 
     def linear_quick(self, x: torch.Tensor, panels: torch.Tensor, rows: int, out: torch.Tensor) -> bool:
-        """Compute about `x @ decoded.T`; arguments and answer are those of `linear`.
+        """Compute about `x @ decoded.T`, quicker and less exactly than `linear`: for drafts, which are checked anyway.
 
-        x may be rounded to 8 bits, in groups of columns; a row of `out` does not depend on the other rows of x.
+        Arguments and answer are those of `linear`. x may be rounded to 8 bits, in groups of columns; a row of `out`
+        does not depend on the other rows of x.
         """
-        ...
+        return False
+
+
+class LentName(str):
+    """The name of a codec that one checkpoint brought: whoever keeps the name keeps the codec.
+
+    Attributes:
+        codec: that codec.
+    """
+
+    codec: Codec
 
 
 _codecs: dict[str, Codec] = {}
+_lent: WeakValueDictionary[str, Codec] = WeakValueDictionary()
 
 
 def register(codec: Codec) -> None:
-    """Make a codec known by its name."""
+    """Make a codec known by its name, for good."""
     _codecs[codec.name] = codec
+
+
+def lend(codec: Codec, name: str) -> LentName:
+    """A name by which a codec is known for as long as somebody keeps that name."""
+    lent = LentName(name)
+    lent.codec = _lent.setdefault(name, codec)
+    return lent
 
 
 def codec_for(name: str) -> Codec:
@@ -80,6 +95,7 @@ def codec_for(name: str) -> Codec:
     Raises:
         UnsupportedError: there is none.
     """
-    if name not in _codecs:
+    codec = _codecs.get(name) or _lent.get(name)
+    if codec is None:
         raise UnsupportedError(f"weights are stored as {name!r}, which this version cannot decode: upgrade lamina")
-    return _codecs[name]
+    return codec

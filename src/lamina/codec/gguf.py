@@ -20,7 +20,7 @@ import torch
 
 from lamina.checkpoint.gguf import BLOCK_TYPES, CODEC_PREFIX
 from lamina.codec import native
-from lamina.codec.codec import register
+from lamina.codec.codec import Codec, register
 from lamina.errors import CheckpointError, UnsupportedError
 
 CHUNK = 1 << 18
@@ -49,7 +49,7 @@ class Parts(NamedTuple):
     minimums: Tensor | None = None
 
 
-class GgufBlocks:
+class GgufBlocks(Codec):
     """A type of blocks, decoded by the kernels in C; without them by torch or the `gguf` package, to the same bits.
 
     Attributes:
@@ -57,6 +57,8 @@ class GgufBlocks:
         block: elements of a block.
         nbytes: bytes of a block.
     """
+
+    linear_tokens = LINEAR_TOKENS
 
     def __init__(self, number: int, parts: Callable[[Tensor], Parts] | None) -> None:
         self.kind, self.block, self.nbytes = BLOCK_TYPES[number]
@@ -120,7 +122,7 @@ class GgufBlocks:
             )
 
 
-class PlainCodec:
+class PlainCodec(Codec):
     """Rows of plain elements: panels of one row, so that the rows may lie in any order."""
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
@@ -131,10 +133,6 @@ class PlainCodec:
         if panels.data_ptr() % self.dtype.itemsize or panels.storage_offset() % self.dtype.itemsize:
             panels = panels.clone()
         out.copy_(panels.view(self.dtype).view(rows, columns))
-
-    def linear(self, x: Tensor, panels: Tensor, rows: int, out: Tensor) -> bool:
-        """See `Codec.linear`."""
-        return False
 
 
 def _gguf_package(kind: str) -> tuple[Any, Any]:

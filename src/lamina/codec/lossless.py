@@ -31,6 +31,7 @@ import math
 import torch
 
 from lamina.codec import native
+from lamina.codec.codec import Codec
 from lamina.errors import ChangedError, CheckpointError
 
 CHUNK, RUN, SECONDS = 4096, 256, 128
@@ -40,8 +41,11 @@ PANEL_ROWS = 256
 WORTH = 0.95  # of the plain bytes: a tensor that does not become smaller than that is better stored plain
 
 
-class Lossless:
-    """The codec `bf16z`; see the head of this file."""
+class Lossless(Codec):
+    """The codec `bf16z`; see the head of this file.
+
+    It never multiplies: decoded, a weight is as it was, and torch's own product gives the bits it always gave.
+    """
 
     name = "bf16z"
 
@@ -117,10 +121,6 @@ class Lossless:
                 f"{len(panels)} panels of {rows} rows in bf16z contradict themselves in {wrong} places: the file is "
                 "damaged, split the model again"
             )
-
-    def linear(self, x: torch.Tensor, panels: torch.Tensor, rows: int, out: torch.Tensor) -> bool:
-        """Never: decoded, a weight is as it was, and torch's own product gives the bits it always gave."""
-        return False
 
     def _panel_rows(self, panels: torch.Tensor, rows: int, columns: int) -> int:
         """Rows of a panel, so that nothing else can lead outside of the panels."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lamina.codec.codec import register
+from lamina.codec.codec import Codec, LentName, lend
 from lamina.codec.quantized_layouts import ROWS_AT_ONCE, Packed, blocks
 from lamina.plan.layout import PACKING, align
 
@@ -34,18 +34,25 @@ class PanelField:
         return raw.view(self.dtype).view(self.shape)
 
 
-class PackedCodec:
-    """Decodes whole matrices.
+class PackedCodec(Codec):
+    """Decodes matrices, or some rows of them. It belongs to the checkpoint whose layout it is.
 
     Args:
         packed: what the stored tensors of one matrix mean.
         fields: these tensors.
     """
 
+    has_rows = True
+
     def __init__(self, packed: Packed, fields: tuple[PanelField, ...]) -> None:
         self.packed, self.fields = packed, fields
         self.rows = math.prod(packed.shape[:-1])
-        self.name = f"{packed!r} of {fields!r}"
+        self._text = f"{packed!r} of {fields!r}"
+
+    @property
+    def name(self) -> LentName:  # type: ignore[override]
+        """A name by which `codec_for` finds it while that name is kept."""
+        return lend(self, self._text)
 
     @property
     def panel_bytes(self) -> int:
@@ -54,20 +61,12 @@ class PackedCodec:
         return align(end, PACKING) if len(self.fields) > 1 else end
 
     def decode(self, panels: torch.Tensor, rows: int, columns: int, out: torch.Tensor) -> None:
-        """See `lamina.codec.Codec`."""
+        """See `Codec`."""
         for panel, part in zip(panels, torch.split(out, self.rows), strict=True):
             part.copy_(self.packed(*(field.of(panel) for field in self.fields)).view(-1, columns))
 
-    def linear(self, x: torch.Tensor, panels: torch.Tensor, rows: int, out: torch.Tensor) -> bool:
-        """See `lamina.codec.Codec`."""
-        return False
-
-
-class PackedRowsCodec(PackedCodec):
-    """Decodes some rows of a matrix as well."""
-
     def decode_rows(self, panels: torch.Tensor, first: int, rows: int, columns: int, out: torch.Tensor) -> None:
-        """See `lamina.codec.ByRows`."""
+        """See `Codec`."""
         done = 0
         while done < rows:
             panel, row = divmod(first + done, self.rows)
@@ -82,7 +81,7 @@ class PackedRowsCodec(PackedCodec):
 
 
 def codec_of(packed: Packed, stored: list[tuple[tuple[int, ...], torch.dtype]]) -> PackedCodec | None:
-    """The codec for one matrix of a quantised weight, registered; None where its tensors do not divide into matrices.
+    """The codec for one matrix of a quantised weight; None where its tensors do not divide into matrices.
 
     Args:
         packed: what the tensors mean, of two dimensions, or of three: several matrices.
@@ -98,7 +97,4 @@ def codec_of(packed: Packed, stored: list[tuple[tuple[int, ...], torch.dtype]]) 
         fields.append(PanelField(align(end, PACKING), own, dtype))
         end = fields[-1].at + fields[-1].nbytes
     one = dataclasses.replace(packed, shape=(1, *packed.shape[1:])) if matrices > 1 else packed
-    kind = PackedCodec if type(packed).rows is Packed.rows else PackedRowsCodec
-    codec = kind(one, tuple(fields))
-    register(codec)
-    return codec
+    return PackedCodec(one, tuple(fields))

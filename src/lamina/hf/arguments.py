@@ -57,6 +57,18 @@ REFUSED: Mapping[str, str] = {
     "fusion_config": "a model that streams computes with transformers' own modules: leave it out",
 }
 """What cannot be had, and what to use instead; None, False and what is empty ask for nothing."""
+NONE_ASKS_NOTHING = (*HUB_KEYS, "variant", "gguf_file", "code_revision")
+_PATH: Any = str | os.PathLike
+KINDS: Mapping[str, tuple[Any, str]] = {
+    "config": (PreTrainedConfig | _PATH, "a transformers config, or the path of one"),
+    "generation_config": (GenerationConfig | _PATH, "a GenerationConfig, or its path"),
+    "revision": (str, "a branch, a tag or a commit"),
+    "subfolder": (str, "a folder's name"),
+    "variant": (str, "a word, such as 'fp16'"),
+    "gguf_file": (_PATH, "a file's name"),
+    "cache_dir": (_PATH, "a folder"),
+    "key_mapping": (Mapping, "a mapping of patterns to names"),
+}
 
 
 def sorted_out(
@@ -75,25 +87,28 @@ def sorted_out(
     left = {
         name: _one_dtype(name, value) if name in ("dtype", "torch_dtype") else value
         for name, value in options.items()
-        if name not in PRIVATE and not (value is None and name in (*HUB_KEYS, "variant", "gguf_file", "code_revision"))
+        if name not in PRIVATE and not (value is None and name in NONE_ASKS_NOTHING)
     }
-    for name in REFUSED:
-        if _asks(left.pop(name, None)) and not (name == "adapter_name" and options[name] == "default"):
-            raise UnsupportedError(f"{name} cannot be used here: {REFUSED[name]}")
+    _refuse(left)
     ignored = tuple(name for name in IGNORED if _asks(left.pop(name, None)))
     placed = left.pop("device_map", None)
     if placed is not None:
         device = _placed(placed, device)
     device = _in_context(device)
-    _check_kind(left, "config", PreTrainedConfig | str | os.PathLike, "a transformers config, or the path of one")
-    _check_kind(left, "generation_config", GenerationConfig | str | os.PathLike, "a GenerationConfig, or its path")
-    _check_kind(left, "revision", str, "a branch, a tag or a commit")
-    _check_kind(left, "subfolder", str, "a folder's name")
-    _check_kind(left, "variant", str, "a word, such as 'fp16'")
-    _check_kind(left, "gguf_file", str | os.PathLike, "a file's name")
-    _check_kind(left, "cache_dir", str | os.PathLike, "a folder")
-    _check_kind(left, "key_mapping", Mapping, "a mapping of patterns to names")
+    for name, (kinds, wanted) in KINDS.items():
+        value = left.get(name)
+        if value is not None and not isinstance(value, kinds):
+            raise RequestError(f"{name} must be {wanted}, got {type(value).__name__} {short(value)}")
     return left, device, ignored
+
+
+def _refuse(options: dict[str, Any]) -> None:
+    """Take what cannot be had out of the options; an error where it is asked for."""
+    if options.get("adapter_name") == "default":
+        options.pop("adapter_name")
+    for name in REFUSED:
+        if _asks(options.pop(name, None)):
+            raise UnsupportedError(f"{name} cannot be used here: {REFUSED[name]}")
 
 
 def ordinarily(function: Callable[P, T]) -> Callable[P, T]:
@@ -116,10 +131,12 @@ def check_format(options: dict[str, Any], checkpoint: Checkpoint) -> None:
     safe, weights_only = options.pop("use_safetensors", None), options.pop("weights_only", True)
     if os.path.exists(os.path.join(checkpoint.root, MANIFEST)):
         return  # of a store: what is said of the model's own files
-    pickled = [file for file in checkpoint.files if is_pickled(os.path.basename(file))]
-    if safe and any(not file.endswith(".safetensors") for file in checkpoint.files):
+    names = [os.path.basename(file) for file in checkpoint.files]
+    pickled = any(map(is_pickled, names))
+    as_safetensors = [name.endswith(".safetensors") for name in names]
+    if safe and not all(as_safetensors):
         raise RequestError(f"use_safetensors=True, but {checkpoint.root} has none: leave it out")
-    if safe is False and not pickled and any(file.endswith(".safetensors") for file in checkpoint.files):
+    if safe is False and not pickled and any(as_safetensors):
         raise RequestError(f"use_safetensors=False, but {checkpoint.root} is read from its safetensors: leave it out")
     if pickled and not weights_only:
         raise UnsupportedError("weights_only=False would run code of the pickle: leave it out, its tensors are read")
@@ -136,12 +153,6 @@ def _one_dtype(name: str, value: Any) -> Any:
     if set(value) != {""}:
         raise RequestError(f"{name} must be one dtype for the whole model, got {short(dict(value))}: give one of them")
     return value[""]
-
-
-def _check_kind(options: Mapping[str, Any], name: str, kinds: Any, wanted: str) -> None:
-    value = options.get(name)
-    if value is not None and not isinstance(value, kinds):
-        raise RequestError(f"{name} must be {wanted}, got {type(value).__name__} {short(value)}")
 
 
 def _placed(placed: Any, device: str | torch.device) -> str | torch.device:

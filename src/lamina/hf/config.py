@@ -1,23 +1,41 @@
-"""config.json and generation_config.json: read once with care, and named where transformers fails over them."""
+"""The small JSON files of a model: read once with care, bounded, and named where transformers fails over them."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import is_peft_available
 
-from lamina.checkpoint.mistaken import why_unreadable
+from lamina.checkpoint.mistaken import ADAPTER_CONFIG, why_unreadable
 from lamina.errors import CheckpointError, LaminaError, UnsupportedError
 from lamina.fallbacks import cause
+from lamina.sizes import format_size
 
 LARGEST = 64 << 20  # bytes of a JSON file: the largest configs known have some hundred kB
 MOST_SUSPECTS = 3
 MOST_COUNTED = 10_000  # beams, answers to a prompt, tokens of a draft
 HUGE = 1 << 31
+
+MOST_ITEMS = 100_000  # of layers, experts, heads, labels, ..., where no checkpoint has more tensors
+MODULES = 1_000  # that a model may have whatever its checkpoint is
+MODULES_PER_TENSOR = 16
+UNSTORED = 256_000_000  # bytes of tensors that no file holds, whatever the checkpoint is: tables of positions, masks
+
+_COUNTERS = re.compile(
+    r"(^|_)(num|n)_([a-z0-9]+_)*(layer|label|expert|head|block|group|stage|level|codebook)s?($|_)"
+    r"|(layers|labels|experts|heads|blocks|depth|depths)$|^n_?(layer|head)s?$"
+)
 
 _WHOLE = """max_length max_new_tokens min_length min_new_tokens num_beams max_cache_len top_k no_repeat_ngram_size
     encoder_no_repeat_ngram_size num_return_sequences num_assistant_tokens prompt_lookup_num_tokens
@@ -46,6 +64,7 @@ _KINDS: Mapping[str, tuple[Any, str]] = {
     "watermarking_config": (dict, "an object"),
     "compile_config": (dict, "an object"),
 }
+_INSIDE: Mapping[str, type] = {**dict.fromkeys(_IDS.split(), int), "stop_strings": str}  # of lists
 _COUNTS = ("num_beams", "num_return_sequences", "prompt_lookup_num_tokens", "max_matching_ngram_size")
 
 
@@ -95,16 +114,19 @@ def check_generation(fields: Mapping[str, Any], where: str) -> None:
         CheckpointError: the first of them.
     """
     for name, value in fields.items():
-        kind, wanted = _KINDS.get(name, (object, ""))
+        if name not in _KINDS or value is None:
+            continue
+        kind, wanted = _KINDS[name]
         whole = isinstance(value, float) and value.is_integer() and kind is int
-        if value is not None and not whole and not isinstance(value, kind):
+        if not (whole or isinstance(value, kind)) or not _all_are(value, _INSIDE.get(name)):
             raise CheckpointError(f"{where}: {name} must be {wanted}, got {short(value)}: fetch the file again")
-        if name in _IDS.split() and isinstance(value, list) and not all(type(each) is int for each in value):
-            raise CheckpointError(f"{where}: {name} must be {wanted}, got {short(value)}: fetch the file again")
-        if name == "stop_strings" and isinstance(value, list) and not all(isinstance(each, str) for each in value):
-            raise CheckpointError(f"{where}: {name} must be {wanted}, got {short(value)}: fetch the file again")
-        if name in _COUNTS and value is not None and not 0 < value <= MOST_COUNTED:
+        if name in _COUNTS and not 0 < value <= MOST_COUNTED:
             raise CheckpointError(f"{where}: {name} must be from 1 to {MOST_COUNTED}, got {short(value)}")
+
+
+def _all_are(value: Any, kind: type | None) -> bool:
+    """Whether the members of a list are of one kind, where it must be: true and false are no whole numbers."""
+    return kind is None or not isinstance(value, list) or all(type(each) is kind for each in value)
 
 
 def _said(error: Exception) -> str:
@@ -143,13 +165,17 @@ def _suspects(fields: Mapping[str, Any], usual: Mapping[str, Any], before: str =
         if isinstance(value, dict) and isinstance(normal, dict):
             yield from _suspects(value, normal, f"{before}{name}.")
             continue
-        number, numbers = _is_number(value), _is_number(normal)
-        odd = normal is not None and value is not None and type(value) is not type(normal) and not (number and numbers)
-        if number:
-            odd = odd or not -HUGE < value < HUGE  # NaN is not, either
-            odd = odd or (numbers and normal is not None and normal > 0 and value <= 0)
-        if odd and name not in ("dtype", "torch_dtype", "model_type"):
+        if name not in ("dtype", "torch_dtype", "model_type") and _looks_wrong(value, normal):
             yield f"{before}{name} = {short(value)}"
+
+
+def _looks_wrong(value: Any, usual: Any) -> bool:
+    """Whether a value is of another kind than is usual, or a number beyond all reason."""
+    if not _is_number(value):
+        return usual is not None and value is not None and type(value) is not type(usual)
+    if not -HUGE < value < HUGE:  # NaN is not, either
+        return True
+    return value <= 0 < usual if _is_number(usual) else usual is not None
 
 
 def _is_number(value: Any) -> bool:
@@ -169,3 +195,124 @@ def fields_of(config: PreTrainedConfig) -> Mapping[str, Any]:
     return {name: value for name, value in vars(config).items() if not name.startswith("_")} | {
         "model_type": config.model_type
     }
+
+
+# -- what a config may ask for: no more modules and no more memory than its checkpoint can be the reason of. A number in
+# it is a loop or an allocation in somebody's constructor. What is bounded is the same for every family: numbers that
+# count something, against the number of tensors that are there; modules while they are made; and memory for what no
+# file holds, which transformers would make up.
+
+
+def check_counts(
+    fields: Mapping[str, Any], tensors: int, where: str, wrong: type[LaminaError] = CheckpointError
+) -> None:
+    """Refuse a number of layers, experts, labels, ... that no checkpoint of so many tensors has.
+
+    Args:
+        fields: of a config, as JSON has them.
+        tensors: in the headers of the checkpoint.
+        where: how an error names the fields' place.
+        wrong: the error to raise.
+    """
+    most = max(MOST_ITEMS, tensors)
+    for name, value in _walk(fields):
+        if isinstance(value, int) and value > most and _COUNTERS.search(name.rpartition(".")[2]):
+            raise wrong(f"{where} says {name} = {short(value)}, the checkpoint has {tensors} tensors: that cannot be")
+
+
+@contextmanager
+def as_many_as(tensors: int, where: str) -> Iterator[None]:
+    """Within this block this thread makes no more modules than a checkpoint of so many tensors can need.
+
+    Raises:
+        CheckpointError: it would.
+    """
+    most, made, mine = MODULES + MODULES_PER_TENSOR * tensors, 0, threading.get_ident()
+
+    def count(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+        nonlocal made
+        if threading.get_ident() != mine:
+            return
+        made += 1
+        if made > most:
+            raise CheckpointError(
+                f"{where} asks for more than {most} modules, the checkpoint has {tensors} tensors: too many layers "
+                "or experts, or belongs to another model"
+            )
+
+    hook = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+class Unstored(TorchFunctionMode):
+    """Within this block little memory is taken for what no file holds.
+
+    transformers gives memory to buffers that follow from the config, and to parameters that it does not find, before
+    anybody can say that they are missing. Such a parameter stays without memory where it is large.
+
+    Args:
+        stored_bytes: of the checkpoint.
+        where: how an error names the config.
+
+    Attributes:
+        left_out: bytes of parameters that have no memory.
+    """
+
+    def __init__(self, stored_bytes: int, where: str) -> None:
+        super().__init__()
+        self.room, self.where, self.left_out = UNSTORED + stored_bytes, where, 0
+        self._parameters = min(self.room, UNSTORED)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.empty_like or not args[0].is_meta or _on_meta(kwargs.get("device", "meta")):
+            return func(*args, **kwargs)
+        nbytes = args[0].numel() * args[0].element_size()
+        if isinstance(args[0], nn.Parameter):
+            self._parameters -= nbytes
+            if self._parameters < 0:
+                self.left_out += nbytes
+                return func(*args, **{**kwargs, "device": "meta"})
+            return func(*args, **kwargs)
+        self.room -= nbytes
+        if self.room < 0:
+            raise CheckpointError(
+                f"{self.where} asks for a buffer of shape {tuple(args[0].shape)} ({format_size(nbytes)}) that no file "
+                "holds: a size in it is wrong, such as the longest context"
+            )
+        return func(*args, **kwargs)
+
+
+def _on_meta(device: Any) -> bool:
+    return device is not None and torch.device(device).type == "meta"
+
+
+def _walk(fields: Mapping[str, Any], before: str = "", depth: int = 8) -> Iterator[tuple[str, Any]]:
+    for name, value in fields.items():
+        if isinstance(value, Mapping) and depth:
+            yield from _walk(value, f"{before}{name}.", depth - 1)
+        else:
+            yield f"{before}{name}", value
+
+
+def refuse_adapter(folder: str, model: str) -> str | None:
+    """What is to be said of the adapter in a model's folder; None where there is none.
+
+    Args:
+        folder: of the small files.
+        model: as it was asked for.
+
+    Raises:
+        UnsupportedError: plain transformers would apply it.
+    """
+    if not os.path.isfile(os.path.join(folder, ADAPTER_CONFIG)):
+        return None
+    if not is_peft_available():
+        return f"the adapter in {folder} is not applied: transformers does it where peft is installed, and it is not"
+    raise UnsupportedError(
+        f"{model} holds an adapter beside the model ({ADAPTER_CONFIG}), which transformers applies and Lamina does not "
+        "by itself: move it and its weights to a folder of their own, then model.load_adapter(that folder) applies it"
+    )

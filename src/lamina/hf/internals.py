@@ -8,8 +8,10 @@ sources of Lamina against this rule. docs/compatibility.md says how the supporte
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -25,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput
+from transformers.utils import logging as transformers_logging
 
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
@@ -44,6 +47,21 @@ CACHE = "cache" if "cache" in _parameters else "past_key_values"
 """The name that generation has for the key-value cache: `cache` from 5.24 on, `past_key_values` before."""
 
 _CACHES = tuple(dict.fromkeys((CACHE, "cache", "past_key_values", "cache_params")))  # mamba's own until 5.23
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """transformers without progress bars and load reports: the library prints nothing."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    level = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 # -- the cache of a call, whatever its name

@@ -11,7 +11,7 @@ import torch
 from lamina.caller import option
 from lamina.errors import BudgetError, TokenError
 from lamina.fallbacks import Fallbacks
-from lamina.hf.batching import (
+from lamina.hf.decoding.batching import (
     PAGE,
     Need,
     Size,

@@ -14,11 +14,10 @@ from lamina.checkpoint import Checkpoint, open_checkpoint
 from lamina.checkpoint.gguf import find_gguf
 from lamina.checkpoint.gguf_name import choose_gguf, local_names, split_name
 from lamina.errors import RequestError
-from lamina.hf.adapter import refuse_adapter
 from lamina.hf.arguments import check_format
-from lamina.hf.build import Request, build, config_place
-from lamina.hf.config import blaming, fields_of
-from lamina.hf.gguf import load_gguf
+from lamina.hf.building.build import Request, build, config_place
+from lamina.hf.building.gguf import load_gguf
+from lamina.hf.config import blaming, fields_of, refuse_adapter
 from lamina.hf.names import PreTrainedModel
 from lamina.hf.tokenizer import tokenizer_bytes
 from lamina.hf.trace import Trace, trace

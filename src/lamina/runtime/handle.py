@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from lamina.fallbacks import Fallbacks
+from lamina.hf.decoding.generation import blame
 from lamina.hf.names import PreTrainedModel
-from lamina.hf.settings import blame
 from lamina.hf.trace import Trace
 from lamina.plan.plan import Plan
 from lamina.runtime.batches import Batches

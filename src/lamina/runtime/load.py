@@ -14,7 +14,7 @@ import torch
 
 from lamina.caller import option
 from lamina.errors import BudgetError, RequestError
-from lamina.hf.build import Request
+from lamina.hf.building.build import Request
 from lamina.hf.names import PreTrainedModel
 from lamina.hf.tokenizer import LazyTokenizer, load_tokenizer
 from lamina.plan.forecast import Hardware

@@ -11,8 +11,8 @@ from lamina.codec.quantized import codec_of
 from lamina.codec.quantized_layouts import Packed
 from lamina.plan.layout import PACKING, align
 from lamina.plan.schedule import Convert, Cut, PanelSpan, Piece, Segment, Weight
-from lamina.tensors.disk import Box, Computed, DiskTensor
-from lamina.tensors.dtypes import torch_dtype
+from lamina.tensors.disk import DiskTensor, torch_dtype
+from lamina.tensors.expressions import Box, Computed
 from lamina.tensors.packed import BLOCK, block_rows
 
 REPLAY_COPIES = 3  # of a weight while its expression is computed: intermediate results in a wider dtype

@@ -18,9 +18,8 @@ from torch.utils._pytree import tree_map
 from lamina.errors import BudgetError, CheckpointError, LaminaError
 from lamina.fallbacks import cause
 from lamina.hf.internals import batched_tokens, cache_of, cached_tokens
-from lamina.hf.logits import Logits
 from lamina.hf.names import PreTrainedModel
-from lamina.hf.trace import Trace
+from lamina.hf.trace import Logits, Trace
 from lamina.plan.plan import Budget
 from lamina.runtime.batches import Batches
 from lamina.runtime.engine import Engine

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 import torch
 
 from lamina.checkpoint import Checkpoint, Extent
-from lamina.hf.trace import Trace, layer_names, weight_names
+from lamina.hf.recorder import layer_names, weight_names
+from lamina.hf.trace import Trace
 from lamina.plan.layout import PACKING, align
 from lamina.plan.schedule import Call, Convert, Cut, PanelSpan, Piece, Schedule, Segment, Weight
 from lamina.runtime.panels import is_plain, scratch_bytes, segments_of, whole_tensor
-from lamina.tensors.disk import Box, DiskTensor, Expression, replay, sources_of
-from lamina.tensors.dtypes import torch_dtype
+from lamina.tensors.disk import DiskTensor, torch_dtype
+from lamina.tensors.expressions import Box, Expression, replay, sources_of
 from lamina.tensors.packed import Encoded, Scratch
 
 SHORTEST_RUN = 4096  # bytes; a weight in shorter runs is replayed instead of addressed

@@ -11,9 +11,9 @@ import torch
 
 from lamina.caller import option
 from lamina.errors import RequestError
-from lamina.hf import generation
-from lamina.hf.draft_attention import quicken
-from lamina.hf.exact_rows import covers
+from lamina.hf.decoding import generation
+from lamina.hf.decoding.draft_attention import quicken
+from lamina.hf.decoding.exact_rows import covers
 from lamina.plan.forecast import compute_seconds
 from lamina.plan.plan import Plan
 from lamina.runtime.draft_stats import Record

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from lamina.hf import generation, internals
-from lamina.hf.exact_rows import one_row
+from lamina.hf import internals
+from lamina.hf.decoding import generation
+from lamina.hf.decoding.exact_rows import one_row
 from lamina.hf.names import GenerationConfig, LogitsProcessorList, StaticCache, StoppingCriteriaList
 from lamina.runtime.draft_stats import Record
 from lamina.speculative.draft import Draft, Proposal

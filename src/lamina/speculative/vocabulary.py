@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from lamina.errors import RequestError
-from lamina.hf.build import Request
+from lamina.hf.building.build import Request
 from lamina.hf.tokenizer import load_tokenizer
 from lamina.runtime.describe import Described
 

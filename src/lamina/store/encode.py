@@ -16,7 +16,7 @@ from lamina.codec import AFFINE, LOSSLESS
 from lamina.errors import CheckpointError
 from lamina.store.shards import Stored
 from lamina.store.source import SourceFiles
-from lamina.tensors.dtypes import torch_dtype
+from lamina.tensors.disk import torch_dtype
 
 BLOCK_ELEMENTS = 1 << 20
 COPIED_BYTES = 8 << 20  # of plain bytes at a time

@@ -19,10 +19,10 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from lamina.atomic_files import NewFile, check_room, refusals, write_whole
 from lamina.errors import RequestError
 from lamina.hf import internals
-from lamina.hf.quiet import silent
+from lamina.hf.internals import silent
 from lamina.sizes import parse_size
-from lamina.tensors.disk import DiskTensor, materialize, recording, replay
-from lamina.tensors.dtypes import TORCH_DTYPES
+from lamina.tensors.disk import TORCH_DTYPES, DiskTensor, materialize, recording
+from lamina.tensors.expressions import replay
 
 PIECE = 16 << 20  # bytes of a weight that are in memory at once
 SHARD = "50GB"  # transformers' own

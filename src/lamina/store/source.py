@@ -14,7 +14,7 @@ from typing import Any
 
 from lamina.checkpoint import Checkpoint, Extent, Fingerprint, open_checkpoint
 from lamina.errors import ChangedError, CheckpointError, ReadError, TruncatedError, UnsupportedError
-from lamina.hf.adapter import refuse_adapter
+from lamina.hf.config import refuse_adapter
 from lamina.progress import Progress
 from lamina.retry import patiently
 from lamina.tensors.torch_pickle import read_pickled

@@ -18,7 +18,7 @@ from lamina.checkpoint.manifest import JOURNAL, MANIFEST, PLAIN, Manifest, Manif
 from lamina.checkpoint.mistaken import ADAPTER_CONFIG
 from lamina.checkpoint.shards import STATED
 from lamina.errors import ChangedError, CheckpointError, RequestError
-from lamina.hf.build import Request, build
+from lamina.hf.building.build import Request, build
 from lamina.hf.trace import trace
 from lamina.progress import Progress
 from lamina.runtime.schedule import describe

@@ -16,6 +16,7 @@ operations are applied to that view.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lamina.checkpoint import TensorEntry
 from lamina.errors import StorageError, UnsupportedError
+from lamina.tensors.expressions import Box, Computed, Expression, Leaf, Op
 
 aten = torch.ops.aten
 _CPU = torch.device("cpu")
@@ -38,6 +41,7 @@ _IDENTITY = {
     aten.lift_fresh.default,
     aten._to_copy.default,
 }
+_AGAIN = {aten.detach.default, aten.alias.default}
 _LEAVING = frozenset(
     {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__, torch.Tensor.__dlpack__}
 )  # torch, for other containers
@@ -50,58 +54,45 @@ _POINTED = frozenset(
 """What asks for the memory of a tensor, or goes through it by pointers."""
 _SCALINGS = {aten.mul_.Tensor, aten.mul_.Scalar, aten.div_.Tensor, aten.div_.Scalar}
 SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+"""torch's dtypes by the names that checkpoints have for them."""
+
 _recordings = 0
 _same: Callable[[str, str], bool] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Computed:
-    """What is computed from whole checkpoint tensors: rows of it can be had where `func` gives them.
+def torch_dtype(entry: TensorEntry) -> torch.dtype:
+    """torch's dtype for a checkpoint tensor.
 
-    Attributes:
-        func: called with the tensors of these names.
-        names: of checkpoint tensors.
-        shape: of what comes out.
+    Raises:
+        UnsupportedError: torch has none.
     """
-
-    func: Callable[..., torch.Tensor]
-    names: tuple[str, ...]
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Box:
-    """A strided region of one checkpoint tensor and the place it has in a larger tensor.
-
-    Attributes:
-        source: name of the checkpoint tensor, or what stands for one.
-        view: meta tensor; its shape, strides and storage offset say which elements of the source.
-        start: index of the region's first element in the larger tensor, one per dimension.
-    """
-
-    source: str | Computed
-    view: torch.Tensor
-    start: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Leaf:
-    """A leaf of a recorded expression: the whole checkpoint tensor of this name."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Op:
-    """A recorded operation; `index` picks one tensor where `func` gives several."""
-
-    func: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    index: int | None
-
-
-Expression = Leaf | Op
+    if entry.dtype not in TORCH_DTYPES:
+        raise UnsupportedError(
+            f"tensor {entry.name!r} in {entry.extent.file} has dtype {entry.dtype}, "
+            f"which torch {torch.__version__} lacks"
+        )
+    return TORCH_DTYPES[entry.dtype]
 
 
 class WeightHome(Protocol):
@@ -243,15 +234,14 @@ class DiskTensor(torch.Tensor):
         kwargs = kwargs or {}
         if _recordings and _being_built(args, kwargs):
             return _equal(args[0], args[1]) if func is aten.equal.default else _record(func, args, kwargs)
-        if func is aten.detach.default or func is aten.alias.default:
+        if func in _AGAIN:
             return args[0].seen()
-        if func is aten.embedding.default and isinstance(args[0], DiskTensor) and args[0].home is not None:
-            found = args[0].home.gather(args[1])
-            if found is not None:
-                return found
+        home = _home_of(args)
+        if func is aten.embedding.default and home is not None and (found := home.gather(args[1])) is not None:
+            return found
         if func._schema.is_mutable:
             return write(func, args, kwargs, materialize)
-        if views(func) and isinstance(args[0], DiskTensor) and args[0].home is not None:
+        if home is not None and views(func):
             return args[0].viewed(func, args[1:], kwargs)
         return func(*tree_map(materialize, args), **tree_map(materialize, kwargs))
 
@@ -278,6 +268,18 @@ class DiskTensor(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise not_pickled()
+
+
+def _home_of(args: tuple[Any, ...]) -> WeightHome | None:
+    """The home of an operation's first argument, where that is a placeholder with one."""
+    first = args[0] if args else None
+    return first.home if isinstance(first, DiskTensor) else None
+
+
+def as_it_is(func: Any, args: Any, kwargs: Any) -> Any:
+    """torch's own function on a tensor that stands for a weight: what computes comes back through its dispatch."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
 
 
 def without_memory(tensor: torch.Tensor) -> None:
@@ -352,78 +354,62 @@ def write(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], read: Callab
     Args:
         read: gives the real tensor in place of one that stands for it; any other value as it is.
     """
-    first = getattr(args[0], "home", None) if args else None
     if torch.Tag.inplace_view in func.tags and func is not aten.detach_.default:
         raise no_storage(func)
-    if first is not None and func in _SCALINGS and isinstance(args[1], int | float) and first.scale(func, args[1]):
+    if args and _needs_no_data(func, args):
         return args[0]
-    if first is not None and func is aten.copy_.default and getattr(args[1], "home", None) is first:
-        return args[0]  # what it holds already
     named = {each.name: each.alias_info is not None and each.alias_info.is_write for each in func._schema.arguments}
     written: dict[int, torch.Tensor] = {}
 
-    def target(value: Any) -> Any:
-        if not hasattr(value, "home"):
-            return value
-        if value.home is None:
-            raise UnsupportedError(
-                f"a weight of shape {tuple(value.shape)} was written to while it is in use, which one that streams or "
-                f"is packed cannot keep: write to it before the model runs"
-            )
-        real = value.home.written()
-        written[id(real)] = value
-        return real
-
     def real(name: str, value: Any) -> Any:
-        return tree_map(target if named[name] else read, value)
+        return tree_map(functools.partial(_target, written) if named[name] else read, value)
 
     given = [real(each.name, value) for each, value in zip(func._schema.arguments, args, strict=False)]
     out = func(*given, **{name: real(name, value) for name, value in kwargs.items()})
     return tree_map(lambda value: written.get(id(value), value), out)
 
 
-def replay(expression: Expression, load: Callable[[str], torch.Tensor]) -> torch.Tensor:
-    """Compute a recorded expression; `load(name)` gives a checkpoint tensor."""
-    if isinstance(expression, Leaf):
-        return load(expression.name)
-
-    def real(value: Any) -> Any:
-        return replay(value, load) if isinstance(value, Leaf | Op) else value
-
-    out = expression.func(*tree_map(real, expression.args), **tree_map(real, dict(expression.kwargs)))
-    result: torch.Tensor = out if expression.index is None else out[expression.index]
-    return result
+def _needs_no_data(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a write is done without its weight's data: it scales what arrives, or writes what is there already."""
+    home = getattr(args[0], "home", None)
+    if home is None:
+        return False
+    if func in _SCALINGS:
+        return isinstance(args[1], int | float) and bool(home.scale(func, args[1]))
+    return func is aten.copy_.default and getattr(args[1], "home", None) is home
 
 
-def sources_of(expression: Expression) -> list[str]:
-    """Names of the checkpoint tensors in an expression, each once, in order of use."""
-    if isinstance(expression, Leaf):
-        return [expression.name]
-    names: dict[str, None] = {}
-
-    def visit(value: Any) -> Any:
-        if isinstance(value, Leaf | Op):
-            names.update(dict.fromkeys(sources_of(value)))
+def _target(written: dict[int, torch.Tensor], value: Any) -> Any:
+    """What is written to in place of `value`, and kept in `written` by its id."""
+    if not hasattr(value, "home"):
         return value
-
-    tree_map(visit, (expression.args, dict(expression.kwargs)))
-    return list(names)
+    if value.home is None:
+        raise UnsupportedError(
+            f"a weight of shape {tuple(value.shape)} was written to while it is in use, which one that streams or "
+            f"is packed cannot keep: write to it before the model runs"
+        )
+    real = value.home.written()
+    written[id(real)] = value
+    return real
 
 
 def _equal(one: Any, other: Any) -> bool:
     """Whether two tensors are the same, as far as can be told: else they are taken for different."""
-    if not (isinstance(one, DiskTensor) and isinstance(other, DiskTensor) and one.shape == other.shape):
+    mine, theirs = _form(one), _form(other)
+    if mine is None or mine != theirs:
         return False
-    boxes = [*(one.boxes or ()), *(other.boxes or ())]
-    if len(boxes) != 2 or (one.dtype, one.cast_from) != (other.dtype, other.cast_from):
-        return False
-    views = [(tuple(box.view.stride()), box.view.storage_offset()) for box in boxes]
-    if views[0] != views[1]:
-        return False
-    if boxes[0].source == boxes[1].source:
+    first, second = one.boxes[0].source, other.boxes[0].source
+    if first == second:
         return True
-    names = [box.source for box in boxes if isinstance(box.source, str)]
-    return _same is not None and len(names) == 2 and _same(names[0], names[1])
+    return _same is not None and isinstance(first, str) and isinstance(second, str) and _same(first, second)
+
+
+def _form(tensor: Any) -> tuple[Any, ...] | None:
+    """How a tensor sees its source, where it is one box of one; None for any other."""
+    if not isinstance(tensor, DiskTensor) or tensor.boxes is None or len(tensor.boxes) != 1:
+        return None
+    view = tensor.boxes[0].view
+    return tensor.shape, tensor.dtype, tensor.cast_from, view.stride(), view.storage_offset()
 
 
 def _record(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -465,13 +451,15 @@ def _boxes(
         return (base.boxes, base.dtype) if base.cast_from is None else (None, None)
     if len(base.boxes) == 1 and all(s == 0 for s in base.boxes[0].start):
         return _box_viewed(func, args, base, index)
-    if func is aten.transpose.int:
-        order = list(range(base.dim()))
-        a, b = args[1] % base.dim(), args[2] % base.dim()
-        order[a], order[b] = order[b], order[a]
-        moved = tuple(Box(x.source, x.view.permute(order), tuple(x.start[i] for i in order)) for x in base.boxes)
-        return moved, base.cast_from
-    return None, None
+    return (_transposed(base, args[1], args[2]), base.cast_from) if func is aten.transpose.int else (None, None)
+
+
+def _transposed(base: DiskTensor, first: int, second: int) -> tuple[Box, ...]:
+    """The boxes of a tensor with two dimensions exchanged."""
+    assert base.boxes is not None
+    order = list(range(base.dim()))
+    order[first], order[second] = order[second], order[first]
+    return tuple(Box(x.source, x.view.permute(order), tuple(x.start[i] for i in order)) for x in base.boxes)
 
 
 def _box_viewed(

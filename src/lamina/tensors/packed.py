@@ -8,15 +8,16 @@ that are looked up; one expert of several is an `Encoded` again. Any other opera
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
 
-from lamina.codec import ByRows, Quick, codec_for
+from lamina.codec import codec_for
 from lamina.errors import UnsupportedError
 from lamina.plan.cut import ROW_MULTIPLE
 from lamina.plan.schedule import PanelSpan
@@ -24,6 +25,7 @@ from lamina.tensors.disk import (
     SET_DATA,
     DiskTensor,
     WeightHome,
+    as_it_is,
     materialize,
     no_storage,
     not_pickled,
@@ -35,7 +37,7 @@ from lamina.tensors.disk import (
 from lamina.tensors.guard import PACKED, asking, refused
 from lamina.tensors.ids import check_ids
 from lamina.tensors.padded_rows import product
-from lamina.tensors.row_blocks import METADATA, is_number, linear_arguments
+from lamina.tensors.row_blocks import METADATA, Way, linear_arguments, picked_index, shape_of_view
 
 aten = torch.ops.aten
 _WRITERS = frozenset(
@@ -67,7 +69,7 @@ class Scratch:
 
 def block_rows(columns: int, itemsize: int, codec: str, panel_rows: int) -> int:
     """Rows that are decoded at once."""
-    step = ROW_MULTIPLE if isinstance(codec_for(codec), ByRows) else math.lcm(ROW_MULTIPLE, panel_rows)
+    step = ROW_MULTIPLE if codec_for(codec).has_rows else math.lcm(ROW_MULTIPLE, panel_rows)
     step = step if step <= WIDEST_BLOCK else panel_rows
     return max(BLOCK // (columns * itemsize) // step, 1) * step
 
@@ -224,7 +226,7 @@ class Encoded(torch.Tensor):
     def _decode(self, span: PanelSpan, first: int, rows: int, out: torch.Tensor) -> None:
         part = _part(span, first, rows)
         codec, columns = codec_for(part.codec), out.shape[1]
-        if isinstance(codec, ByRows):
+        if codec.has_rows:
             codec.decode_rows(self._panels(part), part.skip, rows, columns, out)
             return
         if part.skip == 0 and part.held == part.rows:
@@ -237,7 +239,7 @@ class Encoded(torch.Tensor):
     def _product(self, flat: torch.Tensor, span: PanelSpan, out: torch.Tensor) -> bool:
         """Whether the codec multiplied by itself."""
         codec, panels = codec_for(span.codec), self._panels(span)
-        if self.quick and isinstance(codec, Quick) and codec.linear_quick(flat, panels, span.rows, out):
+        if self.quick and codec.linear_quick(flat, panels, span.rows, out):
             return True
         return codec.linear(flat, panels, span.rows, out)
 
@@ -247,7 +249,7 @@ class Encoded(torch.Tensor):
         if self.whole is not None or self.order is not None:
             return None
         span, codec = self.spans[0], codec_for(self.spans[0].codec)
-        if not isinstance(codec, Quick):
+        if not codec.has_quick:
             return None
         return _One(codec.linear_quick, self._panels(span), span.rows, self.shape[1], self.dtype)
 
@@ -282,22 +284,9 @@ class Encoded(torch.Tensor):
             quick = None if torch.is_grad_enabled() else args[1]._linear_quick(args[0], *args[2:])
             if quick is not None:
                 return quick
-        kwargs = kwargs or {}
-        if func == SET_DATA and isinstance(args[0], Encoded):
-            return args[0]._replace(args[1])
-        if pointed(func):
-            raise no_storage(func)
-        if getattr(func, "__name__", "") == "__get__" or func in METADATA or func in KEPT or _mutates(func, kwargs):
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
-            answer = _answered(func, args, kwargs)
-        if answer is not None:
-            return answer if isinstance(answer, Encoded) else refused(answer, asking(args, kwargs), PACKED)
-        if func in SEEN and isinstance(args[0], Encoded) and args[0].home is not None:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        return func(*tree_map(_decoded, args), **tree_map(_decoded, kwargs))
+        if kwargs and "out" in kwargs:
+            return as_it_is(func, args, kwargs)
+        return _way_of(func)(func, args, kwargs or {})
 
     def _replace(self, data: torch.Tensor) -> None:
         if data is self:
@@ -341,37 +330,95 @@ def _part(span: PanelSpan, first: int, rows: int) -> PanelSpan:
     return PanelSpan(span.codec, at, stop - begin, span.panel_rows, span.panel_bytes, held, skip, rows)
 
 
-def _answered(func: Any, args: Any, kwargs: Any) -> Any:
-    """What is computed from the panels; None for any other operation."""
-    if func is torch.nn.functional.linear:
-        x, weight, bias = linear_arguments(*args, **kwargs)
-        if isinstance(weight, Encoded) and weight.dim() == 2 and not isinstance(x, Encoded) and x.dtype == weight.dtype:
-            return weight.linear(x, bias)
-    if func in (torch.nn.functional.embedding, torch.embedding):
-        with torch._C.DisableTorchFunctionSubclass():  # what it comes to is answered above, whatever its arguments
-            return func(*args, **kwargs)
-    if not args or not isinstance(args[0], Encoded) or kwargs or args[0].whole is not None:
-        return None
-    encoded = args[0]
-    if func is torch.Tensor.__getitem__ and encoded.dim() >= 3 and encoded.order is None:
-        (index,) = args[1:]
-        if (isinstance(index, int) and not isinstance(index, bool)) or is_number(index):
-            number = int(index)
-            if -encoded.shape[0] <= number < encoded.shape[0]:
-                return encoded.expert(number % encoded.shape[0])
-    if func in (torch.Tensor.view, torch.Tensor.reshape) and not isinstance(args[1], torch.dtype):
-        with torch._C.DisableTorchFunctionSubclass():
-            shape = torch.empty(encoded.shape, dtype=encoded.dtype, device="meta").view(*args[1:]).shape
-        if len(shape) > 1 and shape[-1] == encoded.shape[-1] and encoded.order is None:
-            return encoded._seen(shape, encoded.spans)
-    return None
-
-
 def _decoded(value: Any) -> Any:
     return value.decode() if isinstance(value, Encoded) else materialize(value)
 
 
-def _mutates(func: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a function of torch writes to an argument, as its name says."""
+# -- how a function of torch is computed where an `Encoded` is among its arguments
+
+
+@lru_cache(maxsize=1024)
+def _way_of(func: Any) -> Way:
+    if func in _WAYS:
+        return _WAYS[func]
+    if pointed(func):
+        return _refuse
     name = getattr(func, "__name__", "")
-    return name in _WRITERS or (name.endswith("_") and not name.endswith("__")) or "out" in kwargs
+    if name == "__get__" or func in METADATA or func in KEPT or _mutates(name):
+        return as_it_is
+    if func in _ANSWERS:
+        return _with_panels
+    return _as_view if func in SEEN else _with_numbers
+
+
+def _mutates(name: str) -> bool:
+    """Whether a function of torch writes to its first argument, as its name says."""
+    return name in _WRITERS or (name.endswith("_") and not name.endswith("__"))
+
+
+def _with_numbers(func: Any, args: Any, kwargs: Any) -> Any:
+    return func(*tree_map(_decoded, args), **tree_map(_decoded, kwargs))
+
+
+def _as_view(func: Any, args: Any, kwargs: Any) -> Any:
+    """A view, to which somebody may write where the weight has a home."""
+    if isinstance(args[0], Encoded) and args[0].home is not None:
+        return as_it_is(func, args, kwargs)
+    return _with_numbers(func, args, kwargs)
+
+
+def _with_panels(func: Any, args: Any, kwargs: Any) -> Any:
+    """What the panels answer; where they cannot, what the numbers do."""
+    with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+        answer = _ANSWERS[func](func, args, kwargs)
+    if answer is None:
+        return _as_view(func, args, kwargs) if func in SEEN else _with_numbers(func, args, kwargs)
+    return answer if isinstance(answer, Encoded) else refused(answer, asking(args, kwargs), PACKED)
+
+
+def _set_data(func: Any, args: Any, kwargs: Any) -> Any:
+    return args[0]._replace(args[1]) if isinstance(args[0], Encoded) else _with_numbers(func, args, kwargs)
+
+
+def _refuse(func: Any, args: Any, kwargs: Any) -> Any:
+    raise no_storage(func)
+
+
+def _linear(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
+    x, weight, bias = linear_arguments(*args, **kwargs)
+    if isinstance(weight, Encoded) and weight.dim() == 2 and not isinstance(x, Encoded) and x.dtype == weight.dtype:
+        return weight.linear(x, bias)
+    return None
+
+
+def _picked(func: Any, args: Any, kwargs: Any) -> Encoded | None:
+    encoded = _in_order(args, kwargs)
+    if encoded is None or encoded.dim() < 3:
+        return None
+    number = picked_index(encoded, args[1])
+    return None if number is None else encoded.expert(number)
+
+
+def _reshaped(func: Any, args: Any, kwargs: Any) -> Encoded | None:
+    encoded = _in_order(args, kwargs)
+    if encoded is None or isinstance(args[1], torch.dtype):
+        return None
+    shape = shape_of_view(encoded, args[1:])
+    return encoded._seen(shape, encoded.spans) if len(shape) > 1 and shape[-1] == encoded.shape[-1] else None
+
+
+def _in_order(args: Any, kwargs: Any) -> Encoded | None:
+    """The first of a function's arguments, where it is a weight whose panels hold its rows in order."""
+    first = args[0] if args and not kwargs else None
+    return first if isinstance(first, Encoded) and first.whole is None and first.order is None else None
+
+
+_WAYS: dict[Any, Way] = {SET_DATA: _set_data}
+_ANSWERS: dict[Any, Way] = {
+    torch.nn.functional.linear: _linear,
+    torch.nn.functional.embedding: as_it_is,  # what it comes to is answered by the dispatch, whatever its arguments
+    torch.embedding: as_it_is,
+    torch.Tensor.__getitem__: _picked,
+    torch.Tensor.view: _reshaped,
+    torch.Tensor.reshape: _reshaped,
+}

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
 
-from lamina.tensors.disk import DiskTensor, WeightHome, not_pickled, without_memory
+from lamina.tensors.disk import DiskTensor, WeightHome, as_it_is, not_pickled, without_memory
 from lamina.tensors.guard import Guarded, without_gradient
+
+Way = Callable[[Any, Any, Any], Any]
+"""How a function of torch is computed on such a weight: called with the function, its arguments, its keywords."""
 
 _SET_REQUIRES_GRAD = torch.Tensor.requires_grad.__set__  # type: ignore[attr-defined]
 
@@ -72,29 +76,7 @@ class Blocks(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") == "__get__" or func in METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        if func == _SET_REQUIRES_GRAD or func is torch.Tensor.requires_grad_:
-            with torch._C.DisableTorchFunctionSubclass():
-                func(args[0].whole, *args[1:], **kwargs)
-                return func(*args, **kwargs)
-        if func is torch.nn.functional.linear:
-            x, weight, bias = linear_arguments(*args, **kwargs)
-            if isinstance(weight, Blocks) and weight.linear is not None and not isinstance(x, Blocks):
-                linear = weight.linear
-                return without_gradient(lambda: linear(x, bias), x, weight, bias)
-        if args and isinstance(args[0], Blocks) and args[0].expert is not None and not kwargs:
-            picked = _expert(func, *args)
-            if picked is not None:
-                return picked
-        if func in (torch.bmm, torch.Tensor.bmm):
-            x, weight = _bmm_arguments(*args, **kwargs)
-            if isinstance(weight, Blocks) and weight.batched is not None and not isinstance(x, Blocks):
-                batched = weight.batched
-                return without_gradient(lambda: batched(x), x, weight)
-        return func(*tree_map(_whole, args), **tree_map(_whole, kwargs))
+        return _way_of(func)(func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -118,22 +100,90 @@ def _bmm_arguments(input: torch.Tensor, mat2: torch.Tensor, *, out: Any = None) 
     return input, mat2 if out is None else None
 
 
-def _expert(func: Any, weight: Blocks, *args: Any) -> torch.Tensor | None:
-    """One expert of a weight, or the weight in a shape that divides it into experts; None for anything else."""
-    assert weight.expert is not None
-    if func in (torch.Tensor.view, torch.Tensor.reshape) and not isinstance(args[0], torch.dtype):
-        with torch._C.DisableTorchFunctionSubclass():
-            shape = torch.empty(weight.shape, dtype=weight.dtype, device="meta").view(*args).shape
-        return weight.reshaped(shape) if len(shape) and shape[0] == weight.experts else None
-    if func is torch.Tensor.__getitem__ and weight.shape[0] == weight.experts:
-        (index,) = args
-        if isinstance(index, bool) or not (isinstance(index, int) or is_number(index)):
-            return None
-        number = int(index)
-        if -weight.experts <= number < weight.experts:
-            picked = weight.expert(number % weight.experts).view(weight.shape[1:])
-            return Guarded(picked, weight.requires_grad) if torch.is_grad_enabled() and _is_plain(picked) else picked
-    return None
+@lru_cache(maxsize=1024)
+def _way_of(func: Any) -> Way:
+    """How a function of torch is computed where a `Blocks` is among its arguments."""
+    if getattr(func, "__name__", "") == "__get__" or func in METADATA:
+        return as_it_is
+    return _WAYS.get(func, _with_whole)
+
+
+def _with_whole(func: Any, args: Any, kwargs: Any) -> Any:
+    return func(*tree_map(_whole, args), **tree_map(_whole, kwargs))
+
+
+def _set_requires_grad(func: Any, args: Any, kwargs: Any) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        func(args[0].whole, *args[1:], **kwargs)
+        return func(*args, **kwargs)
+
+
+def _linear(func: Any, args: Any, kwargs: Any) -> Any:
+    x, weight, bias = linear_arguments(*args, **kwargs)
+    if isinstance(weight, Blocks) and weight.linear is not None and not isinstance(x, Blocks):
+        linear = weight.linear
+        return without_gradient(lambda: linear(x, bias), x, weight, bias)
+    return _with_whole(func, args, kwargs)
+
+
+def _bmm(func: Any, args: Any, kwargs: Any) -> Any:
+    x, weight = _bmm_arguments(*args, **kwargs)
+    if isinstance(weight, Blocks) and weight.batched is not None and not isinstance(x, Blocks):
+        batched = weight.batched
+        return without_gradient(lambda: batched(x), x, weight)
+    return _with_whole(func, args, kwargs)
+
+
+def _divided(func: Any, args: Any, kwargs: Any) -> Any:
+    """The weight in a shape that divides it into experts."""
+    weight = _experts(args, kwargs)
+    if weight is not None and not isinstance(args[1], torch.dtype):
+        shape = shape_of_view(weight, args[1:])
+        if len(shape) and shape[0] == weight.experts:
+            return weight.reshaped(shape)
+    return _with_whole(func, args, kwargs)
+
+
+def _picked(func: Any, args: Any, kwargs: Any) -> Any:
+    """One expert of a weight."""
+    weight = _experts(args, kwargs)
+    number = None if weight is None else picked_index(weight, args[1])
+    if weight is None or weight.expert is None or number is None or weight.shape[0] != weight.experts:
+        return _with_whole(func, args, kwargs)
+    picked = weight.expert(number).view(weight.shape[1:])
+    return Guarded(picked, weight.requires_grad) if torch.is_grad_enabled() and _is_plain(picked) else picked
+
+
+def _experts(args: Any, kwargs: Any) -> Blocks | None:
+    """The first of a function's arguments, where it is a weight that gives its experts."""
+    weight = args[0] if args and not kwargs else None
+    return weight if isinstance(weight, Blocks) and weight.expert is not None else None
+
+
+_WAYS: dict[Any, Way] = {
+    _SET_REQUIRES_GRAD: _set_requires_grad,
+    torch.Tensor.requires_grad_: _set_requires_grad,
+    torch.nn.functional.linear: _linear,
+    torch.bmm: _bmm,
+    torch.Tensor.bmm: _bmm,
+    torch.Tensor.view: _divided,
+    torch.Tensor.reshape: _divided,
+    torch.Tensor.__getitem__: _picked,
+}
+
+
+def shape_of_view(weight: torch.Tensor, size: Any) -> torch.Size:
+    """The shape that `view(*size)` gives a weight."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return torch.empty(weight.shape, dtype=weight.dtype, device="meta").view(*size).shape
+
+
+def picked_index(weight: torch.Tensor, index: Any) -> int | None:
+    """The index of dimension 0, from 0 on, that `weight[index]` takes alone; None for any other or one that is out."""
+    if isinstance(index, bool) or not (isinstance(index, int) or is_number(index)):
+        return None
+    number = int(index)
+    return number % weight.shape[0] if -weight.shape[0] <= number < weight.shape[0] else None
 
 
 def _is_plain(weight: torch.Tensor) -> bool:

@@ -26,7 +26,7 @@ from lamina.checkpoint import Extent, Fingerprint, TensorEntry
 from lamina.checkpoint.header import missing_file
 from lamina.checkpoint.strict import quote, refuse_other_content
 from lamina.errors import CheckpointError, HeaderError, LaminaError, MissingShardError, TruncatedError, UnsupportedError
-from lamina.tensors.dtypes import TORCH_DTYPES
+from lamina.tensors.disk import TORCH_DTYPES
 
 ZIP = b"PK\x03\x04"
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.serialization.MAGIC_NUMBER, pickled

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 from helpers.families import tiny_model
-from lamina.hf.trace import WORKSPACE, attention_fuses, trace
+from lamina.hf.recorder import attention_fuses
+from lamina.hf.trace import WORKSPACE, trace
 
 
 def test_scores_of_attention_count_however_small_they_are_where_it_was_traced() -> None:

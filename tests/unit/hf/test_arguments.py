@@ -23,7 +23,7 @@ import lamina.runtime.load
 from helpers.families import tiny_config, write_tiny
 from lamina import LaminaError, RequestError, UnsupportedError
 from lamina.checkpoint import open_checkpoint
-from lamina.hf.build import Request, build
+from lamina.hf.building.build import Request, build
 from lamina.runtime import rates
 
 IDS = torch.tensor([[3, 5, 9, 7, 11]])

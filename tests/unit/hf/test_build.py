@@ -17,9 +17,8 @@ from helpers.families import tiny_config, write_tiny
 from lamina import MissingTensorError, RequestError, UnsupportedError
 from lamina.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from lamina.checkpoint.extent import DTYPE_BITS, Extent
-from lamina.hf.build import Request, build
-from lamina.tensors.disk import DiskTensor
-from lamina.tensors.dtypes import TORCH_DTYPES, torch_dtype
+from lamina.hf.building.build import Request, build
+from lamina.tensors.disk import TORCH_DTYPES, DiskTensor, torch_dtype
 
 
 def _built(folder: Path, **options: Any) -> PreTrainedModel:

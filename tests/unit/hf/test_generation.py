@@ -21,7 +21,7 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 from helpers.families import tiny_config
 from lamina import AutoModel
-from lamina.hf import generation
+from lamina.hf.decoding import generation
 from lamina.speculative.draft import GoOn, Pick, Proposal
 from lamina.speculative.draft_length import Pace
 

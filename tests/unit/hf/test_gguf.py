@@ -18,7 +18,7 @@ from lamina.checkpoint.gguf import BLOCK_TYPES, find_gguf, open_gguf
 from lamina.codec import codec_for, native
 from lamina.codec.gguf import register_all
 from lamina.errors import CheckpointError, UnsupportedError
-from lamina.hf.gguf import load_gguf
+from lamina.hf.building.gguf import load_gguf
 
 KINDS = [name for name, _, _ in BLOCK_TYPES.values()]
 WITH_KERNELS = [name for name in KINDS if not name.startswith(("TQ", "NV"))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,16 @@ import torch
 from safetensors.torch import load_file
 
 from helpers import quantize
-from helpers.families import tiny_config
+from helpers.families import tiny_config, write_tiny
+from helpers.judge import streamed_model
+from helpers.quantize import write_quantized
 from lamina.checkpoint import Checkpoint, Extent, TensorEntry
-from lamina.codec import quantized_layouts
+from lamina.codec import codec, quantized_layouts
 from lamina.codec.quantized_layouts import Gptq, Scaled, unpack
 from lamina.errors import RequestError, UnsupportedError
-from lamina.hf.quantized import take_quantization, unpacked_state
-from lamina.tensors.disk import DiskTensor, Op, replay
+from lamina.hf.building.quantized import take_quantization, unpacked_state
+from lamina.tensors.disk import DiskTensor
+from lamina.tensors.expressions import Op, replay
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 8])
@@ -176,3 +180,20 @@ def test_the_tensors_that_are_not_quantised_stay(tmp_path: Path) -> None:
 def _op(tensor: DiskTensor) -> Op:
     assert isinstance(tensor.expression, Op)
     return tensor.expression
+
+
+def test_the_codecs_of_a_checkpoint_go_with_its_model(tmp_path: Path) -> None:
+    write_tiny("llama", tmp_path / "plain", dtype=torch.bfloat16)
+    before = {*codec._codecs, *codec._lent}
+    for rows in (32, 16):
+        config = {"quant_method": "fp8", "weight_block_size": [rows, 32]}
+        folder = tmp_path / str(rows) / "quantized"
+        write_quantized(tmp_path / "plain", folder, quantize.fp8((rows, 32)), config)
+        model = streamed_model(folder, 3 << 30)
+        own = {*codec._codecs, *codec._lent} - before
+        assert len(own) > 1 and all(f"block=({rows}, 32)" in name for name in own)
+        model(torch.tensor([[5, 9]]))
+        model.lamina.close()
+        del model
+        gc.collect()
+        assert {*codec._codecs, *codec._lent} == before

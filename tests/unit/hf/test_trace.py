@@ -13,7 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from helpers.families import tiny_model
-from lamina.hf.trace import Trace, layer_names, trace
+from lamina.hf.recorder import layer_names
+from lamina.hf.trace import Trace, trace
 from lamina.plan.schedule import Call
 
 

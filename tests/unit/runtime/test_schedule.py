@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from helpers.families import write_tiny
 from helpers.judge import plain_model
 from lamina.checkpoint import Checkpoint, open_checkpoint
-from lamina.hf.build import Request, build
+from lamina.hf.building.build import Request, build
 from lamina.hf.trace import trace
 from lamina.plan.schedule import Convert, Cut, Weight
 from lamina.runtime import schedule as weights_module

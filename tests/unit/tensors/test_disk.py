@@ -17,7 +17,8 @@ from helpers.homes import InMemory
 from lamina.checkpoint import open_checkpoint
 from lamina.runtime import schedule as weights_module
 from lamina.runtime.schedule import _pieces
-from lamina.tensors.disk import DiskTensor, recording, replay, sources_of
+from lamina.tensors.disk import DiskTensor, recording
+from lamina.tensors.expressions import replay, sources_of
 
 Tensors = dict[str, torch.Tensor]
 

@@ -14,7 +14,7 @@ import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,17 +25,14 @@ from lamina.caller import option
 from lamina.checkpoint import Checkpoint
 from lamina.errors import CheckpointError, LaminaError, MissingTensorError, RequestError, UnsupportedError
 from lamina.hf.arguments import HUB_KEYS
-from lamina.hf.bounds import Unstored, as_many_as, check_counts
-from lamina.hf.config import blaming, check_generation, fields_of, read_json
-from lamina.hf.internals import generation_config_in
-from lamina.hf.quantized import check_decoded, take_quantization, unpacked_state
-from lamina.hf.quiet import silent
+from lamina.hf.building.quantized import QUANTIZATION_KEYS, check_decoded, take_quantization, unpacked_state
+from lamina.hf.config import Unstored, as_many_as, blaming, check_counts, check_generation, fields_of, read_json
+from lamina.hf.internals import generation_config_in, silent
 from lamina.sizes import format_size
-from lamina.tensors.disk import DiskTensor, recording
-from lamina.tensors.dtypes import TORCH_DTYPES, torch_dtype
+from lamina.tensors.disk import TORCH_DTYPES, DiskTensor, recording, torch_dtype
 
 if TYPE_CHECKING:
-    from lamina.hf.gguf import GgufModel
+    from lamina.hf.building.gguf import GgufModel
 
 COMPARED_BYTES = 4 << 20  # at once, of two weights that may be one
 WRAPPERS = {  # what begins the names of tensors that were saved out of a wrapper
@@ -100,16 +97,17 @@ def load_config(request: Request, tensors: int) -> tuple[PreTrainedConfig, dict[
         own = {key: value for key, value in options.items() if key not in (*HUB_KEYS, "code_revision")}
         check_counts(given.to_dict(), tensors, "the config that was given", RequestError)
         return copy.deepcopy(given), own, "the config that was given", fields_of(given)
+    return _read_config(given, options, request, tensors)
+
+
+def _read_config(
+    given: str | os.PathLike[str] | None, options: dict[str, Any], request: Request, tensors: int
+) -> tuple[PreTrainedConfig, dict[str, Any], str, Mapping[str, Any]]:
+    """`load_config` from a file: that of the checkpoint, or what was given."""
     source = request.folder if given is None else os.path.expanduser(os.fspath(given))
-    if given is not None and os.path.exists(source):
-        options.pop("subfolder", None)
-    file = source if os.path.isfile(source) else os.path.join(source, options.get("subfolder") or "", "config.json")
-    fields: Mapping[str, Any] = {}
-    if os.path.isfile(file):
-        fields = read_json(file)
-        check_counts(fields, tensors, file)
-    elif given is None:
-        raise CheckpointError(f"no config.json in {os.path.dirname(file)}: fetch it, it belongs beside the weights")
+    file = _config_file(source, given, options)
+    fields: Mapping[str, Any] = read_json(file) if os.path.isfile(file) else {}
+    check_counts(fields, tensors, file)
     try:
         with blaming(file if fields else source, fields, "reading the config"):
             config, unused = AutoConfig.from_pretrained(
@@ -123,6 +121,18 @@ def load_config(request: Request, tensors: int) -> tuple[PreTrainedConfig, dict[
         _explain_refused(error, source, given=not fields)
         raise
     return config, unused, file, fields
+
+
+def _config_file(source: str, given: Any, options: dict[str, Any]) -> str:
+    """Where in `source` the config is: nowhere yet, where that is a repository that was given."""
+    if given is not None and os.path.exists(source):
+        options.pop("subfolder", None)
+    if os.path.isfile(source):
+        return source
+    file = os.path.join(source, options.get("subfolder") or "", "config.json")
+    if given is None and not os.path.isfile(file):
+        raise CheckpointError(f"no config.json in {os.path.dirname(file)}: fetch it, it belongs beside the weights")
+    return file
 
 
 def _explain_refused(error: CheckpointError, source: str, *, given: bool) -> None:
@@ -180,7 +190,7 @@ def _build(request: Request, checkpoint: Checkpoint, loading_info: dict[str, Any
     tensors = len(checkpoint.tensors)
     config, options, where, fields = load_config(request, tensors)
     with blaming(where, fields, "reading how it is quantised"):
-        quantization = take_quantization(config)
+        quantization = take_quantization(config) if _says_quantized(config) else None
     with as_many_as(tensors, where), blaming(where, fields, "making the model"):
         model_class = _class_of(config, request)
     text = config.sub_configs.get("text_config")
@@ -215,6 +225,11 @@ def _build(request: Request, checkpoint: Checkpoint, loading_info: dict[str, Any
     if "experts_implementation" not in request.options and any(model.get_experts_implementation().values()):
         model.set_experts_implementation("eager")  # the one that takes an expert at a time
     return model
+
+
+def _says_quantized(config: PreTrainedConfig) -> bool:
+    parts = (config, config.get_text_config())
+    return any(key in part.__dict__ for part in parts for key in QUANTIZATION_KEYS)
 
 
 def _explain_option(error: CheckpointError, kind: str) -> None:
@@ -301,35 +316,34 @@ def _generation_config(request: Request) -> GenerationConfig | None:
     if request.gguf is not None and given is None:
         return request.gguf.generation_config()
     hub = {key: request.options[key] for key in HUB_KEYS if key in request.options}
-    source = request.folder
-    if given is not None:
-        source = os.path.expanduser(os.fspath(given))
-        if os.path.exists(source):
-            hub.pop("subfolder", None)
-    if os.path.isfile(source):
-        folder, name = os.path.split(source)
-    else:
-        folder, name = source, "generation_config.json"
-    file = os.path.join(folder, hub.get("subfolder") or "", name)
-    fields: dict[str, Any] = {}
-    with contextlib.suppress(CheckpointError):  # transformers goes on without one that is no JSON object
-        fields = read_json(file) if os.path.isfile(file) else {}
     try:
-        check_generation(fields, file)
-        with blaming(file, fields, "reading it"), silent():
-            return GenerationConfig.from_pretrained(folder, name, **hub)
+        return _read_generation(request.folder if given is None else os.path.expanduser(os.fspath(given)), given, hub)
     except CheckpointError as error:
         if given is not None:
             raise RequestError(f"generation_config= is no generation config, nor the path of one: {error}") from error
         if not isinstance(error.__cause__, OSError):
             raise
-    file = os.path.join(folder, hub.get("subfolder") or "", "config.json")
+    file = os.path.join(request.folder, hub.get("subfolder") or "", "config.json")
     if not os.path.isfile(file):
         return None
     fields = read_json(file)
     check_generation(fields, file)
     with blaming(file, fields, "reading how to generate"), silent():
-        return generation_config_in(folder, **hub)
+        return generation_config_in(request.folder, **hub)
+
+
+def _read_generation(source: str, given: Any, hub: dict[str, Any]) -> GenerationConfig:
+    """The generation config in a file, a folder or a repository; `hub` says where in it."""
+    if given is not None and os.path.exists(source):
+        hub.pop("subfolder", None)
+    folder, name = os.path.split(source) if os.path.isfile(source) else (source, "generation_config.json")
+    file = os.path.join(folder, hub.get("subfolder") or "", name)
+    fields: dict[str, Any] = {}
+    with contextlib.suppress(CheckpointError):  # transformers goes on without one that is no JSON object
+        fields = read_json(file) if os.path.isfile(file) else {}
+    check_generation(fields, file)
+    with blaming(file, fields, "reading it"), silent():
+        return GenerationConfig.from_pretrained(folder, name, **hub)
 
 
 def _check(info: Mapping[str, Any], checkpoint: Checkpoint, names: Iterable[str]) -> None:
@@ -354,18 +368,22 @@ def _check(info: Mapping[str, Any], checkpoint: Checkpoint, names: Iterable[str]
 def _renamed(missing: Sequence[str], names: Iterable[str]) -> str | None:
     """What to do where what is missing is there, under names with a common beginning more, or less."""
     held, wanted = set(names), set(missing)
-    more = Counter(name[: -len(end)] for name in held for end in _ends(name) if end in wanted)
-    for prefix, _ in more.most_common(1):
-        if all(name.startswith(prefix) for name in held):
-            why = next((f", which {by} adds" for start, by in WRAPPERS.items() if prefix.startswith(start)), "")
-            mapping = {f"^{re.escape(prefix)}": ""}
-            renaming = f"from_pretrained(..., key_mapping={mapping!r}) takes it off"
-            return f"all names there begin with {prefix!r}{why}: {renaming}"
-    less = Counter(name[: -len(end)] for name in missing for end in _ends(name) if end in held)
-    for prefix, count in less.most_common(1):
-        if 2 * count > len(missing):
-            return f"the names there lack the beginning {prefix!r}: from_pretrained(..., key_mapping=...) renames them"
+    prefix, _ = _commonest_beginning(held, wanted)
+    if prefix and all(name.startswith(prefix) for name in held):
+        why = next((f", which {by} adds" for start, by in WRAPPERS.items() if prefix.startswith(start)), "")
+        mapping = {f"^{re.escape(prefix)}": ""}
+        renaming = f"from_pretrained(..., key_mapping={mapping!r}) takes it off"
+        return f"all names there begin with {prefix!r}{why}: {renaming}"
+    prefix, count = _commonest_beginning(missing, held)
+    if 2 * count > len(missing):
+        return f"the names there lack the beginning {prefix!r}: from_pretrained(..., key_mapping=...) renames them"
     return None
+
+
+def _commonest_beginning(names: Iterable[str], ends: Container[str]) -> tuple[str, int]:
+    """What stands before one of these ends in the most names, and in how many; "" and 0 where nothing does."""
+    found = Counter(name[: -len(end)] for name in names for end in _ends(name) if end in ends)
+    return next(iter(found.most_common(1)), ("", 0))
 
 
 def _ends(name: str) -> list[str]:

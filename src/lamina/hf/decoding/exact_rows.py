@@ -35,9 +35,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from lamina.caller import option
-from lamina.codec import Affine, Lossless, codec_for
-from lamina.codec.affine import LINEAR_TOKENS as AFFINE_TOKENS
-from lamina.codec.gguf import LINEAR_TOKENS as GGUF_TOKENS
+from lamina.codec import codec_for
 from lamina.hf.experts import experts_by_config
 from lamina.hf.internals import (
     ALL_ATTENTION_FUNCTIONS,
@@ -100,16 +98,32 @@ def one_row(rows: int, device: torch.device) -> Iterator[None]:
 
 def covers(model: PreTrainedModel) -> str | None:
     """Why passes of this model cannot have the bits of single tokens; None where they can."""
-    config: Any = model.config.get_text_config()
-    if model.device.type not in ("cpu", "meta"):
-        return f"the model computes on {model.device.type}: only the processor's products are known"
-    kinds = [str(kind) for kind in getattr(config, "layer_types", None) or ()]
-    recurrent = next((kind for kind in kinds if kind in RECURRENT), None)
-    if recurrent is not None or is_stateful(model):
-        return f"{config.model_type} has recurrent layers: several tokens are computed by another formula than one"
+    config = model.config.get_text_config()
+    hindrances = (_device, _recurrent, _experts, _attention, _rotary)
+    return next((why for hindrance in hindrances if (why := hindrance(model, config)) is not None), None)
+
+
+def _device(model: PreTrainedModel, config: Any) -> str | None:
+    if model.device.type in ("cpu", "meta"):
+        return None
+    return f"the model computes on {model.device.type}: only the processor's products are known"
+
+
+def _recurrent(model: PreTrainedModel, config: Any) -> str | None:
+    kinds = {str(kind) for kind in getattr(config, "layer_types", None) or ()}
+    if kinds.isdisjoint(RECURRENT) and not is_stateful(model):
+        return None
+    return f"{config.model_type} has recurrent layers: several tokens are computed by another formula than one"
+
+
+def _experts(model: PreTrainedModel, config: Any) -> str | None:
     chosen = experts_implementation(config)
-    if chosen not in (None, "eager") and experts_by_config(config):
-        return f"experts are computed by {chosen!r}, not one at a time: set {option('experts_implementation', 'eager')}"
+    if chosen in (None, "eager") or not experts_by_config(config):
+        return None
+    return f"experts are computed by {chosen!r}, not one at a time: set {option('experts_implementation', 'eager')}"
+
+
+def _attention(model: PreTrainedModel, config: Any) -> str | None:
     attention = attention_implementation(config)
     if attention not in (None, "eager", "sdpa"):
         ways = " or ".join(option("attn_implementation", way) for way in ("sdpa", "eager"))
@@ -117,9 +131,11 @@ def covers(model: PreTrainedModel) -> str | None:
     if attention == "eager" and model.dtype is torch.float16 and _rounds_by_shape():
         way = option("attn_implementation", "sdpa")
         return f"this processor's float16 products (AVX512-FP16) round by their shape: set {way}"
-    if _rope_types(config) & set(LENGTH_DEPENDENT):
-        return "the rotary angles depend on the length of the text"
     return None
+
+
+def _rotary(model: PreTrainedModel, config: Any) -> str | None:
+    return "the rotary angles depend on the length of the text" if _rope_types(config) & set(LENGTH_DEPENDENT) else None
 
 
 @cache
@@ -266,9 +282,7 @@ def _linear(
     """Block after block of the weight's rows with one token after the other."""
     flat = x.reshape(-1, x.shape[-1])
     single = len(flat) == len(pieces)  # a row for each token
-    # A single token's states have these strides: with those of a slice torch goes a way that takes 20 times as long.
-    own = [piece.clone(memory_format=torch.contiguous_format) for piece in (() if single else pieces)]
-    at = 0 if single else next(i for i, size in enumerate(x.shape) if pieces[0].shape[i] != size)
+    own, at = ([], 0) if single else _apart(x, pieces)
     out = x.new_empty(*(flat if single else x).shape[:-1], weight.shape[0])
     step = max(BLOCK // (weight.shape[1] * weight.itemsize) // ROW_MULTIPLE, 1) * ROW_MULTIPLE
     for first in range(0, weight.shape[0], step):
@@ -279,6 +293,13 @@ def _linear(
         some = _grouped(flat, block) if single else own
         out[..., first : first + step] = torch.cat([functional.linear(one, block, added) for one in some], at)
     return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def _apart(x: torch.Tensor, pieces: tuple[torch.Tensor, ...]) -> tuple[list[torch.Tensor], int]:
+    """What belongs to one token each, on its own, and the dimension along which it was divided."""
+    at = next(i for i, size in enumerate(x.shape) if pieces[0].shape[i] != size)
+    # A single token's states have these strides: with those of a slice torch goes a way that takes 20 times as long.
+    return [piece.clone(memory_format=torch.contiguous_format) for piece in pieces], at
 
 
 def _grouped(flat: torch.Tensor, block: torch.Tensor) -> list[torch.Tensor]:
@@ -311,12 +332,11 @@ def _alike(count: int, rows: int, columns: int, dtype: torch.dtype, threads: int
     return torch.equal(functional.linear(x, weight), single)
 
 
-def _own_product(weight: Encoded) -> int | None:
-    """Rows up to which the codecs of a weight multiply by themselves; None where they never do."""
-    codecs = [codec_for(span.codec) for span in weight.spans]
-    if weight.whole is not None or all(isinstance(codec, Lossless) for codec in codecs):
-        return None
-    return AFFINE_TOKENS if all(isinstance(codec, Affine) for codec in codecs) else GGUF_TOKENS
+def _own_product(weight: Encoded) -> int:
+    """Rows up to which the codecs of a weight multiply by themselves; 0 where they never do."""
+    spans = weight.spans if weight.whole is None else ()
+    most = {codec_for(span.codec).linear_tokens for span in spans} - {0}
+    return min(most, default=0)
 
 
 def _seen(one: torch.Tensor, right: torch.Tensor, from_end: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -383,17 +403,26 @@ def _token_by_token(
     for i in range(count):
         last = keys - count + i + 1 if causal else keys
         first = max(last - window, 0) if window is not None and causal else 0
-        own = None if mask is None else mask[:, :, i : i + 1, first:last]
-        if own is not None and own.dtype == torch.bool and (window is None or last - first < window) and own.all():
-            own = None  # transformers makes none for a single token that sees all keys
+        own = None if mask is None else _own_mask(mask[:, :, i : i + 1, first:last], window)
         if bias is not None:
             kwargs["position_bias"] = bias[:, :, i : i + 1, first:last]
         seen = key[:, :, first:last], value[:, :, first:last]
         found.append(plain(module, query[:, :, i : i + 1], *seen, own, *args, **kwargs))
-    weights = [weight for _, weight in found]
-    width = max((weight.shape[-1] for weight in weights if weight is not None), default=0)
-    padded = [functional.pad(weight, (0, width - weight.shape[-1])) for weight in weights if weight is not None]
-    return torch.cat([out for out, _ in found], 1), torch.cat(padded, 2) if padded else None
+    return torch.cat([out for out, _ in found], 1), _side_by_side([weights for _, weights in found])
+
+
+def _own_mask(mask: torch.Tensor, window: int | None) -> torch.Tensor | None:
+    """The mask of a single token; transformers makes none for one that sees all keys."""
+    whole = mask.dtype == torch.bool and (window is None or mask.shape[-1] < window) and bool(mask.all())
+    return None if whole else mask
+
+
+def _side_by_side(rows: list[torch.Tensor | None]) -> torch.Tensor | None:
+    """The weights of attention that each token gave, if any did, padded to as many keys as the last one has."""
+    given = [weights for weights in rows if weights is not None]
+    width = max((weights.shape[-1] for weights in given), default=0)
+    padded = [functional.pad(weights, (0, width - weights.shape[-1])) for weights in given]
+    return torch.cat(padded, 2) if padded else None
 
 
 def _window(module: Any) -> int | None:

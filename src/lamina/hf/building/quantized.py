@@ -22,12 +22,14 @@ from lamina.checkpoint import Checkpoint, TensorEntry
 from lamina.codec.quantized_layouts import Awq, Float4, Float4Experts, Gptq, Integers, Lookup4, Packed, Scaled
 from lamina.errors import CheckpointError, RequestError, UnsupportedError
 from lamina.hf.internals import Conv1D
-from lamina.tensors.disk import Computed, DiskTensor
+from lamina.tensors.disk import DiskTensor
+from lamina.tensors.expressions import Computed
 
 Entries = Mapping[str, TensorEntry]
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 NOT_READ_ALONE = {torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2}
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # of a config
 MOST_STATE_BYTES = 1 << 16  # of the JSON beside a weight of bitsandbytes
 _BNB_STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(?:nf4|fp4)")
 
@@ -67,7 +69,7 @@ def take_quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
     """
     found: Any = None
     for part in (config, config.get_text_config()):
-        for key in ("quantization_config", "compression_config"):
+        for key in QUANTIZATION_KEYS:
             value = part.__dict__.pop(key, None)
             found = found or value
     if not found:
@@ -190,17 +192,8 @@ def _mxfp4(folder: Folder) -> Iterator[Found]:
 
 def _compressed(folder: Folder) -> Iterator[Found]:
     """compressed-tensors, and FP8 by row (fbgemm) or by tensor (modelopt), which name their scales alike."""
-    formats = {str(folder.config.get("format")), *(str(g.get("format")) for g in _groups(folder))}
-    sparse = (folder.config.get("sparsity_config") or {}).get("format", "dense")
-    if sparse != "dense" or "marlin-24" in formats:
-        raise UnsupportedError(
-            f"{folder.checkpoint.root} stores sparse weights ({sparse if sparse != 'dense' else 'marlin-24'}), "
-            "which cannot be decoded here: use another checkpoint of this model"
-        )
-    for name, scale in folder.entries.items():
-        module = name.removesuffix(".weight_scale")
-        if module == name:
-            continue
+    _refuse_sparse(folder)
+    for module, scale in _beside(folder, ".weight_scale"):
         packed = folder.entries.get(f"{module}.weight_packed")
         entry = folder.entries.get(f"{module}.weight")
         if packed is not None and packed.dtype == "I32":
@@ -214,29 +207,33 @@ def _compressed(folder: Folder) -> Iterator[Found]:
             yield found if zeros is None else replace(found, sources=(*found.sources, zeros.name))
 
 
+def _refuse_sparse(folder: Folder) -> None:
+    formats = {str(folder.config.get("format")), *(str(g.get("format")) for g in _groups(folder))}
+    sparse = (folder.config.get("sparsity_config") or {}).get("format", "dense")
+    if sparse != "dense" or "marlin-24" in formats:
+        raise UnsupportedError(
+            f"{folder.checkpoint.root} stores sparse weights ({sparse if sparse != 'dense' else 'marlin-24'}), "
+            "which cannot be decoded here: use another checkpoint of this model"
+        )
+
+
 def _gptq(folder: Folder) -> Iterator[Found]:
     config = folder.config
     layout = str(config.get("checkpoint_format") or ("marlin" if config.get("is_marlin_format") else "gptq"))
     if layout not in ("gptq", "gptq_v2"):
         raise UnsupportedError(f"{folder.checkpoint.root} is GPTQ in the layout {layout!r}: use one in 'gptq'")
-    for name, words in folder.entries.items():
-        module = name.removesuffix(".qweight")
-        if module == name:
-            continue
+    for module, words in _beside(folder, ".qweight"):
         zeros, scales = (_part(folder, f"{module}.{part}", words) for part in ("qzeros", "scales"))
         order = folder.entries.get(f"{module}.g_idx")
         columns = order.shape[0] if order is not None else words.shape[0] * 32 // int(config["bits"])
         bits = words.shape[0] * 32 // max(columns, 1)  # a config may say otherwise for some modules
         rows = words.shape[1]
-        if (
-            bits not in (2, 3, 4, 8)
-            or scales.shape[1:] != (rows,)
-            or zeros.shape != (len_of(scales), rows * bits // 32)
-        ):
+        shapes = scales.shape[1:], zeros.shape
+        if bits not in (2, 3, 4, 8) or shapes != ((rows,), (len_of(scales), rows * bits // 32)):
             raise _unfit(words, scales)
         group = -(-columns // len_of(scales))
         packed = Gptq((rows, columns), folder.dtype, bits, group, 1 if layout == "gptq" else 0)
-        sources = (name, zeros.name, scales.name)
+        sources = (words.name, zeros.name, scales.name)
         yield Found(f"{module}.weight", packed, sources if order is None else (*sources, order.name))
 
 
@@ -248,16 +245,13 @@ def _awq(folder: Folder) -> Iterator[Found]:
         raise UnsupportedError(
             f"{folder.checkpoint.root} is AWQ in the layout {layout!r} with {bits} bits: use one in 'gemm' with 4"
         )
-    for name, words in folder.entries.items():
-        module = name.removesuffix(".qweight")
-        if module == name:
-            continue
+    for module, words in _beside(folder, ".qweight"):
         zeros, scales = (_part(folder, f"{module}.{part}", words) for part in ("qzeros", "scales"))
         columns, rows = words.shape[0], words.shape[1] * 8
         if scales.shape[1:] != (rows,) or zeros.shape != (len_of(scales), words.shape[1]) or columns % len_of(scales):
             raise _unfit(words, scales)
         packed = Awq((rows, columns), folder.dtype, columns // len_of(scales))
-        yield Found(f"{module}.weight", packed, (name, zeros.name, scales.name))
+        yield Found(f"{module}.weight", packed, (words.name, zeros.name, scales.name))
 
 
 def _bitsandbytes(folder: Folder) -> Iterator[Found]:
@@ -272,6 +266,13 @@ def _bitsandbytes(folder: Folder) -> Iterator[Found]:
 
 
 # -- what several of them share
+
+
+def _beside(folder: Folder, ending: str) -> Iterator[tuple[str, TensorEntry]]:
+    """The tensors whose names end so, each with what stands before."""
+    for name, entry in folder.entries.items():
+        if name.endswith(ending):
+            yield name.removesuffix(ending), entry
 
 
 def _scaled(folder: Folder, weight: TensorEntry, scale: TensorEntry, block: Any) -> Found:

@@ -34,12 +34,11 @@ from lamina.checkpoint.gguf import CODEC_PREFIX, GgufFile, open_gguf
 from lamina.codec.gguf import register_all
 from lamina.errors import MissingTensorError, UnsupportedError
 from lamina.hf import internals
-from lamina.hf.gguf_config import CAUSES, load_gguf_config, refused
-from lamina.hf.internals import TOKENIZER_MAPPING_NAMES, rename_source_key, tokenizer_class_from_name
-from lamina.hf.quiet import silent
+from lamina.hf.building.gguf_config import CAUSES, load_gguf_config, refused
+from lamina.hf.internals import TOKENIZER_MAPPING_NAMES, rename_source_key, silent, tokenizer_class_from_name
 from lamina.hf.tokenizer import usable
-from lamina.tensors.disk import DiskTensor, Leaf, Op, recording
-from lamina.tensors.dtypes import torch_dtype
+from lamina.tensors.disk import DiskTensor, recording, torch_dtype
+from lamina.tensors.expressions import Leaf, Op
 
 PROBED_COLUMNS = 2  # in place of all of a row: enough to tell columns in another order from rows in another order
 INSTALL = "GGUF files need the gguf package: pip install 'lamina[gguf]'"
@@ -229,17 +228,24 @@ def _parameter(
         return _joined(name, found, probes, entries), None
     entry, probe = entries[0], probes[0]
     if found is not None and found.dtype == probe.dtype:
-        order = found.reshape(len(found), -1)[:, 0] // (probe.size // len(probe))
         if (same := _reshaped(found, probe, entry)) is not None:
             return same, None
-        whole = np.array_equal(np.sort(order), np.arange(len(order)))
-        if found.shape == probe.shape and probe.ndim == 2 and whole and np.array_equal(found, probe[order]):
-            return _stored(entry), tuple(order.tolist())
+        if (order := _row_order(found, probe)) is not None:
+            return _stored(entry), order
     shape = entry.shape
     if found is not None:
         shape = found.shape if probe.ndim == 1 else (*found.shape[:-1], entry.shape[-1])
     computed = Op(_Computed(processor, (entry.name,), name), (Leaf(entry.name),), {}, None)
     return DiskTensor(torch.empty(shape, dtype=torch.float32, device="meta"), computed, None), None
+
+
+def _row_order(found: Array, probe: Array) -> tuple[int, ...] | None:
+    """The order in which a matrix has the rows of a tensor, where it is these rows and nothing else."""
+    if probe.ndim != 2 or found.shape != probe.shape:
+        return None
+    order = found[:, 0] // probe.shape[1]
+    whole = np.array_equal(np.sort(order), np.arange(len(order)))
+    return tuple(order.tolist()) if whole and np.array_equal(found, probe[order]) else None
 
 
 def _joined(name: str, found: Array | None, probes: Sequence[Array], entries: Sequence[TensorEntry]) -> DiskTensor:

@@ -15,9 +15,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from lamina.checkpoint import Checkpoint
 from lamina.checkpoint.gguf import MAGIC, GgufFile
 from lamina.errors import CheckpointError, LaminaError, UnsupportedError
-from lamina.hf.internals import GGUF_CONFIG_MAPPING, gguf_config_architectures
-from lamina.hf.quiet import silent
-from lamina.tensors.dtypes import TORCH_DTYPES
+from lamina.hf.internals import GGUF_CONFIG_MAPPING, gguf_config_architectures, silent
+from lamina.tensors.disk import TORCH_DTYPES
 
 LONGEST_ARRAY = 1 << 16  # bytes; what a config needs is shorter, vocabularies and merges are longer
 CAUSES = (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, NotImplementedError)
@@ -113,9 +112,7 @@ def _completed(config: PreTrainedConfig, file: GgufFile, options: Mapping[str, A
     """The config with what is in the file and not in it."""
     architecture = str(file.get("general.architecture"))
     if architecture == "llama" and (count := file.get("llama.expert_count")):
-        own = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
-        own |= {"num_local_experts": count, "num_experts_per_tok": file.get("llama.expert_used_count")}
-        config = AutoConfig.for_model("mixtral", **own | {"dtype": config.dtype})
+        config = _as_mixtral(config, count, file.get("llama.expert_used_count"))
     read = GGUF_CONFIG_MAPPING.get(architecture) or GGUF_CONFIG_MAPPING.get(config.model_type, {})
     for ending, key in LEFT_OUT:
         value = file.get(f"{architecture}.{ending}")
@@ -125,11 +122,24 @@ def _completed(config: PreTrainedConfig, file: GgufFile, options: Mapping[str, A
         config.tie_word_embeddings = False  # stored twice, and quantised in two ways
     if (architecture, config.get_text_config().num_hidden_layers) in SCALED_BY_WIDTH:
         config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads
+    if not {"rope_parameters", "rope_scaling"} & options.keys():
+        _complete_rope(config, file)
+    return config
+
+
+def _as_mixtral(config: PreTrainedConfig, experts: object, used: object) -> PreTrainedConfig:
+    """The config of a Mixtral, which is a llama with experts to llama.cpp."""
+    own = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "architectures")}
+    own |= {"num_local_experts": experts, "num_experts_per_tok": used}
+    return AutoConfig.for_model("mixtral", **own | {"dtype": config.dtype})
+
+
+def _complete_rope(config: PreTrainedConfig, file: GgufFile) -> None:
+    """Have a config say how positions are rotated, where it says anything of that."""
     rope = getattr(config, "rope_parameters", None)
-    if rope is not None and not {"rope_parameters", "rope_scaling"} & options.keys():
+    if rope is not None:
         own = _rope(file, config, rope.get("full_attention", rope))
         config.rope_parameters = {**rope, "full_attention": own} if "full_attention" in rope else own
-    return config
 
 
 def _rope(file: GgufFile, config: PreTrainedConfig, rope: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,18 +158,26 @@ def _rope(file: GgufFile, config: PreTrainedConfig, rope: Mapping[str, Any]) -> 
         key.rpartition(".")[2]: file.get(key) for key in file.fields if key.startswith(f"{architecture}.rope.scaling.")
     }
     length = scaling.get("original_context_length")
-    known = {"original_max_position_embeddings": length} if length else {}
     if length and hasattr(config, "original_max_position_embeddings"):
         config.original_max_position_embeddings = length  # Phi 3's config takes it from there
-    if (short := _numbers(file, "rope_factors_short.weight")) and (long := _numbers(file, "rope_factors_long.weight")):
-        own |= {"rope_type": "longrope", "short_factor": short, "long_factor": long, **known}
-        if "attn_factor" in scaling:
-            own["attention_factor"] = scaling["attn_factor"]
-    elif divisors := _numbers(file, "rope_freqs.weight"):
-        own |= _divided(divisors, own["rope_theta"], config)
-    elif scaling.get("type") in ("linear", "yarn") and scaling.get("factor"):
-        own |= {"rope_type": scaling["type"], "factor": scaling["factor"], **known}
-    return own
+    return own | _lengthened(file, config, own, scaling)
+
+
+def _lengthened(
+    file: GgufFile, config: PreTrainedConfig, rope: Mapping[str, Any], scaling: Mapping[str, Any]
+) -> dict[str, Any]:
+    """How rotations are scaled for long texts, as a config says it."""
+    length = scaling.get("original_context_length")
+    known = {"original_max_position_embeddings": length} if length else {}
+    short, long = (_numbers(file, f"rope_factors_{which}.weight") for which in ("short", "long"))
+    if short and long:
+        own = {"rope_type": "longrope", "short_factor": short, "long_factor": long, **known}
+        return own | ({"attention_factor": scaling["attn_factor"]} if "attn_factor" in scaling else {})
+    if divisors := _numbers(file, "rope_freqs.weight"):
+        return _divided(divisors, rope["rope_theta"], config)
+    if scaling.get("type") in ("linear", "yarn") and scaling.get("factor"):
+        return {"rope_type": scaling["type"], "factor": scaling["factor"], **known}
+    return {}
 
 
 def _divided(divisors: list[float], base: float, config: PreTrainedConfig) -> dict[str, Any]:
