@@ -96,19 +96,15 @@ def _ancestors(root: Call, layers: frozenset[str]) -> frozenset[str]:
 
 
 def _blocks(weights: Sequence[Weight], size: int) -> list[list[tuple[Weight, Part]]]:
-    """The weights of one unit as one block, or as several where they may be cut and are too large."""
-    whole = [(w, Part(w.name, 0, w.rows)) for w in weights]
+    """The weights of one unit as one block; one linear that is too large as several."""
+    weight = weights[0]
     total = sum(w.nbytes for w in weights)
-    if total <= size or not all(w.by_rows for w in weights):
-        return [whole]
-    cut = [w for w in weights if w.cut is Cut.ROWS]
-    if len(cut) == 1 and len(weights) == 1:
-        weight = cut[0]
-        rows = max(size // max(weight.nbytes // weight.rows, 1) // ROW_MULTIPLE, 1) * ROW_MULTIPLE
-        count = math.ceil(weight.rows / rows)
-        rows = align(math.ceil(weight.rows / count), ROW_MULTIPLE)  # even blocks read better
-        return [[(weight, Part(weight.name, at, min(rows, weight.rows - at)))] for at in range(0, weight.rows, rows)]
-    return [whole]
+    if total <= size or len(weights) > 1 or not weight.by_rows or weight.cut is not Cut.ROWS:
+        return [[(w, Part(w.name, 0, w.rows)) for w in weights]]
+    rows = max(size // max(weight.nbytes // weight.rows, 1) // ROW_MULTIPLE, 1) * ROW_MULTIPLE
+    count = math.ceil(weight.rows / rows)
+    rows = align(math.ceil(weight.rows / count), ROW_MULTIPLE)  # even blocks read better
+    return [[(weight, Part(weight.name, at, min(rows, weight.rows - at)))] for at in range(0, weight.rows, rows)]
 
 
 def widest_window(root: Call, items: Sequence[Item], steps: Sequence[int]) -> int:

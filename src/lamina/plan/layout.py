@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lamina.plan.schedule import Convert, Piece, Weight
+from lamina.plan.schedule import Piece, Weight
 
 ALIGNMENT = 4096  # of direct reads, and of every area
 PACKING = 64  # of tensors that are not read in place: what torch gives its own allocations
@@ -85,29 +85,33 @@ def lay_out(parts: Sequence[tuple[Weight, Part]], gap: int | None = None) -> Lay
         The layout; `placed` is in the order of `parts`.
     """
     pieces = [weight.pieces_of_rows(part.first, part.count) for weight, part in parts]
-    in_place = [i for i, (weight, _) in enumerate(parts) if len(pieces[i]) == 1 and _viewable(weight, pieces[i][0])]
-    in_place.sort(key=lambda i: (pieces[i][0].extent.file, pieces[i][0].extent.offset))
-    reads, stored_at, end = _spans([(i, pieces[i][0]) for i in in_place], GAP if gap is None else gap)
+    stored = [_stored(weight, part, own) for (weight, part), own in zip(parts, pieces, strict=True)]
+    reads, stored_at, end = _spans(_in_place(parts, pieces), GAP if gap is None else gap)
     for i, own in enumerate(pieces):
-        if i in stored_at:
-            continue
-        stored_at[i] = end = _packed_at(end, parts[i][0], own)
-        for piece in own:
-            extent = piece.extent
-            reads.append(Read(extent.file, extent.offset, extent.length, end + piece.at, extent.length, False))
-        end += _stored(*parts[i], own)
+        if i not in stored_at:
+            stored_at[i] = end = _packed_at(end, parts[i][0], own)
+            reads.extend(read_at(piece, end) for piece in own)
+            end += stored[i]
     placed = []
     for i, (weight, part) in enumerate(parts):
-        stored = _stored(weight, part, pieces[i])
-        nbytes = weight.decoded_nbytes // weight.rows * part.count if weight.rows else 0
-        at = stored_at[i]
-        if weight.convert is Convert.DECODE:
-            nbytes = stored
-        elif weight.converted:
+        at, nbytes = stored_at[i], stored[i] if weight.encoded else _decoded(weight, part)
+        if weight.converted:
             at = align(end, PACKING)
             end = at + nbytes
-        placed.append(Placed(part, stored_at[i], stored, at, nbytes))
+        placed.append(Placed(part, stored_at[i], stored[i], at, nbytes))
     return Layout(align(end), tuple(reads), tuple(placed))
+
+
+def read_at(piece: Piece, area: int) -> Read:
+    """An unaligned read of a piece, to its place in what begins at byte `area`."""
+    extent = piece.extent
+    return Read(extent.file, extent.offset, extent.length, area + piece.at, extent.length, False)
+
+
+def _in_place(parts: Sequence[tuple[Weight, Part]], pieces: Sequence[Sequence[Piece]]) -> list[tuple[int, Piece]]:
+    """The parts that are used where a direct read leaves them, by their place among all, in the order of the disk."""
+    found = [(i, own[0]) for i, own in enumerate(pieces) if len(own) == 1 and _viewable(parts[i][0], own[0])]
+    return sorted(found, key=lambda run: (run[1].extent.file, run[1].extent.offset))
 
 
 def _packed_at(end: int, weight: Weight, pieces: Sequence[Piece]) -> int:
@@ -122,6 +126,11 @@ def _stored(weight: Weight, part: Part, pieces: Sequence[Piece]) -> int:
         begin, end = weight.stored_range(part.first, part.count)
         return end - begin
     return max((piece.at + piece.extent.length for piece in pieces), default=0)
+
+
+def _decoded(weight: Weight, part: Part) -> int:
+    """Bytes of a part as the module sees it."""
+    return weight.decoded_nbytes // max(weight.rows, 1) * part.count
 
 
 def _viewable(weight: Weight, piece: Piece) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from lamina.plan.cut import Item
-from lamina.plan.layout import Part, Placed, Read, lay_out
+from lamina.plan.layout import Part, Placed, Read, lay_out, read_at
 from lamina.plan.schedule import Convert, Weight
 from lamina.runtime.schedule import Weights
 from lamina.stream.memory import Area
@@ -99,12 +99,9 @@ class Materializer:
             return self._gather_packed(weight, unique.tolist())[inverse].to(self._device)
         row = weight.stored_nbytes // weight.rows
         area = Area(len(unique) * row)
-        reads = []
+        reads: list[Read] = []
         for place, index in enumerate(unique.tolist()):
-            for piece in weight.pieces_of_rows(index, 1):
-                extent = piece.extent
-                at = place * row + piece.at
-                reads.append(Read(extent.file, extent.offset, extent.length, at, extent.length, False))
+            reads.extend(read_at(piece, place * row) for piece in weight.pieces_of_rows(index, 1))
         self._readers.read(reads, area)
         stored = area.tensor[: len(unique) * row].view(self._stored_dtype(weight)).view(len(unique), weight.shape[1])
         rows = self._arrived(name, stored.to(self._device, dtype_of(weight)))
@@ -117,11 +114,9 @@ class Materializer:
         ranges = [weight.stored_range(row, 1) for row in rows]
         places = list(itertools.accumulate((end - begin for begin, end in ranges), initial=0))
         area = Area(places[-1])
-        reads = []
+        reads: list[Read] = []
         for row, at in zip(rows, places, strict=False):
-            for piece in weight.pieces_of_rows(row, 1):
-                extent = piece.extent
-                reads.append(Read(extent.file, extent.offset, extent.length, at + piece.at, extent.length, False))
+            reads.extend(read_at(piece, at) for piece in weight.pieces_of_rows(row, 1))
         self._readers.read(reads, area)
         columns, dtype = weight.shape[1], dtype_of(weight)
         out = torch.empty(len(rows), columns, dtype=dtype)
