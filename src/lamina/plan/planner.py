@@ -21,10 +21,9 @@ from dataclasses import replace
 
 from lamina.caller import option
 from lamina.errors import BudgetError
-from lamina.plan.cut import Item, cut_up, widest_window
 from lamina.plan.experts import KNOWN, divide, experts_of, names_of, slot_bytes
 from lamina.plan.forecast import CALL_OPERATIONS, EXPERT_OPERATIONS, UNTRACED_OPERATIONS, Hardware
-from lamina.plan.layout import Part, align, lay_out
+from lamina.plan.layout import Item, Part, align, cut_up, lay_out, widest_window
 from lamina.plan.plan import Budget, Plan
 from lamina.plan.schedule import Schedule, Weight
 from lamina.sizes import LEAST_MEANT, enough_size, format_size, meant, short_size
