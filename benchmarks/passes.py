@@ -11,8 +11,8 @@ from lamina.checkpoint.extent import Extent
 from lamina.codec import AFFINE, LOSSLESS
 from lamina.plan.plan import Budget
 from lamina.plan.schedule import Call, Convert, Cut, Piece, Schedule, Segment, Weight
-from lamina.runtime.panels import scratch_bytes
 from lamina.store.preview import LOSSLESS_SHARE
+from lamina.weights.schedule import scratch_bytes
 
 FORMS = {"bf16": "", "lossless": LOSSLESS.name, "8bit": "q8", "4bit": "q4"}
 PANEL_ROWS = 128  # of a lossless panel

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,11 +21,11 @@ from lamina.errors import RequestError, UnsupportedError
 from lamina.hf.arguments import ordinarily, sorted_out
 from lamina.hf.names import PreTrainedModel
 from lamina.plan.plan import Plan
+from lamina.plan.speculation import Drafted, Session
 from lamina.progress import Progress
-from lamina.runtime.check import check_options
-from lamina.runtime.describe import Encode, chosen_gguf
-from lamina.runtime.install import in_place_of
-from lamina.runtime.load import Asked, check_memory, load_model
+from lamina.runtime.budget import check_options
+from lamina.runtime.handle import in_place_of
+from lamina.runtime.load import Asked, Described, Encode, check_memory, chosen_gguf, load_model
 from lamina.speculative.decoder import AUTO, NONE, draft_name
 from lamina.speculative.setup import SOURCE, Drafting, announced
 from lamina.store import as_if_split, default_folder, is_store_of, split
@@ -147,7 +147,7 @@ def _split(
     ).folder
 
 
-def _complete(loaded: PreTrainedModel, drafting: Drafting, exact: bool | None) -> None:
+def _complete(loaded: PreTrainedModel, drafting: Drafting | _Undrafted, exact: bool | None) -> None:
     """Give a loaded model its way to be saved and its draft; it is closed where that fails."""
     try:
         loaded.save_pretrained = in_place_of(
@@ -177,7 +177,7 @@ def plan_model(
     exact: bool | None = None,
     progress: Progress | None = None,
     **transformers_kwargs: Any,
-) -> Plan:
+) -> Session:
     """What `AutoModel.from_pretrained` would do, from the config and the headers alone.
 
     For a model on the hub only its small files and the headers of its weight files are fetched.
@@ -194,7 +194,7 @@ def plan_model(
     folder, encode = _as_it_will_be(model, compression, source, layer_shards_saving_path)
     asked = replace(asked, beside=drafting.beside)
     planned = lamina.runtime.load.plan_model(folder, asked, _for(folder, model, options), encode)
-    return drafting.told(planned)
+    return Session.of(planned, drafting.told(planned))
 
 
 def bench_model(model: str, *, draft: str | None = None, **request: Any) -> dict[str, Any]:
@@ -240,11 +240,59 @@ def _sorted(
 
 def _drafting(
     draft: str | None, model: str, asked: Asked, options: dict[str, Any], weights_wanted: bool = True
-) -> tuple[dict[str, Any], Drafting]:
+) -> tuple[dict[str, Any], Drafting | _Undrafted]:
     """Where the model comes from, and its draft."""
     source = {key: options[key] for key in SOURCE if options.get(key) is not None}
     memory = (asked.memory, asked.device_memory, asked.context)
-    return source, Drafting(draft, model, source, options, memory, asked.progress, weights_wanted)
+    none = draft is None or draft == NONE
+    drafting = functools.partial(Drafting, draft, model, source, dict(options), memory, asked.progress, weights_wanted)
+    return source, _Undrafted(drafting) if none else drafting()
+
+
+class _Undrafted:
+    """In the place of `Drafting` where nothing drafts, until a call of `generate` names a draft."""
+
+    writes = False
+    chosen = Drafted(draft_reason="asked for")
+
+    def __init__(self, drafting: Callable[[], Drafting]) -> None:
+        self._drafting = drafting
+        self._target: tuple[Described, torch.device] | None = None
+        self._named = False  # a call has named a draft
+
+    def beside(self, target: Described, device: torch.device) -> Callable[[int], int]:
+        self._target = target, device
+        return lambda tokens: 0
+
+    def told(self, plan: Plan) -> Drafted:
+        return self.chosen
+
+    def check_disk(self) -> None: ...
+
+    def write(self) -> None: ...
+
+    def attach(self, model: PreTrainedModel, exact: bool | None) -> None:
+        model.lamina.drafted, model.lamina.record.reason = self.chosen, self.chosen.draft_reason
+        model.lamina.decoder = functools.partial(self._decode, model, exact)
+
+    def _decode(
+        self,
+        model: PreTrainedModel,
+        exact: bool | None,
+        generate: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if kwargs.get("draft") in (None, NONE):
+            return generate(*args, **{name: value for name, value in kwargs.items() if name not in ("draft", "exact")})
+        with model.lamina.engine.lock:
+            if not self._named:
+                assert self._target is not None
+                drafting = self._drafting()
+                drafting.beside(*self._target)
+                drafting.attach(model, exact)
+                self._named = True
+        return model.lamina.decoder(generate, args, kwargs)
 
 
 def _gguf_named(model: str, options: dict[str, Any], stored: bool) -> str:

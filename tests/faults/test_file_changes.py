@@ -26,8 +26,7 @@ from lamina.errors import ChangedError, CheckpointError, ReadError
 from lamina.plan.layout import Read
 from lamina.store.source import SourceFiles
 from lamina.stream import direct_io
-from lamina.stream.direct_io import PosixFile
-from lamina.stream.memory import Area
+from lamina.stream.direct_io import Area, PosixFile
 from lamina.stream.readers import Readers
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "preadv"), reason="files are read in another way here")

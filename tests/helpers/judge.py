@@ -21,7 +21,7 @@ from helpers.families import MOE, input_ids
 from lamina import AutoModel, BudgetError
 from lamina.plan import layout
 from lamina.runtime import budget
-from lamina.runtime.materialize import Materializer
+from lamina.weights.materialize import Materializer
 
 CONTEXT = 64  # tokens to make room for: the tests need far fewer
 NEW_TOKENS = 6

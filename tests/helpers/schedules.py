@@ -14,9 +14,8 @@ import time
 
 from lamina.checkpoint.extent import Extent
 from lamina.errors import TruncatedError
-from lamina.plan.cut import cut_up, widest_window
 from lamina.plan.forecast import Hardware
-from lamina.plan.layout import Part
+from lamina.plan.layout import Part, cut_up, widest_window
 from lamina.plan.plan import Budget, Plan
 from lamina.plan.schedule import Call, Convert, Cut, Piece, Schedule, Weight
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers.families import tiny_config, tiny_model, write_tiny
 from helpers.judge import BUDGETS, assert_equal, judge, plain_model, steady, streamed_model
-from lamina.plan import cut, planner
+from lamina.plan import layout, planner
 from lamina.plan.schedule import Convert
 
 SMALL_AND_LARGE = ("minimum", "resident")
@@ -186,7 +186,7 @@ def test_linears_of_layers_in_blocks_of_rows(
     family: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planner, "UNIT_SIZES", (0,))
-    monkeypatch.setattr(cut, "ROW_MULTIPLE", 32)
+    monkeypatch.setattr(layout, "ROW_MULTIPLE", 32)
     write_tiny(family, tmp_path, dtype=dtype)
     said = judge(tmp_path)
     plan = assert_equal(said, said.minimum).lamina.plan

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import lamina.runtime.describe
+import lamina.runtime.load
 from helpers.families import FAMILIES, write_tiny
 from helpers.judge import Judge, answers, assert_equal, judge, minimum_of, steady, streamed_model
 from lamina.checkpoint import Checkpoint, open_checkpoint
@@ -65,7 +65,7 @@ def everything_in_panels(monkeypatch: pytest.MonkeyPatch) -> None:
         tensors = {name: in_panels(entry) for name, entry in checkpoint.tensors.items()}
         return dataclasses.replace(checkpoint, tensors=tensors)
 
-    monkeypatch.setattr(lamina.runtime.describe, "open_checkpoint", opened)
+    monkeypatch.setattr(lamina.runtime.load, "open_checkpoint", opened)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from helpers.families import input_ids, write_tiny
 from helpers.judge import BUDGETS, Judge, judge, plain_model, reads_on_demand, steady, streamed_model
 from lamina import AutoModel, BudgetError
 from lamina.plan.layout import ALIGNMENT
-from lamina.stream.idle import Idle
+from lamina.stream.expert_cache import Idle
 
 FAMILIES = """
     mixtral qwen2_moe qwen3_moe olmoe deepseek_v2 deepseek_v3 glm4_moe gpt_oss ernie4_5_moe dots1 hunyuan_v1_moe

@@ -25,8 +25,8 @@ from lamina.progress import Progress
 from lamina.runtime.engine import Engine
 from lamina.runtime.rates import Turns
 from lamina.runtime.stats import Stats
+from lamina.stream.direct_io import Area
 from lamina.stream.experts import Counts
-from lamina.stream.memory import Area
 from lamina.stream.probe import SETTINGS, measure_disk
 
 TRIAL = 256 << 20  # bytes that every reader setting reads once

@@ -5,7 +5,7 @@ thing that Lamina does: their wall time is what the split adds up to. In the *pr
 besides when an operation runs. What is left of a timed step after waiting, decoding, copying and Lamina's hooks is
 torch's arithmetic and the Python between its calls, divided as in the profiled steps.
 
-Nothing of this is in the code that runs otherwise: what is timed has something else in its place while it is recorded.
+What the runtime and the stream do is heard at their points (`lamina.stream.observe`).
 """
 
 from __future__ import annotations
@@ -29,16 +29,13 @@ from lamina.host import peak_resident_bytes
 from lamina.measure.timeline import (
     BETWEEN,
     COMPUTE,
-    COPY,
     DECODE,
-    LAMINA,
     LAYER,
     MODEL,
     OP,
     PASS,
     STEP,
     THROUGH,
-    WAIT,
     ChromeTrace,
     ReadSpan,
     Span,
@@ -49,6 +46,7 @@ from lamina.measure.timeline import (
     owners,
 )
 from lamina.runtime.engine import Engine
+from lamina.stream.observe import COPY, LAMINA, WAIT, listen
 from lamina.tensors.packed import Encoded
 
 STEPS = 3  # of each kind
@@ -58,6 +56,8 @@ MOST_OPERATIONS = 30_000  # the same for torch's profiler, which takes 2.4 kB fo
 MARKS = 5  # readings of both clocks, of which the closest pair counts
 MARK = "lamina: both clocks"
 WARMING, TIMED, COUNTED, PROFILED = "warming", "timed", "counted", "profiled"
+DECODING = dict.fromkeys(("_decode", "_product", "decode"), DECODE)  # what of `Encoded` is timed
+DECODING |= dict.fromkeys(("linear", "gather", "expert"), THROUGH)
 Function = Callable[..., Any]
 
 
@@ -73,43 +73,37 @@ class Recording:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.engine: Engine = model.lamina._engine
+        self.engine: Engine = model.lamina.engine
         self.spans: list[Span] = []
         self.reads: list[ReadSpan] = []
         self.levels: list[tuple[int, int]] = []
         self.full: list[tuple[int, int]] = []
         self._full_since: int | None = None
+        self._thread = threading.get_ident()
         self._undo: list[Callable[[], None]] = []
 
     def start(self) -> None:
-        """Put what times a call in the place of each call that counts."""
-        engine, lamina = self.engine, self.model.lamina
-        binder, materializer = engine.binder, engine.materializer
-        for owner, calls, kind in (
-            (engine.readers, "wait settle settled", WAIT),
-            (materializer, "_convert", COPY),
-            (materializer, "finish gather read block", LAMINA),
-            (engine, "begin_pass end_pass", LAMINA),
-            (binder, "_acquire", LAMINA),
-            (lamina._passes, "_make_room", LAMINA),
-            (lamina._meter, "ended", LAMINA),
-            (engine.stream, "acquire release _pump", LAMINA),
-            (engine.stream and engine.stream._lane, "upload enter leave", COPY),
-            (engine.experts, "route acquire foresee leave", LAMINA),
-            (engine.experts, "_upload _entered _wait_for_copy", COPY),
-            (binder.expert_hooks, "_finish", LAMINA),
-            (Encoded, "_decode _product decode", DECODE),
-            (Encoded, "linear gather expert", THROUGH),
-        ):
-            for name in calls.split() if owner is not None else ():
-                self._replace(owner, name, self._timed(getattr(owner, name), kind, name.strip("_")))
-        names = {id(module): name for name, module in self.model.named_modules()}
-        for handle in binder.handles:
-            self._time_hook(handle, names)
-        self._watch_modules(names)
-        if engine.stream is not None:
-            self._watch_ring(engine.stream._ring)
-        engine.readers.tell(self._on_read)
+        """Listen to the runtime, the readers, the model's modules and what decodes its weights."""
+        self._thread = threading.get_ident()
+        self._undo.append(listen(self))
+        for name, kind in DECODING.items():
+            self._replace(Encoded, name, self._timed(getattr(Encoded, name), kind, name.strip("_")))
+        self._watch_modules({id(module): name for name, module in self.model.named_modules()})
+        self.engine.readers.tell(self._on_read)
+
+    def span(self, kind: str, name: str, begin: int, end: int) -> None:
+        """See `lamina.stream.observe.Listener`."""
+        if threading.get_ident() == self._thread:
+            self.spans.append(Span(kind, name, begin, end))
+
+    def ring(self, taken: int, full: bool) -> None:
+        """See `lamina.stream.observe.Listener`."""
+        now = time.perf_counter_ns()
+        if full:
+            self._full_since = self._full_since or now
+            return
+        self._room(now)
+        self.levels.append((now, taken))
 
     def stop(self) -> None:
         """Put everything back as it was."""
@@ -129,36 +123,14 @@ class Recording:
         self._undo.append(lambda: setattr(owner, name, before) if own else delattr(owner, name))
 
     def _timed(self, call: Function, kind: str, name: str) -> Function:
-        spans, now = self.spans, time.perf_counter_ns
-
         def timed(*args: Any, **kwargs: Any) -> Any:
-            if kind == WAIT and args and args[0].done:
-                return call(*args, **kwargs)
-            began = now()
+            began = time.perf_counter_ns()
             try:
                 return call(*args, **kwargs)
             finally:
-                ended = now()
-                spans.append(Span(kind, _label(name, args), began, ended))
+                self.span(kind, name, began, time.perf_counter_ns())
 
         return timed
-
-    def _time_hook(self, handle: Any, names: dict[int, str]) -> None:
-        """A hook of Lamina's own, in its place among the module's others."""
-        hooks = handle.hooks_dict_ref()
-        if hooks is None or handle.id not in hooks:
-            return
-        hook, spans, now = hooks[handle.id], self.spans, time.perf_counter_ns
-
-        def timed(module: nn.Module, *args: Any) -> Any:
-            began = now()
-            try:
-                return hook(module, *args)
-            finally:
-                spans.append(Span(LAMINA, f"hook {names.get(id(module), '')}", began, now()))
-
-        hooks[handle.id] = timed
-        self._undo.append(lambda: hooks.__setitem__(handle.id, hook))
 
     def _watch_modules(self, names: dict[int, str]) -> None:
         """The model itself, for its passes, and its decoder layers."""
@@ -176,29 +148,6 @@ class Recording:
             self._undo.append(module.register_forward_pre_hook(enter, prepend=True).remove)
             self._undo.append(module.register_forward_hook(leave, always_call=True).remove)
 
-    def _watch_ring(self, ring: Any) -> None:
-        take, give_back = ring.take, ring.give_back
-
-        def level(now: int) -> None:
-            self.levels.append((now, sum(size for _, size in ring._runs)))
-
-        def taking(nbytes: int) -> int | None:
-            start: int | None = take(nbytes)
-            now = time.perf_counter_ns()
-            if start is None:
-                self._full_since = self._full_since or now
-            else:
-                self._room(now)
-                level(now)
-            return start
-
-        def giving_back() -> None:
-            give_back()
-            level(time.perf_counter_ns())
-
-        self._replace(ring, "take", taking)
-        self._replace(ring, "give_back", giving_back)
-
     def _room(self, now: int) -> None:
         if self._full_since is not None:
             self.full.append((self._full_since, now))
@@ -211,15 +160,6 @@ class Recording:
     def _on_read(self, file: str, offset: int, nbytes: int, began: int) -> None:
         name = threading.current_thread().name
         self.reads.append(ReadSpan(name, file, offset, nbytes, began, time.perf_counter_ns()))
-
-
-def _label(name: str, args: tuple[Any, ...]) -> str:
-    """What is done, and to what: a module, a weight, a unit."""
-    of = args[0] if args else ""
-    for attribute in ("part", "item"):
-        of = getattr(of, attribute, of)
-    of = getattr(of, "weight", getattr(of, "module", of))
-    return f"{name} {of}" if isinstance(of, str) and of else name
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

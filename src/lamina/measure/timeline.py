@@ -5,16 +5,19 @@ Everything here is arithmetic on nanoseconds of one clock; who records them is a
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-WAIT, DECODE, COPY, LAMINA = "wait", "decode", "copy", "lamina"  # all that happens within is theirs
+from lamina.stream.observe import COPY, LAMINA, WAIT
+
+DECODE = "decode"
 STEP, PASS, LAYER, OP = "step", "pass", "layer", "op"  # a decode step, one forward, a decoder layer, a call of torch
 THROUGH = "through"  # Lamina's code that calls torch to compute: only what is no `OP` within is its own
 MODEL, COMPUTE, BETWEEN = "model", "compute", "between"  # owners: the model's Python, torch, what surrounds the passes
-OWN = frozenset({WAIT, DECODE, COPY, LAMINA})
+OWN = frozenset({WAIT, DECODE, COPY, LAMINA})  # all that happens within is theirs
 MOST_EVENTS = 200_000  # in a file: what Perfetto still opens at once
 STEPS_OF_DROPPING = 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000, 500_000, 1_000_000  # ns
 PROCESS, MODEL_TRACK = 1, 1
@@ -197,14 +200,9 @@ def chrome_trace(
         levels: bytes of the ring that are taken, from a moment on.
         most_events: short operations are left out, as far as it takes to keep below that many.
     """
-    room = most_events - 3 * len(reads) - len(levels) - sum(span.kind != OP for span in spans)
-    below = 0
-    for below in (0, *STEPS_OF_DROPPING):
-        if sum(span.kind == OP and span.end - span.begin >= below for span in spans) <= room:
-            break
-    kept = [span for span in spans if span.kind != OP or span.end - span.begin >= below]
+    kept, below = _longest(spans, most_events - 3 * len(reads) - len(levels))
     dropped = len(spans) - len(kept)
-    starts = [span.begin for span in kept] + [read.begin for read in reads] + [at for at, _ in levels]
+    starts = [*(span.begin for span in kept), *(read.begin for read in reads), *(at for at, _ in levels)]
     zero = min(starts, default=0)
     threads = sorted({read.thread for read in reads}, key=lambda name: (len(name), name))
     tracks = {name: MODEL_TRACK + 1 + number for number, name in enumerate(threads)}
@@ -212,20 +210,36 @@ def chrome_trace(
     for name, track in {"model": MODEL_TRACK, **tracks}.items():
         events += [_named("thread_name", name, track), _sorted(track)]
     events += [_slice(span.name, span.kind, MODEL_TRACK, span.begin - zero, span.end - zero) for span in kept]
-    for read in reads:
-        told = {"file": read.file, "offset": read.offset, "bytes": read.nbytes}
-        name = f"read {os.path.basename(read.file)}"
-        events.append(_slice(name, "read", tracks[read.thread], read.begin - zero, read.end - zero, told))
+    events += [_read_slice(read, tracks[read.thread], zero) for read in reads]
     events += [_counted("ring", "bytes", at - zero, level) for at, level in levels]
-    edges = sorted([(read.begin, 1) for read in reads] + [(read.end, -1) for read in reads])
-    flying = 0
-    for at, more in edges:
-        flying += more
-        events.append(_counted("reads in flight", "reads", at - zero, flying))
+    events += [_counted("reads in flight", "reads", at - zero, flying) for at, flying in _flying(reads)]
     told = {"made by": "lamina", "dropped operations": dropped, "dropped below microseconds": below / 1000}
     return ChromeTrace(
         {"otherData": told, "displayTimeUnit": "ms", "traceEvents": events}, dropped, below if dropped else 0
     )
+
+
+def _longest(spans: Sequence[Span], room: int) -> tuple[list[Span], int]:
+    """Of spans, all but the shortest operations, so that `room` holds them; operations left out are shorter than so."""
+    below = 0
+    kept = list(spans)
+    for step in STEPS_OF_DROPPING:
+        if len(kept) <= room:
+            break
+        below = step
+        kept = [span for span in kept if span.kind != OP or span.end - span.begin >= below]
+    return kept, below
+
+
+def _flying(reads: Sequence[ReadSpan]) -> Iterator[tuple[int, int]]:
+    """How many reads are under way, from a moment on."""
+    edges = sorted([(read.begin, 1) for read in reads] + [(read.end, -1) for read in reads])
+    return zip((at for at, _ in edges), itertools.accumulate(more for _, more in edges), strict=True)
+
+
+def _read_slice(read: ReadSpan, track: int, zero: int) -> dict[str, Any]:
+    told = {"file": read.file, "offset": read.offset, "bytes": read.nbytes}
+    return _slice(f"read {os.path.basename(read.file)}", "read", track, read.begin - zero, read.end - zero, told)
 
 
 def _slice(name: str, kind: str, track: int, begin: int, end: int, told: Any = None) -> dict[str, Any]:

@@ -71,19 +71,20 @@ def experts_of(schedule: Schedule, movable: Iterable[Weight]) -> tuple[Experts, 
     """The experts modules of a pass, in order, each with those of its weights that are used by no other module."""
     candidates = {w.name: w for w in movable if w.cut is Cut.EXPERTS and w.by_rows}
     users: dict[str, set[str]] = defaultdict(set)
-    modules: dict[str, dict[str, None]] = {}
+    modules: dict[str, dict[str, None]] = defaultdict(dict)
     for call in schedule.root.walk():
         for name in call.touches:
             if name in candidates:
                 users[name].add(call.module)
-                modules.setdefault(call.module, {})[name] = None
-    found = []
-    for module, names in modules.items():
-        weights = tuple(candidates[name] for name in names if len(users[name]) == 1)
-        if weights:
-            count = max(weight.experts for weight in weights)
-            found.append(Experts(module, weights, count, min(schedule.routed.get(module, 0) or count, count)))
-    return tuple(found)
+                modules[call.module][name] = None
+    own = {module: [candidates[n] for n in names if len(users[n]) == 1] for module, names in modules.items()}
+    return tuple(_module(module, weights, schedule.routed.get(module, 0)) for module, weights in own.items() if weights)
+
+
+def _module(module: str, weights: Sequence[Weight], routed: int) -> Experts:
+    """The experts of one module; where nobody knows how many a token is sent to, it is all of them."""
+    count = max(weight.experts for weight in weights)
+    return Experts(module, tuple(weights), count, min(routed or count, count))
 
 
 @dataclass(frozen=True)

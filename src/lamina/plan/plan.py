@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from lamina.plan.cut import Item
 from lamina.plan.experts import Experts
 from lamina.plan.forecast import READ_OPERATIONS, Hardware, Work, seconds_per_token
+from lamina.plan.layout import Item
 from lamina.sizes import format_size
 
 SHORTEST_CONTEXT = 256  # tokens, where nobody says how many and the memory is short
@@ -84,10 +84,7 @@ class Plan:
         experts: those that are read when they are routed to; empty where all of them are resident.
         expert_slots: how many of them the cache in memory holds, each in `expert_slot_bytes`.
         device_expert_slots: how many the cache on the device holds.
-        draft: what proposes tokens; `draft_reason` why this.
         fallbacks: second ways that are taken, each with its reason.
-        predicted_seconds_per_token_drafted: with a copy of the model in 4 bits; None for other drafts, of which it
-            depends on the text.
     """
 
     budget: Budget
@@ -114,9 +111,6 @@ class Plan:
     expert_slots: int = 0
     expert_slot_bytes: int = 0
     device_expert_slots: int = 0
-    draft: str = "none"
-    draft_reason: str = ""
-    predicted_seconds_per_token_drafted: float | None = None
     fallbacks: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
@@ -136,9 +130,12 @@ class Plan:
         if self.experts:
             kept = f"{self.expert_slots:,} of {self.expert_count:,} in {format_size(self.expert_cache_bytes)}"
             lines.append(f"  experts: read when they are routed to, {kept} kept")
-        drafted = f", draft {self.draft} ({self.draft_reason})" if self.draft != "none" else ""
-        lines.append(f"  expected: {self.predicted_seconds_per_token:.2g} s a token{drafted}")
+        lines.append(f"  expected: {self._expected}")
         return "\n".join([*lines, *(f"  fallback: {each}" for each in self.fallbacks)])
+
+    @property
+    def _expected(self) -> str:
+        return f"{self.predicted_seconds_per_token:.2g} s a token"
 
     @property
     def streams(self) -> bool:
@@ -217,7 +214,7 @@ class Plan:
         return seconds_per_token(work, self.hardware)
 
     def as_dict(self) -> dict[str, Any]:
-        """The plan as plain numbers, for `lamina plan --json`."""
+        """The plan as plain numbers."""
         budget = asdict(self.budget)
         budget["memory_budget_bytes"] = budget.pop("memory_bytes")
         budget["device_memory_budget_bytes"] = budget.pop("device_memory_bytes")
@@ -238,9 +235,6 @@ class Plan:
             "minimum_device_memory_bytes": self.minimum_device_memory_bytes,
             "predicted_seconds_per_token": self.predicted_seconds_per_token,
             "predicted_seconds_per_token_plain": self.predicted_seconds_per_token_plain,
-            "draft": self.draft,
-            "draft_reason": self.draft_reason,
-            "predicted_seconds_per_token_drafted": self.predicted_seconds_per_token_drafted,
             "units": self.units,
             "gathered": sorted(self.gathered),
             "traced": self.traced,

@@ -14,15 +14,16 @@ leave as a cache (`lamina.plan.experts`).
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from lamina.caller import option
 from lamina.errors import BudgetError
-from lamina.plan.cut import Item, cut_up, widest_window
 from lamina.plan.experts import KNOWN, divide, experts_of, names_of, slot_bytes
 from lamina.plan.forecast import CALL_OPERATIONS, EXPERT_OPERATIONS, UNTRACED_OPERATIONS, Hardware
-from lamina.plan.layout import Part, align, lay_out
+from lamina.plan.layout import Item, Part, align, cut_up, lay_out, widest_window
 from lamina.plan.plan import Budget, Plan
 from lamina.plan.schedule import Schedule, Weight
 from lamina.sizes import LEAST_MEANT, enough_size, format_size, meant, short_size
@@ -83,47 +84,58 @@ def minimum_memory(schedule: Schedule, budget: Budget) -> tuple[int, int]:
     return _Planner(schedule, budget, Hardware()).minimum()
 
 
+class _Kinds:
+    """The weights of a pass by what may be done with them.
+
+    Attributes:
+        always: small or special enough to be resident in every plan.
+        gathered: of which rows are read when they are looked up.
+        experts: modules whose weights are read when they are routed to.
+        movable: the others, in the order of a pass: resident or streamed. Large ones that no traced call touches (a
+            vision tower, say) are in none of these: left on disk, and read when asked for.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        weights = schedule.weights
+        self.always = [w for w in weights.values() if w.always]
+        self.gathered = [w for w in weights.values() if w.gathered and not w.always]
+        passing = [w for name in schedule.root.touched() if not ((w := weights[name]).always or w.gathered)]
+        self.experts = experts_of(schedule, passing)
+        routed = names_of(self.experts)
+        self.movable = [w for w in passing if w.name not in routed]
+
+    def bytes_per_token(self) -> tuple[int, int, int]:
+        """What one token needs of them, wherever it is: all of it, of that the encoded weights, and those decoded."""
+        dense = [(w, 1, 1) for w in (*self.always, *self.movable)]
+        routed = [(w, w.experts, module.routed) for module in self.experts for w in module.weights]
+        needed = [(w, w.stored_nbytes // of * some, w.decoded_nbytes // of * some) for w, of, some in dense + routed]
+        active = sum(stored for _, stored, _ in needed)
+        encoded = [(stored, decoded) for w, stored, decoded in needed if w.encoded]
+        return active, sum(stored for stored, _ in encoded), sum(decoded for _, decoded in encoded)
+
+
 class _Planner:
     def __init__(
         self, schedule: Schedule, budget: Budget, hardware: Hardware, keep: frozenset[str] | None = None
     ) -> None:
         self.schedule, self.budget, self.hardware, self.keep = schedule, budget, hardware, keep
-        touched = schedule.root.touched()
-        self.order = [schedule.weights[name] for name in touched]
-        # a large weight that no traced call touches (a vision tower, say) is left on disk and read when asked for
-        self.untouched = [w for n, w in schedule.weights.items() if n not in touched and not (w.gathered or w.always)]
-        self.always = [w for w in schedule.weights.values() if w.always]
+        self.kinds = kinds = _Kinds(schedule)
+        self.always, self.movable, self.experts = kinds.always, kinds.movable, kinds.experts
         self.always_names = frozenset(w.name for w in self.always)
-        self.gathered = {w.name: w for w in schedule.weights.values() if w.gathered and not w.always}
-        movable = [w for w in self.order if w.name not in self.always_names and w.name not in self.gathered]
-        self.experts = experts_of(schedule, movable)
-        routed = names_of(self.experts)
-        self.movable = [w for w in movable if w.name not in routed]
         self.slot = slot_bytes(self.experts)
         self.known = KNOWN * sum(module.count for module in self.experts)
         self.always_bytes = resident_size(self.always)
+        self.dense_bytes = resident_size([*self.always, *self.movable]) - self.always_bytes
+        self.whole = resident_size(schedule.weights.values())
         finest = sum(w.nbytes for w in self.movable) // MOST_UNITS
         self.sizes = [size for size in UNIT_SIZES if size >= finest] or [finest]
         self._cuts: dict[int, tuple[tuple[Item, ...], tuple[int, ...]]] = {}
-
-        self.everything = list(
-            {w.name: w for w in (*self.always, *movable, *self.gathered.values(), *self.untouched)}.values()
-        )
-        self.whole = resident_size(self.everything)
-        self.dense_bytes = resident_size([*self.always, *self.movable]) - self.always_bytes
-        dense = sum(w.stored_nbytes for w in {w.name: w for w in (*self.always, *self.movable)}.values())
-        self.active_bytes = dense + sum(module.routed_bytes for module in self.experts)
-        encoded = [w for w in {w.name: w for w in (*self.always, *self.movable)}.values() if w.encoded]
-        routed_too = [(w, m.routed) for m in self.experts for w in m.weights if w.encoded]
-        self.encoded_bytes = sum(w.stored_nbytes for w in encoded)
-        self.encoded_bytes += sum(w.stored_nbytes // w.experts * count for w, count in routed_too)
-        self.decoded_bytes = sum(w.decoded_nbytes for w in encoded)
-        self.decoded_bytes += sum(w.decoded_nbytes // w.experts * count for w, count in routed_too)
+        self.least_ring = self._windows(self.sizes[-1])[0] if self.movable else 0
 
     def minimum(self) -> tuple[int, int]:
         """Least bytes of memory, and of device memory."""
         budget = self.budget
-        least = (self._windows(self.sizes[-1])[0] if self.movable else 0) + self.slot
+        least = self.least_ring + self.slot
         weights = min(self.always_bytes + least, self.whole)
         if not budget.on_device:
             return budget.spoken_for + min(self.always_bytes + least + self.known, self.whole), 0
@@ -132,41 +144,37 @@ class _Planner:
 
     def plan(self) -> Plan:
         budget = self.budget
-        minimum, minimum_device = self.minimum()
-        self._check(minimum, minimum_device)
+        self._check(*self.minimum())
         compute_room = budget.memory_bytes - budget.spoken_for
         if budget.device_memory_bytes is not None:
             compute_room = budget.device_memory_bytes - budget.spoken_for_on_device
-        names = frozenset(w.name for w in self.everything)
+        names = frozenset(self.schedule.weights)
         if self.whole <= compute_room and (self.keep is None or self.keep >= names):
-            return self._finished(names, frozenset(), 0, minimum, minimum_device)
+            return self._finished(names)
         if not self.movable and not self.experts:
-            return self._finished(self.always_names, frozenset(self.gathered), 0, minimum, minimum_device)
+            return self._finished(self.always_names)
         room = compute_room - self.always_bytes - (0 if budget.on_device else self.known)
         host_room = budget.memory_bytes - budget.spoken_for - self.known if budget.on_device else room
-        return self._divided(room, host_room, minimum, minimum_device)
+        return self._divided(room, host_room)
 
-    def _divided(self, room: int, host_room: int, minimum: int, minimum_device: int) -> Plan:
+    def _divided(self, room: int, host_room: int) -> Plan:
         """A plan for the dense weights, after the expert cache has its least share; it has the rest as well."""
-        least = self._windows(self.sizes[-1])[0] if self.movable else 0
-        slots = divide(self.experts, self.dense_bytes, least, room).slots
+        slots = divide(self.experts, self.dense_bytes, self.least_ring, room).slots
         dense_room = room - slots * self.slot
         host_slots = slots
         if self.budget.on_device:  # what the device cannot hold goes through the host in every pass, or stays there
             passing = self.dense_bytes - dense_room
             passing = passing + 2 * RING_WANTED if passing > 0 else 0
-            host_slots = divide(self.experts, passing, least if passing else 0, host_room).slots
+            host_slots = divide(self.experts, passing, self.least_ring if passing else 0, host_room).slots
         host = host_room - host_slots * self.slot
         if self._all_dense(dense_room):
-            plan = self._finished(self.always_names | {w.name for w in self.movable}, frozenset(self.gathered), 0,
-                                  minimum, minimum_device)  # fmt: skip
+            plan = self._finished(self.always_names | {w.name for w in self.movable})
         else:
-            plan = self._sized(dense_room, host, minimum, minimum_device)
+            plan = self._sized(dense_room, host)
         return self._with_experts(plan, room, host_room) if self.experts else plan
 
     def _all_dense(self, room: int) -> bool:
-        keep = self.keep is None or self.keep.issuperset(w.name for w in self.movable)
-        return self.dense_bytes <= room and keep and bool(self.experts)
+        return bool(self.experts) and self.dense_bytes <= room and self._may_stay(w.name for w in self.movable)
 
     def _with_experts(self, plan: Plan, room: int, host_room: int) -> Plan:
         """The plan with a cache that has what the dense weights left."""
@@ -180,12 +188,12 @@ class _Planner:
         return replace(plan, experts=self.experts, expert_slots=slots, expert_slot_bytes=self.slot,
                        device_expert_slots=device_slots)  # fmt: skip
 
-    def _sized(self, room: int, host_room: int, minimum: int, minimum_device: int) -> Plan:
+    def _sized(self, room: int, host_room: int) -> Plan:
         """A plan with units as large as the room allows."""
         least_room = min(room, host_room)
         comfortable = [s for s in self.sizes if self._windows(s)[0] <= max(least_room * RING_SHARE, RING_LEAST)]
         size = next((s for s in comfortable if self._windows(s)[0] <= least_room), self.sizes[-1])
-        return self._streamed(size, room, host_room, minimum, minimum_device)
+        return self._streamed(size, room, host_room)
 
     def _check(self, minimum: int, minimum_device: int) -> None:
         budget = self.budget
@@ -208,7 +216,7 @@ class _Planner:
                 minimum_device,
             )
 
-    def _streamed(self, size: int, room: int, host_room: int, minimum: int, minimum_device: int) -> Plan:
+    def _streamed(self, size: int, room: int, host_room: int) -> Plan:
         least, wanted = self._windows(size)
         ring = max(least, min(wanted, int(min(room, host_room) * RING_SHARE)))
         gaps = 0  # between small weights, in the one area that they share
@@ -227,31 +235,29 @@ class _Planner:
         if self.budget.on_device:
             cached = _even(items, range(len(items)), host_room - ring)
         items = tuple(Item(x.module, x.block, x.parts, x.layout, i in cached) for i, x in enumerate(items))
-        return self._finished(resident | self.always_names, frozenset(self.gathered), ring, minimum, minimum_device,
-                              items, steps)  # fmt: skip
+        return self._finished(resident | self.always_names, ring, items, steps)
 
     def _spread(self, size: int, room: int) -> frozenset[str]:
         """The weights that fit in `room`, chosen evenly through the pass; shared ones first, for they save most."""
-        items, steps = self._cut(size)
-        groups: dict[tuple[str, ...], int] = {}
-        uses: dict[tuple[str, ...], int] = {}
-        for step in steps:
-            names = tuple(dict.fromkeys(part.weight for part in items[step].parts))
-            if items[step].block == 0:
-                uses[names] = uses.get(names, 0) + 1
-        for names in uses:
-            if self.keep is None or self.keep.issuperset(names):
-                groups[names] = resident_size(self.schedule.weights[name] for name in names)
-        chosen: set[str] = set()
-        shared = [names for names in groups if uses[names] > 1]
-        for names in sorted(shared, key=lambda names: -uses[names]):
-            if groups[names] <= room:
+        uses = {names: count for names, count in self._uses(size).items() if self._may_stay(names)}
+        groups = {names: resident_size(self.schedule.weights[name] for name in names) for names in uses}
+        chosen: list[tuple[str, ...]] = []
+        for names in sorted(uses, key=lambda names: -uses[names]):
+            if uses[names] > 1 and groups[names] <= room:
                 room -= groups[names]
-                chosen.update(names)
-        rest = [names for names in groups if uses[names] == 1]
-        for names in _evenly(rest, groups, room):
-            chosen.update(names)
-        return frozenset(chosen)
+                chosen.append(names)
+        once = [names for names in groups if uses[names] == 1]
+        return frozenset(itertools.chain(*chosen, *_evenly(once, groups, room)))
+
+    def _uses(self, size: int) -> Counter[tuple[str, ...]]:
+        """The weights that units of `size` bytes move together, in order of first use, and how often a pass does."""
+        items, steps = self._cut(size)
+        used = (items[step] for step in steps if items[step].block == 0)
+        return Counter(tuple(dict.fromkeys(part.weight for part in item.parts)) for item in used)
+
+    def _may_stay(self, names: Iterable[str]) -> bool:
+        """Whether these weights may become resident, or are already."""
+        return self.keep is None or self.keep.issuperset(names)
 
     def _resident_bytes(self, resident: frozenset[str]) -> int:
         """What they add to the weights that are always resident."""
@@ -282,16 +288,23 @@ class _Planner:
         traced = self.schedule.operations or UNTRACED_OPERATIONS * calls
         return traced + CALL_OPERATIONS * calls + EXPERT_OPERATIONS * sum(module.routed for module in self.experts)
 
-    def _finished(self, resident: frozenset[str], gathered: frozenset[str], ring: int, minimum: int,
-                  minimum_device: int, items: tuple[Item, ...] = (), steps: tuple[int, ...] = ()) -> Plan:  # fmt: skip
+    def _finished(
+        self,
+        resident: frozenset[str],
+        ring: int = 0,
+        items: tuple[Item, ...] = (),
+        steps: tuple[int, ...] = (),
+    ) -> Plan:
         weights = self.schedule.weights
+        minimum, minimum_device = self.minimum()
+        active, encoded, decoded = self.kinds.bytes_per_token()
         return Plan(
             budget=self.budget,
             hardware=self.hardware,
             model_bytes=self.schedule.nbytes,
             parameters=sum(w.elements for w in weights.values()),
             resident=resident,
-            gathered=gathered,
+            gathered=frozenset(w.name for w in self.kinds.gathered if w.name not in resident),
             items=items,
             steps=steps,
             resident_bytes=sum(weights[name].nbytes for name in resident),
@@ -300,9 +313,9 @@ class _Planner:
             device_ring_bytes=ring if self.budget.on_device and steps else 0,
             minimum_device_memory_bytes=minimum_device,
             traced=self.schedule.traced,
-            active_bytes_per_token=self.active_bytes,
-            encoded_bytes_per_token=self.encoded_bytes,
-            decoded_bytes_per_token=self.decoded_bytes,
+            active_bytes_per_token=active,
+            encoded_bytes_per_token=encoded,
+            decoded_bytes_per_token=decoded,
             operations_per_token=self._operations(),
             expert_count=sum(module.count for module in self.experts),
             expert_bytes=sum(module.stored_bytes for module in self.experts),
@@ -335,23 +348,24 @@ def _evenly(
     groups: Sequence[tuple[str, ...]], sizes: Mapping[tuple[str, ...], int], room: int
 ) -> list[tuple[str, ...]]:
     """Groups that together fit in `room`, spread through the sequence by error diffusion, gaps filled after."""
-    total = sum(sizes[group] for group in groups)
+    own = [sizes[group] for group in groups]
+    total = sum(own)
     if not total or total <= room:
         return list(groups)
     share = max(room, 0) / total
-    chosen: dict[int, None] = {}
+    chosen: set[int] = set()
     owed = 0.0
     left = room
-    for i, group in enumerate(groups):
-        owed += share * sizes[group]
-        if owed >= sizes[group] / 2 and sizes[group] <= left:
-            owed -= sizes[group]
-            left -= sizes[group]
-            chosen[i] = None
-    for i, group in enumerate(groups):
-        if i not in chosen and sizes[group] <= left:
-            left -= sizes[group]
-            chosen[i] = None
+    for i, size in enumerate(own):
+        owed += share * size
+        if size / 2 <= owed and size <= left:
+            owed -= size
+            left -= size
+            chosen.add(i)
+    for i, size in enumerate(own):
+        if i not in chosen and size <= left:
+            left -= size
+            chosen.add(i)
     return [groups[i] for i in sorted(chosen)]
 
 

@@ -1,4 +1,4 @@
-"""Whether a draft is worth the memory that it takes from the weights. Pure functions.
+"""A plan with its draft, and whether a draft is worth the memory that it takes from the weights. Pure functions.
 
 A draft's bytes could keep weights resident instead, which every pass would then not have to read. Against that a pass
 with a draft gives several tokens. With T the pass of one token, T' the longer one beside the draft, and d the time of a
@@ -7,12 +7,50 @@ drafted token and of its row in the pass, it pays where (T' + `DRAFTED` d) / `GI
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
 from lamina.plan.forecast import Hardware
 from lamina.plan.plan import Plan
 from lamina.sizes import format_size
 
 DRAFTED, GIVEN = 12, 8  # tokens of a cycle of a copy in 4 bits: fewer than were measured (docs/speculation.md)
 CLEARLY = 1.2  # times quicker: a forecast may be off by that
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drafted:
+    """What proposes tokens to a model.
+
+    Attributes:
+        draft: as it is asked for; "none" where nothing does.
+        draft_reason: why this.
+        predicted_seconds_per_token_drafted: with a copy of the model in 4 bits; None for other drafts, of which it
+            depends on the text.
+    """
+
+    draft: str = "none"
+    draft_reason: str = ""
+    predicted_seconds_per_token_drafted: float | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class Session(Plan, Drafted):
+    """A plan, and the draft beside it: what a user is shown."""
+
+    @classmethod
+    def of(cls, plan: Plan, drafted: Drafted) -> Session:
+        """A plan with its draft."""
+        return cls(**{field.name: getattr(plan, field.name) for field in fields(Plan)}, **asdict(drafted))
+
+    @property
+    def _expected(self) -> str:
+        drafted = f", draft {self.draft} ({self.draft_reason})" if self.draft != "none" else ""
+        return f"{super()._expected}{drafted}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan and its draft as plain numbers, for `lamina plan --json`."""
+        return {**super().as_dict(), **{field.name: getattr(self, field.name) for field in fields(Drafted)}}
 
 
 def drafted_seconds(nbytes: int, operations: int, hardware: Hardware) -> float:

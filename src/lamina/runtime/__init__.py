@@ -1,1 +1,1 @@
-"""A plan, executed: weights are loaded, bound, materialised and given back while the model runs."""
+"""A plan, executed: what is asked is loaded, weights are bound while the model runs, passes are counted."""

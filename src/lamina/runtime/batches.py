@@ -41,11 +41,14 @@ class Batches:
         engine: binds its weights; its plan leaves the room.
         traced: says what a pass takes.
         fallbacks: where it is said that a batch got less than was asked for.
+        sizes: by batch, bytes that it has of the room for caches; written here.
     """
 
-    def __init__(self, model: PreTrainedModel, engine: Engine, traced: Trace, fallbacks: Fallbacks) -> None:
+    def __init__(
+        self, model: PreTrainedModel, engine: Engine, traced: Trace, fallbacks: Fallbacks, sizes: dict[int, int]
+    ) -> None:
         self._model, self._engine, self._trace, self._fallbacks = model, engine, traced, fallbacks
-        self._sizes: dict[int, int] = {}  # bytes that each batch has of the room for caches
+        self._sizes = sizes
         self._lent = 0  # of what every process is given, to batches
 
     @property

@@ -16,21 +16,21 @@ import torch
 from torch import nn
 
 from lamina.errors import UnsupportedError
-from lamina.plan.cut import Item
+from lamina.plan.layout import Item
 from lamina.plan.plan import Plan
 from lamina.runtime.expert_hooks import ExpertHooks
-from lamina.runtime.materialize import Materializer
-from lamina.runtime.overrides import Overrides
-from lamina.runtime.schedule import Weights
-from lamina.runtime.sites import WeightSites
-from lamina.runtime.turn import Turn
 from lamina.stream.device import Device, device_for
 from lamina.stream.experts import Counts, ExpertStream
+from lamina.stream.observe import LAMINA, timed
 from lamina.stream.readers import Readers
 from lamina.stream.stream import Held, Stream
 from lamina.tensors.guard import guarded
 from lamina.tensors.padded_rows import product
 from lamina.tensors.row_blocks import Blocks
+from lamina.weights.materialize import Materializer
+from lamina.weights.schedule import Weights
+from lamina.weights.sites import WeightSites
+from lamina.weights.values import Overrides
 
 
 class Binder:
@@ -42,7 +42,7 @@ class Binder:
         sites: where the weights stand.
         materializer: makes tensors of what the streams give.
         overrides: the weights that are held in place of what is on disk.
-        lock: one thread at a time runs the model.
+        check: raises where the model may not run in this process.
         foresee: read experts before their router has spoken, where the one before it tells which ones are likely.
 
     Attributes:
@@ -59,11 +59,11 @@ class Binder:
         sites: WeightSites,
         materializer: Materializer,
         overrides: Overrides,
-        lock: Turn,
+        check: Callable[[], None],
         foresee: bool,
     ) -> None:
         self._weights, self._readers, self._sites, self._overrides = weights, readers, sites, overrides
-        self._materializer, self._lock, self._foresee = materializer, lock, foresee
+        self._materializer, self._check, self._foresee = materializer, check, foresee
         self.stream: Stream | None = None
         self.experts: ExpertStream | None = None
         self.expert_hooks: ExpertHooks | None = None
@@ -156,6 +156,7 @@ class Binder:
         return done + read, total + likely
 
     def _entering(self, name: str, module: nn.Module) -> Callable[..., None]:
+        @timed(LAMINA, f"hook {name}")
         def enter(entered: nn.Module, *_: object) -> None:
             if entered is not module:  # a copy, which has weights of its own
                 return
@@ -171,6 +172,7 @@ class Binder:
         return enter
 
     def _leaving(self, name: str, module: nn.Module) -> Callable[..., None]:
+        @timed(LAMINA, f"hook {name}")
         def leave(left: nn.Module, *_: object) -> None:
             if left is not module or not self._held[name]:
                 return
@@ -192,9 +194,10 @@ class Binder:
             return True
         return self._sites.unbind(name)
 
+    @timed(LAMINA)
     def _acquire(self, module: str, block: int) -> Held | None:
         assert self.stream is not None
-        self._lock.check()
+        self._check()
         held = self.stream.acquire(module, block)
         if held is None and not self.in_pass:  # a part of the model, called on its own and not for the first time
             self.stream.begin_pass()

@@ -1,11 +1,19 @@
-"""How much of the memory is spoken for before any weight is: the process itself, activations, the cache."""
+"""What is asked for, looked at and counted before any weight is read: wrong values, the device, the bytes spoken for.
+
+The process itself, activations and the cache have their share of the memory before any weight has.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from lamina.caller import option
+from lamina.checkpoint.manifest import check_compression
+from lamina.errors import RequestError
+from lamina.hf.internals import attention_names
 from lamina.hf.trace import Trace
 from lamina.host import free_memory, release_freed, resident_bytes
 from lamina.plan.plan import SHORTEST_CONTEXT, Budget
@@ -90,3 +98,86 @@ def default_context(config: Any) -> int:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     most = getattr(text, "max_position_embeddings", None)
     return min(DEFAULT_CONTEXT, most) if isinstance(most, int) and most > 0 else DEFAULT_CONTEXT
+
+
+MOST_CONTEXT = 2**31 - 1  # tokens; positions are counted in 32 bits by some kernels
+
+
+def check_options(
+    options: Mapping[str, Any],
+    *,
+    memory: float | str | None = None,
+    device_memory: float | str | None = None,
+    device: str | torch.device = "auto",
+    context: int | None = None,
+    compression: str | None = None,
+) -> None:
+    """Refuse a value that no model could be loaded with.
+
+    Args:
+        options: transformers' own.
+
+    Raises:
+        RequestError: it says which, and what may be given.
+    """
+    for name, size in (("memory", memory), ("device_memory", device_memory)):
+        if size is not None:
+            parse_memory(size, what=name)
+    choose_device(device)
+    if compression is not None:
+        check_compression(compression)
+    if context is not None:
+        check_context(context)
+    for name in ("dtype", "torch_dtype"):
+        _check_dtype(name, options.get(name))
+    _check_attention(options.get("attn_implementation"))
+
+
+def check_context(context: int) -> None:
+    """Refuse what is no number of tokens."""
+    if isinstance(context, bool) or not hasattr(context, "__index__"):
+        raise RequestError(f"{option('context')} must be a whole number of tokens, got {context!r}")
+    if not 1 <= context <= MOST_CONTEXT:
+        raise RequestError(f"{option('context')} must be 1 to {MOST_CONTEXT} tokens, got {context}")
+
+
+def _check_dtype(name: str, dtype: Any) -> None:
+    if dtype is None or dtype == "auto":
+        return
+    known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(known, torch.dtype):
+        raise RequestError(f"{option(name, dtype)} is no dtype of torch: give bfloat16, float16, float32 or auto")
+    if not known.is_floating_point:
+        raise RequestError(f"{option(name, dtype)} is not what a model computes in: give bfloat16, float16 or float32")
+
+
+def _check_attention(name: Any) -> None:
+    if not isinstance(name, str) or "/" in name:  # a kernel on the hub is named as a repository
+        return
+    known = attention_names()
+    if name.removeprefix("paged|") not in known:
+        shown = ", ".join(known)
+        raise RequestError(f"{option('attn_implementation', name)} is not known to transformers, which has {shown}")
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """The torch device of a request.
+
+    Raises:
+        RequestError: no such device here.
+    """
+    if str(device) == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+        if chosen.type not in ("cpu", "meta"):
+            torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        text = str(error).splitlines()[0][:120]
+        raise RequestError(
+            f"device {str(device)!r} cannot be used here: {text}; try {option('device', 'cpu')}"
+        ) from error
+    if chosen.type == "meta":
+        raise RequestError("device 'meta' computes nothing: use 'auto', 'cpu' or an accelerator")
+    return chosen

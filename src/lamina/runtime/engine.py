@@ -8,6 +8,8 @@ demand: slow, but right.
 from __future__ import annotations
 
 import contextlib
+import os
+import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
@@ -16,24 +18,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from lamina.errors import BudgetError
+from lamina.errors import BudgetError, UnsupportedError
 from lamina.hf.names import PreTrainedModel
 from lamina.plan.plan import Budget, Plan
 from lamina.plan.planner import make_plan
 from lamina.plan.schedule import Weight
 from lamina.progress import Progress
 from lamina.runtime.binder import Binder
-from lamina.runtime.materialize import Materializer, is_differentiable
-from lamina.runtime.overrides import Home, Overrides
-from lamina.runtime.residents import load_residents
-from lamina.runtime.schedule import Weights
-from lamina.runtime.sites import Site, WeightSites, move_buffers
-from lamina.runtime.turn import Turn
-from lamina.runtime.values import Values
 from lamina.stream.experts import ExpertStream
+from lamina.stream.observe import LAMINA, timed
 from lamina.stream.readers import Readers
 from lamina.stream.stream import Stream
 from lamina.tensors.packed import Encoded
+from lamina.weights.materialize import Materializer, is_differentiable, load_residents
+from lamina.weights.schedule import Weights
+from lamina.weights.sites import Site, WeightSites, move_buffers
+from lamina.weights.values import Home, Overrides, Values
 
 
 class Engine:
@@ -74,7 +74,7 @@ class Engine:
         self.overrides = Overrides(self)
         self.materializer = Materializer(weights, readers, device, self.overrides.arrived, self.sites.asked)
         self.values = Values(model, self.schedule, self.sites, self.materializer, self.overrides.held)
-        self.binder = Binder(weights, readers, self.sites, self.materializer, self.overrides, self.lock, foresee)
+        self.binder = Binder(weights, readers, self.sites, self.materializer, self.overrides, self.lock.check, foresee)
 
     def start(self, model: PreTrainedModel, progress: Progress | None = None) -> None:
         """Read the resident weights, bind them, and let the stream run ahead."""
@@ -112,6 +112,7 @@ class Engine:
 
     # -- a pass
 
+    @timed(LAMINA)
     def begin_pass(self) -> None:
         """Called when the model is entered.
 
@@ -129,6 +130,7 @@ class Engine:
                 return
         self.binder.begin_pass()
 
+    @timed(LAMINA)
     def end_pass(self) -> None:
         """Called when the model is left, however."""
         self.binder.end_pass()
@@ -234,15 +236,60 @@ class Engine:
             self.values.resident.pop(name, None)
         self.sites.clear(dropped)  # and keep hold of nothing, else the old ring stays
         self.overrides.outdated = False
-        told = self.plan
-        self._plan = replace(
-            plan,
-            draft=told.draft,
-            draft_reason=told.draft_reason,
-            predicted_seconds_per_token_drafted=told.predicted_seconds_per_token_drafted,
-            fallbacks=told.fallbacks,
-        )
+        self._plan = replace(plan, fallbacks=self.plan.fallbacks)
         for tell in self.followers:
             tell()
         if plan.streams:
             self.binder.attach(model, plan, self.device)
+
+
+class Turn:
+    """A lock that a thread may take again while it has it.
+
+    Raises, when it is entered:
+        UnsupportedError: in a child that was forked while another thread had it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._lost = False
+        _watch_forks(self)
+
+    def __enter__(self) -> None:
+        self.check()
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def check(self) -> None:
+        """Raise what `__enter__` raises, without waiting."""
+        if self._lost:
+            raise UnsupportedError(
+                "this process was forked while another thread ran the model, so that half a pass is all it has of it: "
+                "load the model in the child, or start processes by multiprocessing's 'spawn'"
+            )
+
+    def after_fork(self) -> None:
+        """In a child, before anything else runs there: whose turn is it?"""
+        if self._lock.acquire(blocking=False):
+            self._lock.release()
+        else:
+            self._lost = True
+
+
+_living: weakref.WeakSet[Turn] = weakref.WeakSet()
+_forks_watched = False
+
+
+def _watch_forks(turn: Turn) -> None:
+    global _forks_watched
+    _living.add(turn)
+    if not _forks_watched and hasattr(os, "register_at_fork"):
+        _forks_watched = True
+        os.register_at_fork(after_in_child=_after_fork)
+
+
+def _after_fork() -> None:
+    for turn in list(_living):
+        turn.after_fork()

@@ -18,6 +18,7 @@ from lamina.plan.experts import Experts
 from lamina.plan.layout import Placed
 from lamina.plan.schedule import Weight
 from lamina.stream.experts import ExpertStream
+from lamina.stream.observe import LAMINA, timed
 from lamina.tensors.disk import DiskTensor
 from lamina.tensors.row_blocks import Blocks
 
@@ -42,7 +43,7 @@ class ExpertHooks:
         for each in experts:
             module = model.get_submodule(each.module)
             handles.append(module.register_forward_pre_hook(self._entering(each), with_kwargs=True))
-            handles.append(module.register_forward_hook(self._leaving, always_call=True))
+            handles.append(module.register_forward_hook(self._leaving(each.module), always_call=True))
         return handles
 
     def foresee(
@@ -79,6 +80,7 @@ class ExpertHooks:
     def _entering(self, experts: Experts) -> Callable[..., None]:
         complete = min(weight.experts for weight in experts.weights)  # those beyond compute nothing
 
+        @timed(LAMINA, f"hook {experts.module}")
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             found = routed_tokens(args, kwargs, complete)
             if found is not None:
@@ -89,8 +91,12 @@ class ExpertHooks:
 
         return enter
 
-    def _leaving(self, *_: object) -> None:
-        self.stream.leave()
+    def _leaving(self, module: str) -> Callable[..., None]:
+        @timed(LAMINA, f"hook {module}")
+        def leave(*_: object) -> None:
+            self.stream.leave()
+
+        return leave
 
     def _one(self, module: str, weight: str) -> Callable[[int], torch.Tensor]:
         def expert(index: int) -> torch.Tensor:
@@ -129,6 +135,7 @@ class _Foresight:
     def __init__(self, hooks: ExpertHooks, router: nn.Module, experts: str) -> None:
         self.hooks, self.router, self.experts, self.able = hooks, router, experts, True
 
+    @timed(LAMINA, "hook of a router")
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         ids = picks(output)
         if not self.able or ids is None or ids.shape[0] > FORESEEN_TOKENS or not self.hooks.stream.foresees:

@@ -4,30 +4,177 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
+import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 
 from lamina.caller import option
+from lamina.checkpoint import Checkpoint, open_checkpoint
+from lamina.checkpoint.gguf import find_gguf
+from lamina.checkpoint.gguf_name import choose_gguf, local_names, split_name
 from lamina.errors import BudgetError, RequestError
-from lamina.hf.building.build import Request
+from lamina.hf.arguments import check_format
+from lamina.hf.building.build import Request, build, config_place
+from lamina.hf.building.gguf import load_gguf
+from lamina.hf.config import blaming, fields_of, refuse_adapter
 from lamina.hf.names import PreTrainedModel
-from lamina.hf.tokenizer import LazyTokenizer, load_tokenizer
+from lamina.hf.tokenizer import LazyTokenizer, load_tokenizer, tokenizer_bytes
+from lamina.hf.trace import Trace, trace
+from lamina.host import return_large_blocks
 from lamina.plan.forecast import Hardware
 from lamina.plan.plan import SHORTEST_CONTEXT, Budget, Plan
 from lamina.plan.planner import make_plan, minimum_memory
 from lamina.progress import Progress
-from lamina.runtime.budget import default_context, make_budget
-from lamina.runtime.describe import HUB, Described, Encode, describe_model
+from lamina.runtime.budget import choose_device, default_context, make_budget
 from lamina.runtime.engine import Engine
 from lamina.runtime.handle import Lamina
 from lamina.runtime.rates import assume, measure, prepare, without_kernels
-from lamina.stream.probe import return_large_blocks
 from lamina.stream.readers import Readers
+from lamina.tensors.torch_pickle import read_pickled
+from lamina.weights.schedule import Weights, describe
+
+Encode = Callable[[PreTrainedModel, Checkpoint, Trace, Weights], Checkpoint]
+"""(model, its checkpoint, its trace, its weights) -> the checkpoint that is meant in place of that one"""
+HUB = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
+HEADER_TIMES = 23  # bytes of memory for the tokenizer, for each of a GGUF header, which is mostly vocabulary
+
+
+@dataclass(frozen=True)
+class Described:
+    """A model that is built and traced.
+
+    Attributes:
+        there: what can be read; `checkpoint` but where that one is only meant.
+        tokenizer_bytes: what its tokenizer will take.
+        loading_info: what transformers' loader says of names and shapes.
+    """
+
+    model: PreTrainedModel
+    weights: Weights
+    trace: Trace
+    request: Request
+    checkpoint: Checkpoint
+    there: Checkpoint
+    tokenizer_bytes: int
+    loading_info: Mapping[str, Any] = field(default_factory=dict)
+
+
+def describe_model(
+    model: str,
+    options: dict[str, Any],
+    progress: Progress | None = None,
+    weights_wanted: bool = True,
+    encode: Encode | None = None,
+) -> Described:
+    """A model that is built and traced; nothing is decided about its memory yet.
+
+    Args:
+        options: of `from_pretrained`; what is used up here is taken out.
+        weights_wanted: download them; else the headers are enough.
+        encode: as for `plan_model`.
+    """
+    request, checkpoint = _files(str(model), options, progress, weights_wanted)
+    check_format(options, checkpoint)
+    found: dict[str, Any] = {}
+    built = build(request, checkpoint, found)
+    traced, weights = _traced(built, checkpoint, request)
+    there = checkpoint
+    if encode is not None:
+        checkpoint = encode(built, checkpoint, traced, weights)
+        built = build(request, checkpoint)
+        traced, weights = _traced(built, checkpoint, request)
+    tokenizer = tokenizer_bytes(request.folder)
+    if request.gguf is not None:
+        tokenizer = HEADER_TIMES * request.gguf.header_bytes
+    return Described(built, weights, traced, request, checkpoint, there, tokenizer, found)
+
+
+def _traced(built: PreTrainedModel, checkpoint: Checkpoint, request: Request) -> tuple[Trace, Weights]:
+    with blaming(config_place(request), fields_of(built.config), "a forward pass"):
+        traced = trace(built)
+        return traced, describe(built, checkpoint, traced)
+
+
+def _files(
+    model: str, options: dict[str, Any], progress: Progress | None, weights_wanted: bool
+) -> tuple[Request, Checkpoint]:
+    """The small files that are meant, with what was asked for, and the checkpoint's tensors."""
+    trust = bool(options.pop("trust_remote_code", False))
+    options.pop("output_loading_info", None)
+    hub = {key: options[key] for key in HUB if options.get(key) is not None}
+    variant = options.pop("variant", None)
+    model, chosen = chosen_gguf(model, options.pop("gguf_file", None))
+    if file := _gguf_file(model, hub, chosen, progress, weights_wanted):
+        gguf = load_gguf(file, {key: value for key, value in options.items() if key not in hub})
+        request, checkpoint = Request(gguf.path, options, trust, gguf), gguf.checkpoint
+    else:
+        folder, checkpoint = _open(model, hub, variant, trust, progress, weights_wanted)
+        if said := refuse_adapter(os.path.join(folder, hub.get("subfolder", "")), model):
+            checkpoint = dataclasses.replace(checkpoint, fallbacks=(*checkpoint.fallbacks, said))
+        request = Request(folder, options, trust)
+    options.pop("subfolder", None)  # the folder is that one already
+    return request, checkpoint
+
+
+def _open(
+    model: str, hub: Mapping[str, Any], variant: str | None, trust: bool, progress: Progress | None, wanted: bool
+) -> tuple[str, Checkpoint]:
+    """Folder of the small files, and the checkpoint's tensors."""
+    open_any = functools.partial(open_checkpoint, read_pickled=read_pickled)
+    if _is_local(model):
+        checkpoint = open_any(os.path.expanduser(model), variant=variant, subfolder=hub.get("subfolder", ""))
+        return checkpoint.root, checkpoint
+    from lamina.checkpoint.hub import locate, metadata_folder, remote_headers
+
+    if wanted:
+        found = locate(model, variant=variant, progress=progress, trust_remote_code=trust, **hub)
+    else:
+        folder = metadata_folder(model, trust_remote_code=trust, **hub)
+        remote = {key: value for key, value in hub.items() if key in ("revision", "token", "subfolder")}
+        return os.path.join(folder, hub.get("subfolder", "")), remote_headers(model, variant=variant, **remote)
+    checkpoint = open_any(found, variant=variant, subfolder=hub.get("subfolder", ""))
+    return checkpoint.root, checkpoint
+
+
+def chosen_gguf(model: str, gguf_file: str | None) -> tuple[str, str | None]:
+    """The model alone, and which GGUF file of it was asked for, either way.
+
+    Raises:
+        RequestError: both ways, and not the same.
+    """
+    model, chosen = split_name(model)
+    if chosen and gguf_file and chosen != gguf_file:
+        raise RequestError(f"{model}:{chosen} and {option('gguf_file', gguf_file)} name two GGUF files: give one")
+    return model, chosen or gguf_file
+
+
+def _gguf_file(
+    model: str, hub: Mapping[str, Any], name: str | None, progress: Progress | None, wanted: bool
+) -> str | None:
+    """The GGUF file that is meant: named by itself, by `gguf_file` or its own name's end, or the only weights there."""
+    subfolder = hub.get("subfolder", "")
+    if name is None:
+        return find_gguf(os.path.join(model, subfolder) if subfolder else model)
+    if _is_local(model):
+        root = os.path.join(os.path.expanduser(model), subfolder)
+        path = os.path.join(root, name)
+        return path if os.path.isfile(path) else os.path.join(root, choose_gguf(local_names(root), name, model))
+    from lamina.checkpoint.hub import local_path
+    from lamina.checkpoint.hub_gguf import locate_gguf
+
+    local_path(model)  # says what is wrong with one that can only be a path
+    return locate_gguf(model, name, progress=progress, wanted=wanted, **hub)
+
+
+def _is_local(model: str) -> bool:
+    return os.path.exists(os.path.expanduser(model))
+
 
 LONG = 0.3  # seconds to read the drive for a plan alone
 
@@ -187,26 +334,3 @@ def plan_described(
         least, least_on_device = minimum_memory(weights.schedule, shortest)
         return dataclasses.replace(plan, minimum_memory_bytes=least, minimum_device_memory_bytes=least_on_device)
     return make_plan(weights.schedule, shortest)
-
-
-def choose_device(device: str | torch.device) -> torch.device:
-    """The torch device of a request.
-
-    Raises:
-        RequestError: no such device here.
-    """
-    if str(device) == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found or torch.device("cpu")
-    try:
-        chosen = torch.device(device)
-        if chosen.type not in ("cpu", "meta"):
-            torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        text = str(error).splitlines()[0][:120]
-        raise RequestError(
-            f"device {str(device)!r} cannot be used here: {text}; try {option('device', 'cpu')}"
-        ) from error
-    if chosen.type == "meta":
-        raise RequestError("device 'meta' computes nothing: use 'auto', 'cpu' or an accelerator")
-    return chosen

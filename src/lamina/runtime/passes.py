@@ -21,10 +21,10 @@ from lamina.hf.internals import batched_tokens, cache_of, cached_tokens
 from lamina.hf.names import PreTrainedModel
 from lamina.hf.trace import Logits, Trace
 from lamina.plan.plan import Budget
-from lamina.runtime.batches import Batches
 from lamina.runtime.engine import Engine
-from lamina.runtime.meter import Meter
+from lamina.runtime.stats import Meter
 from lamina.sizes import format_size
+from lamina.stream.observe import LAMINA, timed
 from lamina.tensors.guard import asking, refused
 from lamina.tensors.ids import check_tokens
 from lamina.tensors.padded_rows import even_rows
@@ -40,11 +40,14 @@ class Passes:
         engine: binds its weights.
         traced: says what a pass takes.
         meter: counts them.
-        batches: what continuous batches have of the same room.
+
+    Attributes:
+        batches: by continuous batch, bytes that it has of the same room.
     """
 
-    def __init__(self, model: PreTrainedModel, engine: Engine, traced: Trace, meter: Meter, batches: Batches) -> None:
-        self._model, self._engine, self._trace, self._meter, self._batches = model, engine, traced, meter, batches
+    def __init__(self, model: PreTrainedModel, engine: Engine, traced: Trace, meter: Meter) -> None:
+        self._model, self._engine, self._trace, self._meter = model, engine, traced, meter
+        self.batches: dict[int, int] = {}
         self._logits = Logits(model)
         self._activations = functools.lru_cache(maxsize=64)(traced.activations)  # decode steps are of one token each
 
@@ -122,6 +125,7 @@ class Passes:
                 f"a forward pass of the model in {where} fails with a single token, {cause(again)}: its config is wrong"
             ) from error
 
+    @timed(LAMINA)
     def _make_room(self, tokens: int, cached: int, batched: bool = False, logits: int = 0) -> None:
         """Keep the budget when a pass brings more tokens than were planned for: fewer weights stay resident.
 
@@ -132,7 +136,7 @@ class Passes:
             BudgetError: not even the smallest plan has room for them.
         """
         budget = self._engine.plan.budget
-        others = self._batches.nbytes
+        others = sum(self.batches.values())
         activations = self._activations(tokens) + logits
         cache = others if batched and others else others + self._trace.cache(cached + tokens)
         if activations + cache <= budget.activation_bytes + budget.kv_cache_bytes:

@@ -25,7 +25,7 @@ from lamina.plan.forecast import Hardware
 from lamina.plan.layout import Part, lay_out
 from lamina.plan.schedule import Convert, PanelSpan, Schedule, Weight
 from lamina.runtime.engine import Engine
-from lamina.stream.memory import Area
+from lamina.stream.direct_io import Area
 from lamina.stream.probe import measure_disk
 from lamina.stream.readers import Readers
 from lamina.tensors.packed import Encoded, Scratch

@@ -16,7 +16,7 @@ from lamina.hf.decoding.draft_attention import quicken
 from lamina.hf.decoding.exact_rows import covers
 from lamina.plan.forecast import compute_seconds
 from lamina.plan.plan import Plan
-from lamina.runtime.draft_stats import Record
+from lamina.runtime.stats import Record
 from lamina.speculative.draft import Draft
 from lamina.speculative.draft_length import Pace, as_a_copy, as_it_says
 from lamina.speculative.draft_model import Companion
@@ -103,11 +103,7 @@ class Speculator:
         if name == NONE:
             return generate(*args, **kwargs)
         request = {**_by_name(generate, args), **kwargs}
-        why = generation.why_plain(self._model, request)
-        if why is None and exact and (uncovered := covers(self._model)) is not None:
-            # in 32 bits two tokens are never so near that rounding decides; where exactness was asked for it is kept
-            exact = False
-            why = uncovered if given or self._model.dtype != torch.float32 else None
+        why, exact = self._why_plain(request, exact, bool(given))
         if why is None and not self._free.acquire(blocking=False):
             why = "another answer is being drafted"
         if why is not None:
@@ -123,6 +119,20 @@ class Speculator:
             self._free.release()
             if self.record.off_because is not None:
                 self._off(wanted, self.record.off_because)
+
+    def _why_plain(self, request: dict[str, Any], exact: bool, asked: bool) -> tuple[str | None, bool]:
+        """Why a call has no draft, None where it may have one; and whether its passes use the kernels of one row.
+
+        Args:
+            exact: they would, wherever there are such kernels.
+            asked: exactness was asked for.
+        """
+        why = generation.why_plain(self._model, request)
+        uncovered = covers(self._model) if why is None and exact else None
+        if uncovered is None:
+            return why, exact
+        # in 32 bits two tokens are never so near that rounding decides; where exactness was asked for it is kept
+        return uncovered if asked or self._model.dtype != torch.float32 else None, False
 
     def _off(self, wanted: str, why: str) -> None:
         """A generation goes without its draft: said where the draft was somebody's wish."""

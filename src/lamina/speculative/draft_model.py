@@ -15,8 +15,8 @@ from lamina.hf.names import PreTrainedModel
 from lamina.plan.plan import Budget, Plan
 from lamina.plan.planner import make_plan, resident_size
 from lamina.progress import Progress
-from lamina.runtime.describe import Described, Encode, describe_model
 from lamina.runtime.engine import Engine
+from lamina.runtime.load import Described, Encode, describe_model
 from lamina.stream.readers import Readers
 from lamina.tensors.packed import Encoded
 

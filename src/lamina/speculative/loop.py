@@ -18,7 +18,7 @@ from lamina.hf import internals
 from lamina.hf.decoding import generation
 from lamina.hf.decoding.exact_rows import one_row
 from lamina.hf.names import GenerationConfig, LogitsProcessorList, StaticCache, StoppingCriteriaList
-from lamina.runtime.draft_stats import Record
+from lamina.runtime.stats import Record
 from lamina.speculative.draft import Draft, Proposal
 from lamina.speculative.draft_length import Pace
 from lamina.speculative.sampling import Foreseen, Greedy, Sampled, choice_for

@@ -303,32 +303,78 @@ class Lookup:
 
     def _copy(self, source: CopySource, peers: list[tuple[int, int]], most: int) -> Proposal:
         """The tokens from `source` on, known edits done again, with the chance of each."""
-        known, end, at, proposal = self._index.tokens, len(self._index), source.at, Proposal()
-        tokens, confidence = proposal.tokens, proposal.confidence
-
-        def token_at(position: int) -> int:  # a copy may go on past the end of the text, into itself
-            return known[position] if position < end else tokens[position - end]
-
-        peers = [peer for peer in peers if peer[0] != source.at]
+        chain = _Chain(self._index.tokens, source.at, [peer for peer in peers if peer[0] != source.at])
         edited = source.at if source.guess else -1
-        so_far = 1.0  # the chance of the deletions before the next token
-        while len(tokens) < most and at < end + len(tokens):
-            edit = self._edit(token_at(at - 1), at) if source.copied and at != edited else None
+        while len(chain.tokens) < most and chain.goes_on:
+            edit = self._edit(chain.token(chain.at - 1), chain.at) if source.copied and chain.at != edited else None
             sure = self._edit_chance(edit, source) if edit else 0.0
             if edit and sure > AGAIN_FROM:
-                at, edited, peers, so_far = at + edit.taken, at + edit.taken, [], so_far * sure
-                for token in edit.inserted:
-                    tokens.append(token)
-                    confidence.append(so_far)
-                    so_far = _chance(INSIDE)
-                so_far = 1.0 if edit.inserted else so_far
+                chain.edit(edit, sure)
+                edited = chain.at
                 continue
-            token, steps = token_at(at), len(tokens)
-            agree = [(peer, length) for peer, length in peers if token_at(peer + steps) == token]
-            weights = [sum(length / max(source.length, length) for _, length in some) for some in (agree, peers)]
-            chance = self._copy_chance(source, steps, weights[0], weights[1] - weights[0])
-            confidence.append(so_far * (1 - sure) * chance)
-            tokens.append(token)
-            at, peers, so_far = at + 1, agree, 1.0
-        del tokens[most:], confidence[most:]
-        return proposal
+            agree, differ = chain.votes(source.length)
+            chain.copy((1 - sure) * self._copy_chance(source, len(chain.tokens), agree, differ))
+        return Proposal(chain.tokens[:most], chain.confidence[:most])
+
+
+class _Chain:
+    """Tokens as they are copied, one after another, from a place of a text that they go on with.
+
+    Args:
+        known: the text.
+        at: place of the next token to copy.
+        peers: other places that the text may go on from, each with how many tokens say so.
+
+    Attributes:
+        tokens, confidence: of those copied so far.
+    """
+
+    def __init__(self, known: Sequence[int], at: int, peers: list[tuple[int, int]]) -> None:
+        self.at, self.tokens, self.confidence = at, list[int](), list[float]()
+        self._known, self._peers = known, peers
+        self._so_far = 1.0  # the chance of the deletions before the next token
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is a next token."""
+        return self.at < len(self._known) + len(self.tokens)
+
+    def token(self, position: int) -> int:
+        """The token at a place, which may be past the end of the text: a copy goes on into itself."""
+        end = len(self._known)
+        return self._known[position] if position < end else self.tokens[position - end]
+
+    def votes(self, length: int) -> tuple[float, float]:
+        """How much speaks for the next token from other places, and how much for another one.
+
+        Args:
+            length: tokens that speak for the place that is copied from.
+        """
+        agree, every = (
+            sum(theirs / max(length, theirs) for _, theirs in peers) for peers in (self._agreeing, self._peers)
+        )
+        return agree, every - agree
+
+    @property
+    def _agreeing(self) -> list[tuple[int, int]]:
+        """The other places that have the same next token."""
+        steps, token = len(self.tokens), self.token(self.at)
+        return [peer for peer in self._peers if self.token(peer[0] + steps) == token]
+
+    def copy(self, chance: float) -> None:
+        """The next token, as it is there; places that have another one are left."""
+        self._peers = self._agreeing
+        self._add(self.token(self.at), chance)
+        self.at += 1
+
+    def edit(self, edit: Edit, chance: float) -> None:
+        """What an edit puts in the place of the next tokens."""
+        self.at, self._peers = self.at + edit.taken, []
+        self._so_far *= chance
+        for number, token in enumerate(edit.inserted):
+            self._add(token, _chance(INSIDE) if number else 1.0)
+
+    def _add(self, token: int, chance: float) -> None:
+        self.tokens.append(token)
+        self.confidence.append(self._so_far * chance)
+        self._so_far = 1.0

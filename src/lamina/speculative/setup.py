@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,11 +22,10 @@ from lamina.errors import (
 )
 from lamina.hf.names import PreTrainedModel
 from lamina.plan.plan import Plan
-from lamina.plan.speculation import pays, seconds_with_draft
+from lamina.plan.speculation import Drafted, pays, seconds_with_draft
 from lamina.progress import Progress
 from lamina.runtime.budget import default_context
-from lamina.runtime.describe import Described, Encode
-from lamina.runtime.load import plan_described
+from lamina.runtime.load import Described, Encode, plan_described
 from lamina.sizes import format_seconds, format_size
 from lamina.speculative.decoder import (
     AUTO,
@@ -129,21 +127,17 @@ class Drafting:
             return lambda tokens: verifying
         return also
 
-    def told(self, plan: Plan) -> Plan:
-        """The plan with what was chosen, why, and what it promises."""
-        return replace(plan, **self._facts(plan))
-
-    def _facts(self, plan: Plan) -> dict[str, Any]:
-        """What a plan says of the draft, by field."""
+    def told(self, plan: Plan) -> Drafted:
+        """What was chosen, why, and what it promises under a plan."""
         seconds = None
         if self.chosen == SELF and self._companion is not None:
             row = row_seconds(plan, exact=self.wanted == AUTO)
             seconds = seconds_with_draft(plan, self._companion.nbytes, plan.operations_per_token, row)
-        return {"draft": self.chosen, "draft_reason": self.reason, "predicted_seconds_per_token_drafted": seconds}
+        return Drafted(draft=self.chosen, draft_reason=self.reason, predicted_seconds_per_token_drafted=seconds)
 
     def attach(self, model: PreTrainedModel, exact: bool | None) -> None:
         """Give the model its draft."""
-        model.lamina.engine.revise(**self._facts(model.lamina.plan))
+        model.lamina.drafted = self.told(model.lamina.plan)
         speculator = Speculator(model, self.wanted, self.chosen, self.reason, exact, self._load_later)
         if self._companion is not None:
             speculator.add(self.chosen, self._companion, self._progress)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from lamina.errors import RequestError
 from lamina.hf.building.build import Request
 from lamina.hf.tokenizer import load_tokenizer
-from lamina.runtime.describe import Described
+from lamina.runtime.load import Described
 
 FILE = "tokenizer.json"
 MOSTLY = 0.9  # of the model's tokens a draft must have; one may have special tokens that the other lacks
@@ -24,31 +25,34 @@ def check_same_tokens(target: Described, draft: Described, name: str) -> None:
     Raises:
         RequestError: a token means two things, or only one of the two has a tokenizer.
     """
-    both = [_vocabulary(each.request) for each in (target, draft)]
-    sizes = [_size(each.model.config) for each in (target, draft)]
-    if all(each is None for each in both):
-        if sizes[0] != sizes[1]:
-            raise RequestError(
-                f"the draft {name} has {sizes[1]} tokens and the model {sizes[0]}: a draft needs the model's own tokens"
-            )
-        return
-    for each, described in zip(both, (target, draft), strict=True):
-        if each is None:
-            raise RequestError(
-                f"no tokenizer in {described.request.folder}: whether the draft {name} has the model's tokens cannot "
-                f"be told"
-            )
-    ours, theirs = both
-    assert ours is not None and theirs is not None
+    ours, theirs = _vocabulary(target.request), _vocabulary(draft.request)
+    if ours is not None and theirs is not None:
+        _check_alike(ours, theirs, name)
+    elif ours is not None or theirs is not None:
+        without = target if ours is None else draft
+        raise RequestError(
+            f"no tokenizer in {without.request.folder}: whether the draft {name} has the model's tokens cannot be told"
+        )
+    elif (size := _size(draft.model.config)) != (wanted := _size(target.model.config)):
+        raise RequestError(
+            f"the draft {name} has {size} tokens and the model {wanted}: a draft needs the model's own tokens"
+        )
+
+
+def _check_alike(ours: Mapping[str, int], theirs: Mapping[str, int], name: str) -> None:
+    """Refuse a vocabulary in which a token of ours has another number, or a number of ours another token."""
     named = {number: token for token, number in ours.items()}
-    other = [(token, number) for token, number in theirs.items() if ours.get(token, number) != number]
-    other += [(token, number) for token, number in theirs.items() if named.get(number, token) != token]
+    other = [
+        (number, token)
+        for token, number in theirs.items()
+        if ours.get(token, number) != number or named.get(number, token) != token
+    ]
     alike = sum(ours.get(token) == number for token, number in theirs.items())
     if not other and alike >= MOSTLY * len(ours):
         return
     example = ""
     if other:
-        token, number = min(other, key=lambda each: each[1])
+        number, token = min(other, key=lambda each: each[0])
         example = f"; token {number} is {token!r} there and {named.get(number)!r} here"
     raise RequestError(
         f"the draft {name} has other tokens than the model ({len(theirs)} and {len(ours)} of them, {alike} alike"

@@ -21,7 +21,6 @@ from lamina.errors import ChangedError, CheckpointError, RequestError
 from lamina.hf.building.build import Request, build
 from lamina.hf.trace import trace
 from lamina.progress import Progress
-from lamina.runtime.schedule import describe
 from lamina.store.journal import Finished, Journal, remove_journal
 from lamina.store.lock import LOCK, locked
 from lamina.store.recipe import check_coded, make_runs
@@ -29,6 +28,7 @@ from lamina.store.shards import StoreFile, make_files
 from lamina.store.size import estimate, seconds_of
 from lamina.store.source import Source, explain_change
 from lamina.store.writer import write_file
+from lamina.weights.schedule import describe
 
 DEEPEST = 2  # folders in folders, in which code that comes with a model may be
 SPARE_BYTES = 1 << 20  # for the journal and what the file system needs for itself

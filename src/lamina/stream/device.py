@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
+from lamina.stream.observe import COPY, timed
 from lamina.stream.ring import Ring
 
 
@@ -66,6 +67,7 @@ class Lane:
         self._slots: deque[Slot] = deque()
         self._last_used: Event | None = None
 
+    @timed(COPY)
     def upload(self, source: torch.Tensor) -> Slot | None:
         """Queue the copy of an item to the device; None while its slots are all in use.
 
@@ -80,11 +82,13 @@ class Lane:
         self._slots.append(slot)
         return slot
 
+    @timed(COPY)
     def enter(self, slot: Slot) -> torch.Tensor:
         """The slot's memory, for computations queued from now on."""
         self.device.compute_after(slot.copied)
         return self.tensor[slot.at : slot.at + slot.nbytes]
 
+    @timed(COPY)
     def leave(self, slot: Slot) -> None:
         """Every computation that needs the slot has been queued, or none ever will be."""
         slot.released = True

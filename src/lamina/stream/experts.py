@@ -20,9 +20,9 @@ import torch
 from lamina.plan.experts import Experts
 from lamina.plan.layout import Layout
 from lamina.stream.device import Device, Event
-from lamina.stream.expert_cache import ExpertCache, Key
-from lamina.stream.idle import Idle
-from lamina.stream.memory import Area
+from lamina.stream.direct_io import Area
+from lamina.stream.expert_cache import ExpertCache, Idle, Key
+from lamina.stream.observe import COPY, LAMINA, timed
 from lamina.stream.readers import Readers, Ticket
 
 
@@ -120,6 +120,7 @@ class ExpertStream:
         self._broken = False
         self._generation = readers.generation
 
+    @timed(LAMINA)
     def route(self, module: str, tokens: Mapping[int, int], total: int) -> None:
         """A call of `module` begins, with `total` tokens that go to the experts in `tokens`, each with its count."""
         number = self._number[module]
@@ -139,6 +140,7 @@ class ExpertStream:
         """Whether a call of `module` is under way that was told where its tokens go."""
         return self._module == module
 
+    @timed(LAMINA)
     def acquire(self, module: str, expert: int) -> Expert:
         """The expert, ready to be computed with until the next one is asked for.
 
@@ -168,6 +170,7 @@ class ExpertStream:
         """Whether it pays to foresee: while the cache still fills, the drive is what is waited for."""
         return self._cache.full and self._cache.slots > 1
 
+    @timed(LAMINA)
     def foresee(self, module: str, experts: Iterable[int]) -> None:
         """A call that is still to come will probably use `experts`, the likeliest first.
 
@@ -191,6 +194,7 @@ class ExpertStream:
                 assert ticket is not None
                 self._foreseen[key] = ticket
 
+    @timed(LAMINA)
     def leave(self) -> None:
         """The call is over, however it ended."""
         with self._whole():
@@ -242,21 +246,27 @@ class ExpertStream:
         self._kept = {key: kept for key, kept in self._kept.items() if key in self._cache}
         self._on_device = {key: expert for key, expert in self._on_device.items() if key in self._above}
         for key in self._cache.held():
-            kept = self._kept.get(key)
-            if kept is None or kept.ticket is None or not _read(kept.ticket):
+            if not self._is_read(key):
                 self._forget(key)
         for key in self._above.held():
             if key not in self._on_device:
                 self._above.drop(key)
-        if self.device is not None and self._places:  # the last uses may not have been written down
-            computed = self.device.computed()
-            self._free_after = dict.fromkeys(self._places, computed)
-            for expert in self._on_device.values():
-                expert.used = computed
-            # nor a copy: they are done in order
-            some, nowhere = next(iter(self._areas.values())), next(iter(self._places.values()))
-            self.device.copy(nowhere[:0], some.tensor[:0], None).wait()
+        if self.device is not None and self._places:
+            self._order_anew(self.device)
         self._generation = self.readers.generation
+
+    def _is_read(self, key: Key) -> bool:
+        kept = self._kept.get(key)
+        return kept is not None and kept.ticket is not None and _read(kept.ticket)
+
+    def _order_anew(self, device: Device) -> None:
+        """After an interrupt the last uses of the device's slots may not have been written down, nor a copy."""
+        computed = device.computed()
+        self._free_after = dict.fromkeys(self._places, computed)
+        for expert in self._on_device.values():
+            expert.used = computed
+        some, nowhere = next(iter(self._areas.values())), next(iter(self._places.values()))
+        device.copy(nowhere[:0], some.tensor[:0], None).wait()  # they are done in order
 
     def _resolve(self, wanted: Collection[Key]) -> set[Key]:
         """Hurry those that were foreseen rightly, take the others back; which ones were right."""
@@ -408,6 +418,7 @@ class ExpertStream:
             if not kept.ticket.done or kept.ticket.error is not None or not self._upload(key, self._wanted.keys()):
                 return
 
+    @timed(COPY)
     def _upload(self, key: Key, keep: Collection[Key]) -> bool:
         """Queue the copy of an expert to the device; False where every slot there is in use."""
         assert self.device is not None
@@ -428,6 +439,7 @@ class ExpertStream:
         self._busy_until[source] = copied
         return True
 
+    @timed(COPY)
     def _entered(self, key: Key) -> Expert:
         """An expert on the device, for computations queued from now on."""
         assert self.device is not None
@@ -441,6 +453,7 @@ class ExpertStream:
         if self.device is not None and key in self._on_device:
             self._on_device[key].used = self.device.computed()
 
+    @timed(COPY)
     def _wait_for_copy(self, slot: int) -> None:
         event = self._busy_until.pop(slot, None)
         if event is not None:

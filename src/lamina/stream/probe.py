@@ -1,40 +1,17 @@
-"""What this machine has: memory that is free, memory that is used, and how fast its drive reads."""
+"""How fast the drive of this machine reads, nothing else going on."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import math
-import os
-import sys
 import time
 from collections.abc import Iterable, Sequence
 
 from lamina.checkpoint import Extent
 from lamina.plan.layout import ALIGNMENT, Read, align
-from lamina.stream.memory import Area
+from lamina.stream.direct_io import Area
 from lamina.stream.readers import Readers, Ticket
 
 SETTINGS = ((8, 8 << 20), (4, 8 << 20), (16, 4 << 20), (4, 16 << 20), (2, 16 << 20))  # threads, bytes of a read
-
-LARGE_BLOCK = 1 << 20  # bytes
-KEPT_FREE = 16 << 20  # bytes at the top of the heap
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-_MALLOC_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
-
-
-def return_large_blocks() -> None:
-    """Have the C library give blocks of 1 MB and more back when they are freed, as activations of a long prompt are.
-
-    By itself glibc raises that bound to 32 MB and keeps up to 64 MB, so that what a pass leaves behind differs from
-    run to run by more than it needs; and keys and values that grow token by token leave holes that nothing else fits.
-    What the user set by an environment variable stays. No-op without glibc.
-    """
-    if sys.platform == "linux" and not any(name in os.environ for name in _MALLOC_SETTINGS):
-        with contextlib.suppress(OSError, AttributeError):
-            library = ctypes.CDLL(None)
-            library.mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK)
-            library.mallopt(_M_TRIM_THRESHOLD, KEPT_FREE)
 
 
 def measure_disk(

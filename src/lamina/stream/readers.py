@@ -23,9 +23,8 @@ from lamina.checkpoint import Fingerprint
 from lamina.errors import ChangedError, CheckpointError, ClosedError, ReadError, TruncatedError
 from lamina.plan.layout import ALIGNMENT, Read, align
 from lamina.retry import PAUSES, is_transient
-from lamina.stream.direct_io import File, open_file
-from lamina.stream.memory import Area
-from lamina.stream.samples import Samples
+from lamina.stream.direct_io import Area, File, Samples, open_file
+from lamina.stream.observe import WAIT, timed
 
 THREADS = 8
 CHUNK = 8 << 20  # bytes of one read
@@ -298,6 +297,7 @@ class Readers:
         if ticket.error is not None:
             raise ticket.error
 
+    @timed(WAIT)
     def _wait(self, ticket: Ticket) -> None:
         with self._shared.lock:
             while ticket.left:
@@ -328,6 +328,7 @@ class Readers:
         return sum(job.needed for job in taken)
 
     @_interruptible
+    @timed(WAIT)
     def settle(self) -> None:
         """Block until nothing is queued and nothing under way, whatever became of it."""
         shared = self._shared
@@ -341,6 +342,11 @@ class Readers:
     @_interruptible
     def settled(self, ticket: Ticket) -> None:
         """Block until every read of `ticket` is done, whatever became of it."""
+        if ticket.left:
+            self._settled(ticket)
+
+    @timed(WAIT)
+    def _settled(self, ticket: Ticket) -> None:
         with self._shared.lock:
             while ticket.left and not self._shared.closed:
                 self.changed.wait()

@@ -36,6 +36,11 @@ class Ring:
         self._front = start + size
         return start
 
+    @property
+    def taken(self) -> int:
+        """Bytes of all runs."""
+        return sum(size for _, size in self._runs)
+
     def give_back(self) -> None:
         """Free the oldest run."""
         self._runs.popleft()

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import torch
 
 from lamina.errors import ClosedError
-from lamina.plan.cut import Item
+from lamina.plan.layout import Item
 from lamina.plan.plan import Plan
 from lamina.stream.device import Device, Lane, Slot
-from lamina.stream.memory import Area
+from lamina.stream.direct_io import Area
+from lamina.stream.observe import EAR, LAMINA, timed
 from lamina.stream.readers import Readers, Ticket
 from lamina.stream.ring import Ring
 
@@ -133,6 +134,7 @@ class Stream:
         """In a forked child, where nothing is under way: begin again."""
         self.rewind()
 
+    @timed(LAMINA)
     def acquire(self, module: str, block: int = 0) -> Held | None:
         """The item that `module` needs now, read; None where it has to be read apart from the stream.
 
@@ -164,6 +166,7 @@ class Stream:
         self._broken = False
         return held
 
+    @timed(LAMINA)
     def release(self, held: Held) -> None:
         """The model is done with an item (on a device: has queued its last use)."""
         broken, self._broken = self._broken, True
@@ -180,6 +183,7 @@ class Stream:
         self._pump()
         self._broken = False
 
+    @timed(LAMINA)
     def _pump(self) -> None:
         self._reclaim()
         while not self.closed:
@@ -191,6 +195,7 @@ class Stream:
                 held = Held(self._next, item, self._cached[index], Ticket())
             else:
                 start = self._ring.take(item.nbytes)
+                self._tell(full=start is None)
                 if start is None:
                     break
                 ticket = self.readers.submit(item.layout.reads, self._area, start)
@@ -202,6 +207,11 @@ class Stream:
             self._next += 1
         if self._lane is not None:
             self._upload(self._lane)
+
+    def _tell(self, full: bool = False) -> None:
+        """Let whoever listens know how full the ring is."""
+        if EAR.listener is not None:
+            EAR.listener.ring(self._ring.taken, full)
 
     def _find(self, module: str, block: int) -> int | None:
         """The step, at or after the cursor and in the same pass, that serves this block of `module`."""
@@ -259,6 +269,7 @@ class Stream:
                 return
             self._filled.popleft()
             self._ring.give_back()
+            self._tell()
 
     def _upload(self, lane: Lane) -> None:
         """Queue copies of what has been read, in order, as far as the device has slots."""

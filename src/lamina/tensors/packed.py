@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from lamina.codec import codec_for
 from lamina.errors import UnsupportedError
-from lamina.plan.cut import ROW_MULTIPLE
+from lamina.plan.layout import ROW_MULTIPLE
 from lamina.plan.schedule import PanelSpan
 from lamina.tensors.disk import (
     SET_DATA,

@@ -13,8 +13,7 @@ import pytest
 from helpers.walker import watchdog
 from lamina.measure.bench import _Meter
 from lamina.plan.layout import Read
-from lamina.stream.direct_io import PlainFile
-from lamina.stream.memory import Area
+from lamina.stream.direct_io import Area, PlainFile
 from lamina.stream.readers import Readers
 
 NBYTES = 4096

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +15,7 @@ from lamina.plan.forecast import Hardware
 from lamina.plan.plan import Budget, Plan
 from lamina.plan.planner import make_plan
 from lamina.plan.schedule import Schedule
-from lamina.plan.speculation import drafted_seconds, pays, seconds_with_draft
+from lamina.plan.speculation import Drafted, Session, drafted_seconds, pays, seconds_with_draft
 from lamina.speculative.decoder import MOST, companion_bytes, draft_name, row_seconds, verifying_bytes
 
 GB = 10**9
@@ -158,7 +157,7 @@ def test_a_drafts_bytes_are_spoken_for_and_told() -> None:
     assert beside.as_dict()["draft_bytes"] == COPY
     assert beside.minimum_memory_bytes == without.minimum_memory_bytes + COPY
     assert beside.resident_bytes < without.resident_bytes
-    assert dataclasses.replace(beside, draft="self").as_dict()["draft"] == "self"
+    assert Session.of(beside, Drafted(draft="self")).as_dict()["draft"] == "self"
 
 
 # -- the name of a draft

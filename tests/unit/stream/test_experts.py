@@ -25,8 +25,8 @@ from lamina.stream import expert_cache as cache_module
 from lamina.stream import experts as stream_module
 from lamina.stream import readers as readers_module
 from lamina.stream.device import Event
+from lamina.stream.expert_cache import Idle
 from lamina.stream.experts import Expert, ExpertStream
-from lamina.stream.idle import Idle
 from lamina.stream.readers import Readers
 
 SEEDS = range(40)

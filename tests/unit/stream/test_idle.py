@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lamina.stream.idle import NOTICED, Idle
+from lamina.stream.expert_cache import NOTICED, Idle
 
 MB = 1_000_000
 

@@ -9,7 +9,7 @@ import pytest
 
 _COUNT = """
 import ctypes
-from lamina.stream.probe import LARGE_BLOCK, return_large_blocks
+from lamina.host import LARGE_BLOCK, return_large_blocks
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]

@@ -17,8 +17,7 @@ from helpers.schedules import Checkpoint, Disk
 from helpers.walker import watchdog
 from lamina.errors import ChangedError, CheckpointError, ClosedError, LaminaError, ReadError, TruncatedError
 from lamina.plan.layout import ALIGNMENT, Read, align
-from lamina.stream.direct_io import File, PlainFile, PosixFile
-from lamina.stream.memory import Area
+from lamina.stream.direct_io import Area, File, PlainFile, PosixFile
 from lamina.stream.readers import Readers, Ticket
 
 SIZE = 3_000_001

@@ -15,10 +15,9 @@ from safetensors.torch import save_file
 
 from helpers.homes import InMemory
 from lamina.checkpoint import open_checkpoint
-from lamina.runtime import schedule as weights_module
-from lamina.runtime.schedule import _pieces
 from lamina.tensors.disk import DiskTensor, recording
 from lamina.tensors.expressions import replay, sources_of
+from lamina.weights import addresses
 
 Tensors = dict[str, torch.Tensor]
 
@@ -194,8 +193,8 @@ def test_pieces_are_the_bytes_of_the_tensor(chain: list[tuple[str, int, int]], t
         disk = _apply(chain, *_on_disk(tensors).values())
     assert isinstance(disk, DiskTensor)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights_module, "SHORTEST_RUN", 1)
-        pieces = _pieces(disk, checkpoint) if disk.boxes is not None else None
+        patch.setattr(addresses, "SHORTEST_RUN", 1)
+        pieces = addresses.pieces_of(disk, checkpoint) if disk.boxes is not None else None
     if pieces is None:
         return
     file = np.fromfile(folder / "model.safetensors", dtype=np.uint8)

@@ -43,7 +43,7 @@ from lamina.hf.internals import (
     experts_implementation,
     is_stateful,
 )
-from lamina.plan.cut import ROW_MULTIPLE
+from lamina.plan.layout import ROW_MULTIPLE
 from lamina.tensors.guard import PACKED, without_gradient
 from lamina.tensors.packed import Encoded
 from lamina.tensors.padded_rows import rows_as_they_are

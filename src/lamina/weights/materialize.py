@@ -1,4 +1,4 @@
-"""From stored bytes to tensors: those that are in memory already, and those that are read now.
+"""From stored bytes to tensors: of those that are in memory already, of what is read now, of what stays.
 
 Nothing here knows of a model or of hooks: a weight is a name in the schedule.
 """
@@ -6,17 +6,19 @@ Nothing here knows of a model or of hooks: a weight is a name in the schedule.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
-from lamina.plan.cut import Item
-from lamina.plan.layout import Part, Placed, Read, lay_out
+from lamina.plan.layout import Item, Layout, Part, Placed, Read, lay_out, read_at
+from lamina.plan.planner import resident_areas
 from lamina.plan.schedule import Convert, Weight
-from lamina.runtime.schedule import Weights
-from lamina.stream.memory import Area
-from lamina.stream.readers import Readers
+from lamina.progress import Progress
+from lamina.stream.direct_io import Area
+from lamina.stream.observe import COPY, LAMINA, timed
+from lamina.stream.readers import Readers, Ticket
 from lamina.tensors.packed import Encoded, Scratch
+from lamina.weights.schedule import Weights
 
 
 class Materializer:
@@ -43,6 +45,7 @@ class Materializer:
         self._schedule = weights.schedule.weights
         self._scratch = Scratch()
 
+    @timed(LAMINA)
     def finish(self, placed: Placed, memory: torch.Tensor) -> torch.Tensor:
         """The tensor of a part whose stored bytes are in `memory`.
 
@@ -67,10 +70,12 @@ class Materializer:
         self._readers.read(item.layout.reads, area)
         return area.tensor
 
+    @timed(LAMINA)
     def block(self, item: Item) -> torch.Tensor:
         """The tensor of an item with one part, read now."""
         return self.finish(item.layout.placed[0], self.stored(item)).to(self._device)
 
+    @timed(LAMINA)
     def read(self, name: str) -> torch.Tensor:
         """A weight, whole, read now."""
         return self.rows(name, 0, self._schedule[name].rows)
@@ -84,6 +89,7 @@ class Materializer:
         tensor = tensor.decode() if isinstance(tensor, Encoded) else tensor
         return tensor.detach().to(self._device)
 
+    @timed(LAMINA)
     def gather(self, name: str, ids: torch.Tensor) -> torch.Tensor:
         """Rows of a table, read now.
 
@@ -99,12 +105,9 @@ class Materializer:
             return self._gather_packed(weight, unique.tolist())[inverse].to(self._device)
         row = weight.stored_nbytes // weight.rows
         area = Area(len(unique) * row)
-        reads = []
+        reads: list[Read] = []
         for place, index in enumerate(unique.tolist()):
-            for piece in weight.pieces_of_rows(index, 1):
-                extent = piece.extent
-                at = place * row + piece.at
-                reads.append(Read(extent.file, extent.offset, extent.length, at, extent.length, False))
+            reads.extend(read_at(piece, place * row) for piece in weight.pieces_of_rows(index, 1))
         self._readers.read(reads, area)
         stored = area.tensor[: len(unique) * row].view(self._stored_dtype(weight)).view(len(unique), weight.shape[1])
         rows = self._arrived(name, stored.to(self._device, dtype_of(weight)))
@@ -117,11 +120,9 @@ class Materializer:
         ranges = [weight.stored_range(row, 1) for row in rows]
         places = list(itertools.accumulate((end - begin for begin, end in ranges), initial=0))
         area = Area(places[-1])
-        reads = []
+        reads: list[Read] = []
         for row, at in zip(rows, places, strict=False):
-            for piece in weight.pieces_of_rows(row, 1):
-                extent = piece.extent
-                reads.append(Read(extent.file, extent.offset, extent.length, at + piece.at, extent.length, False))
+            reads.extend(read_at(piece, at) for piece in weight.pieces_of_rows(row, 1))
         self._readers.read(reads, area)
         columns, dtype = weight.shape[1], dtype_of(weight)
         out = torch.empty(len(rows), columns, dtype=dtype)
@@ -130,6 +131,7 @@ class Materializer:
             out[place] = Encoded((1, columns), dtype, memory, weight.spans(row, 1), self._scratch).decode()[0]
         return out
 
+    @timed(COPY)
     def _convert(self, weight: Weight, stored: torch.Tensor, final: torch.Tensor) -> None:
         if weight.convert is Convert.CAST:
             final.copy_(stored.view(self._stored_dtype(weight)).view(final.shape))
@@ -156,3 +158,100 @@ def dtype_of(weight: Weight) -> torch.dtype:
 def is_differentiable(tensor: torch.Tensor) -> bool:
     """Whether a tensor of this dtype can take gradients."""
     return tensor.is_floating_point() or tensor.is_complex()
+
+
+AT_ONCE = 16 << 20  # bytes of a weight that are in host memory beside the place they go to
+
+Finish = Callable[[Placed, torch.Tensor], torch.Tensor]
+
+
+def load_residents(
+    weights: Sequence[Weight],
+    readers: Readers,
+    finish: Finish,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> dict[str, torch.Tensor]:
+    """Read weights that stay.
+
+    Args:
+        weights: what to read.
+        readers: who reads it.
+        finish: gives the tensor of a part whose stored bytes are in memory.
+        device: where the tensors end up.
+        progress: told ("load", bytes done, bytes in all) as it goes.
+
+    Returns:
+        The tensors by weight name.
+    """
+    total = sum(weight.stored_nbytes for weight in weights)
+    before = readers.bytes_read
+
+    def tell() -> None:
+        if progress is not None:
+            progress("load", min(readers.bytes_read - before, total), total)
+
+    tensors: dict[str, torch.Tensor] = {}
+    waiting: list[tuple[Layout, Area, Ticket]] = []
+    for group in resident_areas(weights):
+        if group[0].converted or device.type != "cpu":
+            for weight in group:
+                tensors[weight.name] = _in_blocks(weight, readers, finish, device, tell)
+            continue
+        layout = lay_out([(w, Part(w.name, 0, w.rows)) for w in group])
+        area = Area(layout.nbytes)
+        waiting.append((layout, area, readers.submit(layout.reads, area)))
+    tensors.update(_arrived(waiting, readers, finish, tell))
+    tell()
+    return tensors
+
+
+def _arrived(
+    waiting: list[tuple[Layout, Area, Ticket]], readers: Readers, finish: Finish, tell: Callable[[], None]
+) -> dict[str, torch.Tensor]:
+    """The tensors of areas that are being read, once they are."""
+    tensors = {}
+    for layout, area, ticket in waiting:
+        _wait(readers, ticket, tell)
+        for placed in layout.placed:
+            tensor = finish(placed, area.tensor)
+            tensors[placed.part.weight] = tensor if isinstance(tensor, Encoded) else tensor.detach()
+    return tensors
+
+
+def _in_blocks(
+    weight: Weight, readers: Readers, finish: Finish, device: torch.device, tell: Callable[[], None]
+) -> torch.Tensor:
+    """A weight whose bytes only pass through host memory, to be converted or on their way to a device: by rows."""
+    if weight.convert is Convert.DECODE:
+        layout = lay_out([(weight, Part(weight.name, 0, weight.rows))])
+        area = Area(layout.nbytes)
+        _wait(readers, readers.submit(layout.reads, area), tell)
+        return finish(layout.placed[0], area.tensor.to(device))
+    rows = weight.rows
+    if weight.convert is not Convert.REPLAY and weight.shape:
+        rows = max(min(rows, AT_ONCE * weight.rows // max(weight.stored_nbytes, 1)), 1)
+    out = None
+    for first in range(0, max(weight.rows, 1), max(rows, 1)):
+        layout = lay_out([(weight, Part(weight.name, first, min(rows, weight.rows - first)))])
+        area = Area(layout.nbytes)
+        _wait(readers, readers.submit(layout.reads, area), tell)
+        block = finish(layout.placed[0], area.tensor).detach()
+        if rows >= weight.rows:
+            return block.to(device, copy=True)
+        if out is None:
+            out = torch.empty(weight.shape, dtype=block.dtype, device=device)
+        out[first : first + block.shape[0]] = block
+    assert out is not None
+    return out
+
+
+def _wait(readers: Readers, ticket: Ticket, tell: Callable[[], None]) -> None:
+    """Wait for a ticket, with a sign of life."""
+    while True:
+        with readers.changed:
+            if not ticket.left or readers.closed:
+                break
+            readers.changed.wait(0.1)
+        tell()
+    readers.wait(ticket)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from lamina.checkpoint import Checkpoint, Extent
+from lamina.checkpoint import Checkpoint
 from lamina.hf.recorder import layer_names, weight_names
 from lamina.hf.trace import Trace
 from lamina.plan.layout import PACKING, align
-from lamina.plan.schedule import Call, Convert, Cut, PanelSpan, Piece, Schedule, Segment, Weight
-from lamina.runtime.panels import is_plain, scratch_bytes, segments_of, whole_tensor
+from lamina.plan.schedule import Call, Convert, Cut, PanelSpan, Piece, Schedule, Weight
 from lamina.tensors.disk import DiskTensor, torch_dtype
-from lamina.tensors.expressions import Box, Expression, replay, sources_of
-from lamina.tensors.packed import Encoded, Scratch
+from lamina.tensors.expressions import Expression, replay, sources_of
+from lamina.tensors.packed import BLOCK, Encoded, Scratch, block_rows
+from lamina.weights.addresses import Addresses, addresses_of, whole_tensor
 
-SHORTEST_RUN = 4096  # bytes; a weight in shorter runs is replayed instead of addressed
-MOST_RUNS = 1 << 16
+REPLAY_COPIES = 3  # of a weight while its expression is computed: intermediate results in a wider dtype
 PACKED_FROM = 1.25  # times smaller on disk: from there on a replayed weight stays in memory as it is stored
 SMALL_SHARE = 0.0005  # of the model: the smallest weights that together stay below it are always resident
 
@@ -95,7 +93,7 @@ def describe(model: torch.nn.Module, checkpoint: Checkpoint, traced: Trace) -> W
                 orders[name] = torch.tensor(checkpoint.row_orders[source])
         weights[name] = weight
     for name in _small(weights):
-        weights[name] = _with(weights[name], always=True)
+        weights[name] = replace(weights[name], always=True, gathered=False)
     root = _without_lookups(traced.root, traced.lookups, weights)
     schedule = Schedule(root, weights, layer_names(model), traced.traced, dict(traced.routed),
                         scratch_bytes(weights.values()), traced.operations)  # fmt: skip
@@ -105,41 +103,48 @@ def describe(model: torch.nn.Module, checkpoint: Checkpoint, traced: Trace) -> W
 def _weight(
     name: str, tensor: DiskTensor, checkpoint: Checkpoint, uses: frozenset[str], experts: int, is_buffer: bool
 ) -> tuple[Weight, Replay | None]:
+    """A weight as the planner knows it, and how to compute it where its bytes have no addresses."""
+    found = addresses_of(tensor, checkpoint)
     shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-    plain = tensor.boxes is not None and all(is_plain(box.source, checkpoint) for box in tensor.boxes)
-    pieces = _pieces(tensor, checkpoint) if plain else None
-    segments: tuple[Segment, ...] = ()
-    if pieces is None:
-        segments, pieces = segments_of(tensor, checkpoint)
-    if pieces is None:
-        own, stored_pieces, stored_nbytes = _replayed(tensor, checkpoint)
-        shrinks = stored_nbytes * PACKED_FROM <= tensor.numel() * tensor.element_size() and len(shape) >= 2
+    if found is None:
+        own, pieces, nbytes = _replayed(tensor, checkpoint)
+        shrinks = nbytes * PACKED_FROM <= tensor.numel() * tensor.element_size() and len(shape) >= 2
         convert = Convert.DECODE if shrinks and not is_buffer else Convert.REPLAY
-        weight = Weight(name, shape, dtype, tensor.element_size(), stored_pieces, 0, stored_nbytes, convert)
-        return _with(weight, always=is_buffer), own
-    stored_itemsize = 1 if segments else (tensor.cast_from or tensor.dtype).itemsize
-    convert = Convert.NONE if tensor.cast_from is None else Convert.CAST
-    convert = Convert.DECODE if segments else convert
-    looked_up = "embedding" in uses
-    cut = Cut.WHOLE
+        return Weight(name, shape, dtype, tensor.element_size(), pieces, 0, nbytes, convert, always=is_buffer), own
+    cut = _cut(shape, uses, experts)
+    always = is_buffer or not tensor.numel()
+    weight = Weight(
+        name,
+        shape,
+        dtype,
+        tensor.element_size(),
+        found.pieces,
+        1 if found.segments else (tensor.cast_from or tensor.dtype).itemsize,
+        found.nbytes,
+        _convert(tensor, found),
+        cut,
+        gathered=uses == {"embedding"} and len(shape) == 2 and not always,
+        always=always,
+        experts=experts if cut is Cut.EXPERTS else 0,
+        segments=found.segments,
+    )
+    return weight, None
+
+
+def _convert(tensor: DiskTensor, found: Addresses) -> Convert:
+    """What is between the bytes that were found and the tensor."""
+    if found.segments:
+        return Convert.DECODE
+    return Convert.NONE if tensor.cast_from is None else Convert.CAST
+
+
+def _cut(shape: tuple[int, ...], uses: frozenset[str], experts: int) -> Cut:
+    """How a weight may be consumed in blocks, by what the trace saw it used for."""
     if uses - {"embedding"} == {"linear"} and len(shape) == 2:
-        cut = Cut.ROWS
-    elif uses == {"experts"} and len(shape) >= 2 and experts and shape[0] % experts == 0:
-        cut = Cut.EXPERTS
-    gathered = looked_up and uses == {"embedding"} and len(shape) == 2
-    nbytes = sum(piece.extent.length for piece in pieces)
-    if segments:
-        nbytes = segments[-1].at + segments[-1].nbytes
-    weight = Weight(name, shape, dtype, tensor.element_size(), pieces, stored_itemsize, nbytes, convert, cut, gathered,
-                    experts=experts if cut is Cut.EXPERTS else 0, segments=segments)  # fmt: skip
-    return _with(weight, always=is_buffer or not tensor.numel()), None
-
-
-def _with(weight: Weight, *, always: bool) -> Weight:
-    if weight.always or not always:
-        return weight
-    fields = {f: getattr(weight, f) for f in Weight.__dataclass_fields__}
-    return Weight(**{**fields, "always": True, "gathered": False})
+        return Cut.ROWS
+    if uses == {"experts"} and len(shape) >= 2 and experts and shape[0] % experts == 0:
+        return Cut.EXPERTS
+    return Cut.WHOLE
 
 
 def _small(weights: Mapping[str, Weight]) -> list[str]:
@@ -179,63 +184,6 @@ def _without_lookups(call: Call, lookups: frozenset[tuple[str, str]], weights: M
     return visit(call)
 
 
-def _pieces(tensor: DiskTensor, checkpoint: Checkpoint) -> tuple[Piece, ...] | None:
-    """Runs of bytes that hold the tensor in row-major order, or None where they would be too many."""
-    assert tensor.boxes is not None
-    itemsize = (tensor.cast_from or tensor.dtype).itemsize
-    pieces: list[Piece] = []
-    for box in tensor.boxes:
-        runs = _runs(box, tuple(tensor.shape), itemsize)
-        if runs is None or len(pieces) + len(runs) > MOST_RUNS:
-            return None
-        assert isinstance(box.source, str)
-        extent = checkpoint.tensors[box.source].extent
-        pieces.extend(Piece(Extent(extent.file, extent.offset + begin, length), at) for begin, at, length in runs)
-    pieces.sort(key=lambda piece: piece.at)
-    merged: list[Piece] = []
-    for piece in pieces:
-        last = merged[-1] if merged else None
-        if (
-            last is not None
-            and last.extent.file == piece.extent.file
-            and last.at + last.extent.length == piece.at
-            and last.extent.offset + last.extent.length == piece.extent.offset
-        ):
-            extent = Extent(last.extent.file, last.extent.offset, last.extent.length + piece.extent.length)
-            merged[-1] = Piece(extent, last.at)
-        else:
-            merged.append(piece)
-    covered = sum(piece.extent.length for piece in merged)
-    return tuple(merged) if covered == tensor.numel() * itemsize else None
-
-
-def _runs(box: Box, shape: tuple[int, ...], itemsize: int) -> list[tuple[int, int, int]] | None:
-    """(byte in the source, byte in the tensor, bytes) of each run that is contiguous in both."""
-    sizes, strides = box.view.shape, box.view.stride()
-    if box.view.numel() == 0:
-        return []
-    run, depth = 1, box.view.dim()
-    while depth and (sizes[depth - 1] == 1 or strides[depth - 1] == run):
-        depth -= 1
-        run *= sizes[depth]
-        if sizes[depth] != shape[depth]:
-            break
-    if depth and run * itemsize < SHORTEST_RUN:
-        return None
-    weight_strides = [1] * len(shape)
-    for d in range(len(shape) - 2, -1, -1):
-        weight_strides[d] = weight_strides[d + 1] * shape[d + 1]
-    origin = sum(s * w for s, w in zip(box.start, weight_strides, strict=True))
-    runs = []
-    for index in itertools.product(*(range(size) for size in sizes[:depth])):
-        begin = int(box.view.storage_offset()) + sum(i * s for i, s in zip(index, strides, strict=False))
-        at = origin + sum(i * w for i, w in zip(index, weight_strides, strict=False))
-        runs.append((begin * itemsize, at * itemsize, run * itemsize))
-        if len(runs) > MOST_RUNS:
-            return None
-    return runs
-
-
 def _replayed(tensor: DiskTensor, checkpoint: Checkpoint) -> tuple[Replay, tuple[Piece, ...], int]:
     pieces, sources, at = [], [], 0
     encoded, orders = {}, {}
@@ -249,3 +197,18 @@ def _replayed(tensor: DiskTensor, checkpoint: Checkpoint) -> tuple[Replay, tuple
         sources.append((name, at, entry.shape, torch_dtype(entry)))
         at = align(at + entry.extent.length, PACKING)
     return Replay(tensor.expression, tuple(sources), encoded, orders), tuple(pieces), at
+
+
+def scratch_bytes(weights: Iterable[Weight]) -> int:
+    """Memory that decoding takes: a block of rows for linears, the whole of what is used in another way."""
+    block = whole = 0
+    for weight in weights:
+        if weight.convert is not Convert.DECODE:
+            continue
+        if weight.cut is Cut.ROWS and weight.segments:
+            rows = max(block_rows(weight.shape[-1], weight.itemsize, s.codec, s.panel_rows) for s in weight.segments)
+            block = max(block, BLOCK, min(rows, weight.rows) * weight.shape[-1] * weight.itemsize)
+        elif not weight.gathered:
+            own = weight.decoded_nbytes // max(weight.experts, 1)
+            whole = max(whole, own if weight.segments else own * REPLAY_COPIES)
+    return block + whole

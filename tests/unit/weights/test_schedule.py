@@ -15,8 +15,8 @@ from lamina.checkpoint import Checkpoint, open_checkpoint
 from lamina.hf.building.build import Request, build
 from lamina.hf.trace import trace
 from lamina.plan.schedule import Convert, Cut, Weight
-from lamina.runtime import schedule as weights_module
-from lamina.runtime.schedule import Weights, describe
+from lamina.weights import addresses
+from lamina.weights.schedule import Weights, describe
 
 
 def _described(folder: Path, **options: object) -> Weights:
@@ -105,8 +105,8 @@ def test_rows_of_a_merged_weight(first: int, count: int, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     "change",
-    [lambda patch: patch.setattr(weights_module, "SHORTEST_RUN", 1 << 30),
-     lambda patch: patch.setattr(weights_module, "MOST_RUNS", 1)],
+    [lambda patch: patch.setattr(addresses, "SHORTEST_RUN", 1 << 30),
+     lambda patch: patch.setattr(addresses, "MOST_RUNS", 1)],
 )  # fmt: skip
 def test_a_weight_in_too_many_pieces_is_replayed(
     change: Callable[[pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

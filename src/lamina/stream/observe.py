@@ -1,0 +1,79 @@
+"""The points at which a listener is told what the stream and the runtime do; without one a point costs a test.
+
+A point is a method in `timed`: the listener hears of each call when it has ended, however it did. One listener at a
+time hears of all models of the process, each call in the thread that made it.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, ParamSpec, Protocol, TypeVar
+
+WAIT, COPY, LAMINA = "wait", "copy", "lamina"  # what a point is: for the disk, of bytes, anything else
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Listener(Protocol):
+    """Hears what happens; times are nanoseconds of `time.perf_counter_ns`."""
+
+    def span(self, kind: str, name: str, begin: int, end: int) -> None:
+        """A call has ended; its name says what was done, and to which module, weight or unit."""
+
+    def ring(self, taken: int, full: bool) -> None:
+        """So many bytes of the stream's ring are taken now; `full` where the next unit has no room."""
+
+
+class _Ear:
+    listener: Listener | None = None
+
+
+EAR = _Ear()
+
+
+def listen(listener: Listener) -> Callable[[], None]:
+    """Let `listener` hear everything from now on; what ends that."""
+    before, EAR.listener = EAR.listener, listener
+
+    def end() -> None:
+        EAR.listener = before
+
+    return end
+
+
+def timed(kind: str, name: str | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A method as a point.
+
+    Args:
+        kind: `WAIT`, `COPY` or `LAMINA`.
+        name: what the listener is told; else that of the method, with what it is called for.
+    """
+
+    def point(call: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(call)
+        def told(*args: P.args, **kwargs: P.kwargs) -> R:
+            listener = EAR.listener
+            if listener is None:
+                return call(*args, **kwargs)
+            began = time.perf_counter_ns()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                ended = time.perf_counter_ns()
+                listener.span(kind, name or _label(call.__name__.strip("_"), args[1:]), began, ended)
+
+        return told
+
+    return point
+
+
+def _label(name: str, args: tuple[Any, ...]) -> str:
+    """What is done, and to what: a module, a weight, a unit."""
+    of = args[0] if args else ""
+    for attribute in ("part", "item"):
+        of = getattr(of, attribute, of)
+    of = getattr(of, "weight", getattr(of, "module", of))
+    return f"{name} {of}" if isinstance(of, str) and of else name
