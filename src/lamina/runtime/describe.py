@@ -11,8 +11,7 @@ from typing import Any
 
 from lamina.caller import option
 from lamina.checkpoint import Checkpoint, open_checkpoint
-from lamina.checkpoint.gguf import find_gguf
-from lamina.checkpoint.gguf_name import choose_gguf, local_names, split_name
+from lamina.checkpoint.choose import choose_gguf, find_gguf, local_names, split_name
 from lamina.errors import RequestError
 from lamina.hf.adapter import refuse_adapter
 from lamina.hf.arguments import check_format
@@ -22,13 +21,13 @@ from lamina.hf.gguf import load_gguf
 from lamina.hf.names import PreTrainedModel
 from lamina.hf.tokenizer import tokenizer_bytes
 from lamina.hf.trace import Trace, trace
+from lamina.hub import HUB_OPTIONS, local_path, locate, locate_gguf, metadata_folder, remote_headers
 from lamina.progress import Progress
 from lamina.runtime.schedule import Weights, describe
 from lamina.tensors.torch_pickle import read_pickled
 
 Encode = Callable[[PreTrainedModel, Checkpoint, Trace, Weights], Checkpoint]
 """(model, its checkpoint, its trace, its weights) -> the checkpoint that is meant in place of that one"""
-HUB = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
 HEADER_TIMES = 23  # bytes of memory for the tokenizer, for each of a GGUF header, which is mostly vocabulary
 
 
@@ -94,7 +93,7 @@ def _files(
     """The small files that are meant, with what was asked for, and the checkpoint's tensors."""
     trust = bool(options.pop("trust_remote_code", False))
     options.pop("output_loading_info", None)
-    hub = {key: options[key] for key in HUB if options.get(key) is not None}
+    hub = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
     variant = options.pop("variant", None)
     model, chosen = chosen_gguf(model, options.pop("gguf_file", None))
     if file := _gguf_file(model, hub, chosen, progress, weights_wanted):
@@ -117,8 +116,6 @@ def _open(
     if _is_local(model):
         checkpoint = open_any(os.path.expanduser(model), variant=variant, subfolder=hub.get("subfolder", ""))
         return checkpoint.root, checkpoint
-    from lamina.checkpoint.hub import locate, metadata_folder, remote_headers
-
     if wanted:
         found = locate(model, variant=variant, progress=progress, trust_remote_code=trust, **hub)
     else:
@@ -152,9 +149,6 @@ def _gguf_file(
         root = os.path.join(os.path.expanduser(model), subfolder)
         path = os.path.join(root, name)
         return path if os.path.isfile(path) else os.path.join(root, choose_gguf(local_names(root), name, model))
-    from lamina.checkpoint.hub import local_path
-    from lamina.checkpoint.hub_gguf import locate_gguf
-
     local_path(model)  # says what is wrong with one that can only be a path
     return locate_gguf(model, name, progress=progress, wanted=wanted, **hub)
 

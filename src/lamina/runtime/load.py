@@ -17,12 +17,13 @@ from lamina.errors import BudgetError, RequestError
 from lamina.hf.build import Request
 from lamina.hf.names import PreTrainedModel
 from lamina.hf.tokenizer import LazyTokenizer, load_tokenizer
+from lamina.hub import HUB_OPTIONS
 from lamina.plan.forecast import Hardware
 from lamina.plan.plan import SHORTEST_CONTEXT, Budget, Plan
 from lamina.plan.planner import make_plan, minimum_memory
 from lamina.progress import Progress
 from lamina.runtime.budget import default_context, make_budget
-from lamina.runtime.describe import HUB, Described, Encode, describe_model
+from lamina.runtime.describe import Described, Encode, describe_model
 from lamina.runtime.engine import Engine
 from lamina.runtime.handle import Lamina
 from lamina.runtime.rates import assume, measure, prepare, without_kernels
@@ -79,7 +80,7 @@ def load_model(model: str, asked: Asked, options: dict[str, Any], *, prefetching
     streamed.lamina.loading_info = prepared.loading_info
     streamed.lamina.fallbacks.say(engine.plan.fallbacks)
     streamed.lamina.attach()
-    _give_tokenizer(streamed, prepared.request, {key: options[key] for key in HUB if key in options})
+    _give_tokenizer(streamed, prepared.request, {key: options[key] for key in HUB_OPTIONS if key in options})
     return streamed
 
 

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lamina.checkpoint import metadata_folder
-from lamina.checkpoint.gguf_name import split_name
+from lamina.checkpoint.choose import split_name
 from lamina.checkpoint.manifest import PLAIN, Manifest, check_compression
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.fallbacks import Fallbacks
+from lamina.hub import metadata_folder
 from lamina.progress import Progress
 from lamina.store.original import IN_CACHE, Deletion, delete_original_files
 from lamina.store.place import check_place, default_folder

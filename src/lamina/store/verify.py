@@ -8,7 +8,7 @@ from typing import Any
 
 from lamina.atomic_files import checksum
 from lamina.checkpoint import open_checkpoint
-from lamina.checkpoint.manifest import MANIFEST, is_partial, partial_store, read_manifest
+from lamina.checkpoint.manifest import JOURNAL, MANIFEST, partial_store, read_manifest
 from lamina.errors import CheckpointError, RequestError
 from lamina.progress import Progress
 
@@ -63,9 +63,9 @@ def verify(folder: str | os.PathLike[str], *, progress: Progress | None = None) 
         names = os.listdir(root)
     except OSError as error:
         raise RequestError(f"{root} cannot be listed ({error.strerror}): give the folder of a store") from None
-    if is_partial(names):
-        raise partial_store(root)
     if MANIFEST not in names:
+        if JOURNAL in names:
+            raise partial_store(root)
         raise RequestError(f"{root} holds no store: it has no {MANIFEST}; `lamina split` makes one")
     manifest = read_manifest(root)
     small = manifest.small_files

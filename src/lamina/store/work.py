@@ -13,10 +13,10 @@ import lamina
 from lamina.atomic_files import check_room, checksum, is_part, refusals, remove_parts, write_whole
 from lamina.caller import another_place
 from lamina.checkpoint import open_checkpoint
+from lamina.checkpoint.checkpoint import STATED
 from lamina.checkpoint.choose import INDEX_FILE, small_files
 from lamina.checkpoint.manifest import JOURNAL, MANIFEST, PLAIN, Manifest, ManifestFile, manifest_text, read_manifest
 from lamina.checkpoint.mistaken import ADAPTER_CONFIG
-from lamina.checkpoint.shards import STATED
 from lamina.errors import ChangedError, CheckpointError, RequestError
 from lamina.hf.build import Request, build
 from lamina.hf.trace import trace

@@ -1,6 +1,7 @@
-"""From the name that a user gives to a folder on this machine, through huggingface_hub's own cache.
+"""From the name that a user gives to files on this machine, through huggingface_hub's own cache.
 
-Only what the model needs is fetched, small files first: where the weights are whole, so is the rest.
+Only what the model needs is fetched, small files first: where the weights are whole, so is the rest. Of GGUF files
+it is the one that is named, with all the parts of a split one.
 """
 
 from __future__ import annotations
@@ -16,12 +17,21 @@ from typing import Any
 
 from lamina.caller import option
 from lamina.checkpoint.checkpoint import read_index
-from lamina.checkpoint.choose import check_subfolder, choose_weights, parse_index, small_files
-from lamina.checkpoint.gguf_name import gguf_alone, gguf_models, local_names
-from lamina.checkpoint.hub_errors import clear_errors
+from lamina.checkpoint.choose import (
+    check_subfolder,
+    choose_gguf,
+    choose_weights,
+    gguf_alone,
+    gguf_models,
+    local_names,
+    parse_index,
+    part_names,
+    small_files,
+)
+from lamina.checkpoint.header import quote
 from lamina.checkpoint.mistaken import lone_adapter
-from lamina.checkpoint.remote import remote_headers
-from lamina.checkpoint.repository import (
+from lamina.errors import CheckpointError, MissingShardError, ModelNotFoundError, RequestError, UnsupportedError
+from lamina.hub.repository import (
     HubRequest,
     Listing,
     RemoteFile,
@@ -29,16 +39,13 @@ from lamina.checkpoint.repository import (
     adapter_of,
     check_listed,
     choose_remote,
+    clear_errors,
     in_subfolder,
     list_repository,
     offline,
 )
-from lamina.checkpoint.strict import quote
-from lamina.errors import CheckpointError, MissingShardError, ModelNotFoundError
 from lamina.progress import Progress
 from lamina.sizes import format_size
-
-__all__ = ["Token", "local_path", "locate", "metadata_folder", "remote_headers"]
 
 
 def locate(
@@ -112,6 +119,55 @@ def metadata_folder(
         with clear_errors(request.model, revision):
             return _fetch_small(request, listing, ())
     return _snapshot_in_cache(request, listing or offline())
+
+
+def locate_gguf(
+    model: str,
+    name: str,
+    *,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    token: Token = None,
+    local_files_only: bool = False,
+    subfolder: str = "",
+    progress: Progress | None = None,
+    wanted: bool = True,
+) -> str:
+    """The local path of a GGUF file of a repository, after a download where it is needed.
+
+    Args:
+        model: a hub id.
+        name: of the file, or of any part of a split one, in the repository's `subfolder`; or a tag such as `Q4_K_M`
+            that one of its files has in its name.
+        wanted: download it; else it is only looked for in the cache.
+        revision, cache_dir, token, local_files_only, subfolder, progress: as for `locate`.
+
+    Raises:
+        ModelNotFoundError: no such repository.
+        UnsupportedError: it is not here and not wanted.
+        RequestError: the repository has no such file, or several; gated, a revision that is not there, a refused token.
+        MissingShardError: the cache alone may be used and does not have it, or the repository lacks a part.
+        CheckpointError: no connection, no space.
+    """
+    request = HubRequest(model, revision, cache_dir, token, check_subfolder(subfolder))
+    listing = None if local_files_only else list_repository(request)
+    if not isinstance(listing, Listing):
+        return _gguf_in_cache(request, name, listing or offline())
+    names = part_names(_chosen(request, listing.files, name))
+    if missing := next((each for each in names if each not in listing.files), None):
+        raise MissingShardError(f"{name} of {model} needs {missing}, which the repository does not have")
+    if not wanted:
+        try:
+            return _in_cache(request, names, "")
+        except MissingShardError:
+            raise UnsupportedError(
+                f"a GGUF file is planned from its own header: download {names[0]} of {model} first, "
+                f"with `hf download {model} {' '.join(names)}`"
+            ) from None
+    with clear_errors(model, revision):
+        remember_commit(request)
+        folder = download_files(request, listing, {each: listing.files[each] for each in names}, progress)
+    return os.path.join(folder, names[0])
 
 
 def local_path(model: str | os.PathLike[str]) -> str | None:
@@ -277,25 +333,12 @@ def _check_space(request: HubRequest, nbytes: int) -> None:
 
 
 def _snapshot_in_cache(request: HubRequest, why: str) -> str:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        with clear_errors(request.model, request.revision, but=LocalEntryNotFoundError):
-            # No pattern, no check: huggingface_hub would ask for every file that the repository has.
-            folder = snapshot_download(
-                request.model,
-                revision=request.revision,
-                cache_dir=request.cache_dir,
-                local_files_only=True,
-                allow_patterns=[],
-            )
-    except LocalEntryNotFoundError:
+    if (folder := _cached_snapshot(request)) is None:
         at = f" at revision {request.revision!r}" if request.revision else ""
         raise ModelNotFoundError(
             f"{request.model}{at} is not in the cache {_cache(request)}, and {why}: "
             "run once with the network, or give a folder"
-        ) from None
+        )
     if not any(os.path.exists(os.path.join(folder, top, "config.json")) for top in ("", request.subfolder)):
         if gguf_models(names := local_names(folder)):
             raise gguf_alone(names, request.model)
@@ -319,3 +362,51 @@ def _whole_in_cache(request: HubRequest, why: str) -> str:
             f"(the first is {missing[0]}), and {why}: run once with the network"
         )
     return folder
+
+
+def _chosen(request: HubRequest, names: Iterable[str], choice: str) -> str:
+    """The path in the repository of the file that is meant."""
+    exact = in_subfolder(request, choice)
+    own = [name for name in names if name.startswith(in_subfolder(request, ""))]
+    return exact if exact in own else choose_gguf(own, choice, request.model)
+
+
+def _cached_snapshot(request: HubRequest) -> str | None:
+    """The folder of what the cache has of a repository at the revision that is asked for; None where it has nothing."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        with clear_errors(request.model, request.revision, but=LocalEntryNotFoundError):
+            # No pattern, no check: huggingface_hub would ask for every file that the repository has.
+            return snapshot_download(
+                request.model,
+                revision=request.revision,
+                cache_dir=request.cache_dir,
+                local_files_only=True,
+                allow_patterns=[],
+            )
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _gguf_in_cache(request: HubRequest, name: str, why: str) -> str:
+    """The file that is meant, of those that the cache has."""
+    cached = _cached_snapshot(request)
+    there = local_names(cached) if cached else []
+    if not there:
+        raise MissingShardError(f"{name} of {request.model} is not in the cache, and {why}: run with the network")
+    try:
+        chosen = _chosen(request, there, name)
+    except RequestError as error:
+        raise MissingShardError(f"in the cache, {error}; and {why}") from None
+    return _in_cache(request, part_names(chosen), why)
+
+
+def _in_cache(request: HubRequest, names: list[str], why: str) -> str:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = [try_to_load_from_cache(request.model, name, request.cache_dir, request.revision) for name in names]
+    if missing := [name for name, path in zip(names, found, strict=True) if not isinstance(path, str)]:
+        raise MissingShardError(f"{missing[0]} of {request.model} is not in the cache, and {why}: run with the network")
+    return str(found[0])
