@@ -11,7 +11,6 @@ import glob
 import logging
 import os
 import shutil
-import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -44,7 +43,7 @@ from lamina.hub.repository import (
     list_repository,
     offline,
 )
-from lamina.progress import Progress
+from lamina.progress import Progress, Tally
 from lamina.sizes import format_size
 
 
@@ -225,27 +224,28 @@ def download_files(
     total = sum(file.size or 0 for file in files.values())
     missing = sum(file.size or 0 for name, file in files.items() if not _is_cached(request, listing, name))
     _check_space(request, missing)
-    counter = _Counter(progress, total - missing, total)
+    counter = Tally(progress, "download", total, total - missing)
+    counter.add(0)
     folder = _snapshot(request, listing.commit, files, counter)
-    counter.finish()
+    counter.reach(total)
     return folder
 
 
 def remember_commit(request: HubRequest) -> None:
     """Lets the cache learn which commit the revision stands for, so that it is found there without the network."""
-    _snapshot(request, request.revision, (), _Counter(None, 0, 0))
+    _snapshot(request, request.revision, (), Tally(None, "download", 0))
 
 
 def _fetch_small(request: HubRequest, listing: Listing, also: Iterable[str]) -> str:
     names = [*small_files(listing.files, request.subfolder, request.trust_remote_code), *also]
     # By the revision's own name, so that the cache learns which commit it stands for.
-    folder = _snapshot(request, request.revision, names, _Counter(None, 0, 0))
+    folder = _snapshot(request, request.revision, names, Tally(None, "download", 0))
     if os.path.basename(folder) != listing.commit:
         raise CheckpointError(f"{request.model} was changed on the hub at this very moment: try again")
     return folder
 
 
-def _snapshot(request: HubRequest, revision: str | None, names: Iterable[str], counter: _Counter) -> str:
+def _snapshot(request: HubRequest, revision: str | None, names: Iterable[str], counter: Tally) -> str:
     from huggingface_hub import snapshot_download
 
     patterns = [glob.escape(name) for name in names]
@@ -269,25 +269,7 @@ def _no_match_is_meant(record: logging.LogRecord) -> bool:
     return "No files matched" not in record.getMessage()
 
 
-class _Counter:
-    """Adds up bytes from the hub's download threads."""
-
-    def __init__(self, progress: Progress | None, done: int, total: int) -> None:
-        self._progress, self._done, self._total = progress, done, total
-        self._lock = threading.Lock()
-        self.add(0)
-
-    def add(self, nbytes: int) -> None:
-        with self._lock:
-            self._done += nbytes
-            if self._progress is not None:
-                self._progress("download", min(self._done, self._total), self._total)
-
-    def finish(self) -> None:
-        self.add(self._total - self._done)
-
-
-def _silent_bar(counter: _Counter) -> type[Any]:
+def _silent_bar(counter: Tally) -> type[Any]:
     """A progress bar class for huggingface_hub that draws nothing and hands the bytes on."""
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
