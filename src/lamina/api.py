@@ -20,6 +20,7 @@ from lamina.caller import offers, option
 from lamina.errors import RequestError, UnsupportedError
 from lamina.hf.arguments import ordinarily, sorted_out
 from lamina.hf.names import PreTrainedModel
+from lamina.hub import SOURCE_OPTIONS
 from lamina.plan.plan import Plan
 from lamina.plan.speculation import Drafted, Session
 from lamina.progress import Progress
@@ -27,7 +28,7 @@ from lamina.runtime.budget import check_options
 from lamina.runtime.handle import in_place_of
 from lamina.runtime.load import Asked, Described, Encode, check_memory, chosen_gguf, load_model
 from lamina.speculative.decoder import AUTO, NONE, draft_name
-from lamina.speculative.setup import SOURCE, Drafting, announced
+from lamina.speculative.setup import Drafting, announced
 from lamina.store import as_if_split, default_folder, is_store_of, split
 from lamina.store.save import save_pretrained
 
@@ -242,7 +243,7 @@ def _drafting(
     draft: str | None, model: str, asked: Asked, options: dict[str, Any], weights_wanted: bool = True
 ) -> tuple[dict[str, Any], Drafting | _Undrafted]:
     """Where the model comes from, and its draft."""
-    source = {key: options[key] for key in SOURCE if options.get(key) is not None}
+    source = {key: options[key] for key in SOURCE_OPTIONS if options.get(key) is not None}
     memory = (asked.memory, asked.device_memory, asked.context)
     none = draft is None or draft == NONE
     drafting = functools.partial(Drafting, draft, model, source, dict(options), memory, asked.progress, weights_wanted)

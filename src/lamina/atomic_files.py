@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from lamina.caller import another_place
@@ -42,8 +43,11 @@ class NewFile:
         nbytes: written so far.
     """
 
-    def __init__(self, folder: str, name: str) -> None:
-        self.path = os.path.join(folder, name)
+    def __init__(
+        self, folder: str, name: str, refusing: Callable[[str], AbstractContextManager[object]] = refusals
+    ) -> None:
+        """A file of this name in a folder; `refusing` says what becomes of errors of the operating system."""
+        self.path, self._refusing = os.path.join(folder, name), refusing
         self.nbytes = 0
         self._part = os.path.join(folder, f".{name}.{secrets.token_hex(8)}{PART}")
         self._digest = hashlib.sha256()
@@ -52,7 +56,7 @@ class NewFile:
 
     def __enter__(self) -> NewFile:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-        with refusals(self.path):
+        with self._refusing(self.path):
             self._fd = os.open(self._part, flags, 0o666)
         return self
 
@@ -69,7 +73,7 @@ class NewFile:
         """
         view = memoryview(data)
         self._digest.update(view)
-        with refusals(self.path):
+        with self._refusing(self.path):
             while view.nbytes:
                 view = view[os.write(self._fd, view) :]
         self.nbytes += memoryview(data).nbytes
@@ -79,7 +83,7 @@ class NewFile:
 
     def commit(self) -> str:
         """Give the file its name once its bytes are on the drive; their SHA-256."""
-        with refusals(self.path):
+        with self._refusing(self.path):
             os.fsync(self._fd)
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)

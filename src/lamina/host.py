@@ -8,6 +8,8 @@ import os
 import sys
 from pathlib import Path
 
+import psutil
+
 CGROUP = Path("/sys/fs/cgroup")
 LARGE_BLOCK = 1 << 20  # bytes
 KEPT_FREE = 16 << 20  # bytes at the top of the heap
@@ -18,11 +20,7 @@ NO_LIMIT = 1 << 60  # cgroup v1 writes a number near 2^63 for "none"
 
 def resident_bytes() -> int:
     """Resident memory of this process now."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
-        return peak_resident_bytes()
+    return int(psutil.Process().memory_info().rss)
 
 
 def release_freed() -> None:
@@ -55,25 +53,11 @@ def peak_resident_bytes() -> int:
     except (OSError, ValueError):
         pass
     if sys.platform == "win32":
-        return _windows_peak()
+        return int(psutil.Process().memory_info().peak_wset)
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _windows_peak() -> int:
-    class Counters(ctypes.Structure):
-        _fields_ = [("cb", ctypes.c_ulong), ("faults", ctypes.c_ulong)] + [
-            (name, ctypes.c_size_t) for name in ("peak", "now", "a", "b", "c", "d", "page", "peakpage")
-        ]
-
-    counters = Counters()
-    counters.cb = ctypes.sizeof(counters)
-    library = getattr(ctypes, "windll").psapi  # noqa: B009  (absent from other systems' stubs)
-    process = getattr(ctypes, "windll").kernel32.GetCurrentProcess()  # noqa: B009
-    library.GetProcessMemoryInfo(process, ctypes.byref(counters), counters.cb)
-    return int(counters.peak)
 
 
 def memory_limit(groups: str | None = None, root: Path = CGROUP) -> int | None:
@@ -116,20 +100,7 @@ def _limit(file: Path) -> int | None:
 
 def free_memory() -> int:
     """Bytes this process could still take without swapping, seen through cgroup limits, its own use included."""
-    available = _available()
+    beyond = int(psutil.virtual_memory().available)
     limit = memory_limit()
     own = resident_bytes()
-    return available + own if limit is None else min(available + own, limit)
-
-
-def _available() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 4 << 30
+    return beyond + own if limit is None else min(beyond + own, limit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int], None]
@@ -9,3 +10,27 @@ Progress = Callable[[str, int, int], None]
 
 Calls may come from other threads than the caller's, one call at a time.
 """
+
+
+class Tally:
+    """Adds up the bytes of one stage, from any thread, and reports each piece.
+
+    Attributes:
+        done: bytes so far.
+    """
+
+    def __init__(self, progress: Progress | None, stage: str, total: int, done: int = 0) -> None:
+        self.done = done
+        self._progress, self._stage, self._total = progress, stage, total
+        self._lock = threading.Lock()
+
+    def add(self, nbytes: int) -> None:
+        """So many more are done."""
+        with self._lock:
+            self.done += nbytes
+            if self._progress is not None:
+                self._progress(self._stage, min(self.done, self._total), self._total)
+
+    def reach(self, done: int) -> None:
+        """So many are done in all."""
+        self.add(done - self.done)

@@ -14,8 +14,6 @@ from huggingface_hub import constants
 
 from helpers.fake_hub import FakeHub, connected
 from helpers.make_safetensors import to_bytes, vector, with_prefix
-from lamina.checkpoint.hub import locate, metadata_folder, remote_headers
-from lamina.checkpoint.hub_errors import translate
 from lamina.errors import (
     CheckpointError,
     HeaderError,
@@ -26,6 +24,8 @@ from lamina.errors import (
     TruncatedError,
     UnsupportedError,
 )
+from lamina.hub import locate, metadata_folder, remote_headers
+from lamina.hub.repository import translate
 
 CONFIG = {"config.json": b"{}"}
 SINGLE = {**CONFIG, "model.safetensors": to_bytes({"a": vector(1, 2, 3)})}

@@ -1,26 +1,29 @@
-"""Which files of a folder or a hub repository make up its model: names only, nothing is opened.
+"""Which files are meant: of a folder or hub repository those that make up its model, of several GGUF files the one.
 
-The order is that of transformers: `model.safetensors`, then `model.safetensors.index.json` and its shards, then
-`pytorch_model.bin`, then `pytorch_model.bin.index.json` and its shards.
+Names only, nothing is opened. The order is that of transformers: `model.safetensors`, then
+`model.safetensors.index.json` and its shards, then `pytorch_model.bin`, then `pytorch_model.bin.index.json` and its
+shards. A GGUF file is named as `org/model:file.gguf` or `folder:Q4_K_M`, or is the only one there is.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
-from lamina.checkpoint.gguf_name import ENDING, gguf_alone
+from lamina.caller import named_model
+from lamina.checkpoint.header import parse_object, quote, refuse_other_content
 from lamina.checkpoint.mistaken import ADAPTER_WEIGHTS, instead_of_weights, other_format
-from lamina.checkpoint.strict import parse_object, quote, refuse_other_content
-from lamina.errors import CheckpointError, LaminaError, MissingShardError, RequestError
+from lamina.errors import CheckpointError, LaminaError, MissingShardError, RequestError, UnsupportedError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 INDEX_ENDING = ".safetensors.index.json"
 PICKLED_FILE = "pytorch_model.bin"
 PICKLED_INDEX_ENDING = ".bin.index.json"
+_PICKLES = (PICKLED_FILE, f"{PICKLED_FILE}.index.json")  # go before any GGUF file beside them; safetensors as well
 PICKLED_ENDINGS = (".bin", ".pt", ".pth")
+_CONSOLIDATED = "consolidated"
 
 # What trainers leave beside the weights, in the format of weights.
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states", "trainer_state")
@@ -29,6 +32,15 @@ _VARIANT = re.compile(r"model(?:-\d+-of-\d+)?\.(\w+)(?:-\d+-of-\d+)?\.safetensor
 _SMALL_ENDINGS = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 _TEMPLATE_FOLDER = "additional_chat_templates/"
 _NEVER_CODE = ("original/", "examples/")
+
+ENDING = ".gguf"
+USUAL = "Q4_K_M"
+"""What is proposed first, as llama.cpp and ollama take it first."""
+
+_SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+_TAG = re.compile(r"[\w.-]+")
+_SHOWN = 6
+_DEEPEST = 2  # folders in a local folder that are looked into
 
 
 def add_variant(name: str, variant: str | None) -> str:
@@ -51,19 +63,17 @@ def choose_weights(names: Collection[str], variant: str | None, where: str) -> l
         MissingShardError: `-00002-of-00003` is there and another of the three is not.
         CheckpointError: no weights at all.
     """
-    for wanted in (add_variant(SINGLE_FILE, variant), add_variant(INDEX_FILE, variant)):
-        if wanted in names:
-            return [wanted]
-    loose = sorted(name for name in names if name.endswith(".safetensors") and not name.startswith("."))
-    loose = [name for name in loose if name not in ADAPTER_WEIGHTS]
+    if named := _named_as_usual(names, SINGLE_FILE, variant):
+        return named
+    loose = _weights_among(names, ".safetensors")
     # Mistral repositories hold the same weights once more, in a layout that transformers does not read.
-    if all(name.startswith("consolidated") for name in loose):
+    if not _in_own_layout(loose):
         if pickled := _choose_pickled(names, variant, where):
             return pickled
         if not loose or "params.json" in names or "config.json" not in names:
             raise _no_weights(names, where)
     chosen = _of_variant(loose, variant, where)
-    chosen = [name for name in chosen if not name.startswith("consolidated")] or chosen
+    chosen = _in_own_layout(chosen) or chosen
     _check_numbering(chosen, where)
     return chosen
 
@@ -73,14 +83,28 @@ def is_pickled(name: str) -> bool:
     return name.endswith(PICKLED_ENDINGS)
 
 
+def _named_as_usual(names: Collection[str], single: str, variant: str | None) -> list[str]:
+    """The file that transformers calls so, or its index; empty where neither is there."""
+    usual = (add_variant(single, variant), add_variant(f"{single}.index.json", variant))
+    return [name for name in usual if name in names][:1]
+
+
+def _weights_among(names: Collection[str], ending: str | tuple[str, ...], but: tuple[str, ...] = ()) -> list[str]:
+    """Files of weights, by the ends of their names and not by their beginnings; hidden ones and adapters are none."""
+    found = (name for name in names if name.endswith(ending) and not name.startswith((".", *but)))
+    return sorted(name for name in found if name not in ADAPTER_WEIGHTS)
+
+
+def _in_own_layout(names: Iterable[str]) -> list[str]:
+    """Those that are not in Mistral's or Meta's."""
+    return [name for name in names if not name.startswith(_CONSOLIDATED)]
+
+
 def _choose_pickled(names: Collection[str], variant: str | None, where: str) -> list[str]:
     """The pickled weights of a folder, or their index; empty where there are none."""
-    index = add_variant(f"{PICKLED_FILE}.index.json", variant)
-    for wanted in (add_variant(PICKLED_FILE, variant), index):
-        if wanted in names:
-            return [wanted]
-    found = sorted(n for n in names if is_pickled(n) and not n.startswith((*_NO_WEIGHTS, ".", "consolidated")))
-    found = [name for name in found if name not in ADAPTER_WEIGHTS]
+    if named := _named_as_usual(names, PICKLED_FILE, variant):
+        return named
+    found = _weights_among(names, PICKLED_ENDINGS, (*_NO_WEIGHTS, _CONSOLIDATED))
     if variant or not found or any(other_format(name) for name in names):
         return []
     shards = [name for name in found if name.startswith("pytorch_model-")]
@@ -193,3 +217,123 @@ def check_subfolder(subfolder: str) -> str:
     if os.path.isabs(subfolder) or ".." in subfolder.split("/") or not subfolder.isprintable():
         raise RequestError(f"subfolder {quote(subfolder)} must be a folder inside the model's own")
     return subfolder.strip("/")
+
+
+def split_name(model: str | os.PathLike[str]) -> tuple[str, str | None]:
+    """A model and which GGUF file of it, as in `org/model:file.gguf` and `folder:Q4_K_M`; None where none is named.
+
+    What exists is a path, whatever colons it has; so is what begins like a drive of Windows, or like an address.
+    """
+    name = os.fspath(model)
+    head, colon, choice = name.rpartition(":")
+    if not colon or len(head) < 2 or os.path.lexists(os.path.expanduser(name)):
+        return name, None
+    if choice.lower().endswith(ENDING) and not choice.startswith(("/", "\\")):
+        return head, choice
+    return (head, choice) if _TAG.fullmatch(choice) else (name, None)
+
+
+def part_names(name: str) -> list[str]:
+    """The names of all parts of a split model, by that of one; the name alone where it is none of a part."""
+    match = _SPLIT.fullmatch(name)
+    if match is None or not 1 <= int(match[2]) <= int(match[3]):
+        return [name]
+    return [f"{match[1]}-{number:05d}-of-{match[3]}.gguf" for number in range(1, int(match[3]) + 1)]
+
+
+def gguf_models(names: Iterable[str]) -> list[str]:
+    """The models among file names, of a split one the first part that is there; projectors of images are left out."""
+    models: dict[str, str] = {}
+    for name in sorted(names):
+        base = os.path.basename(name)
+        if base.lower().endswith(ENDING) and not base.startswith((".", "mmproj")):
+            models.setdefault(part_names(name)[0], name)
+    return sorted(models.values())
+
+
+def choose_gguf(names: Iterable[str], choice: str, where: str) -> str:
+    """The file that a choice means: a name, its last part, or a tag such as `Q4_K_M` that one file has in its name.
+
+    Args:
+        names: of files, by their paths in the folder or repository.
+        choice: what was asked for.
+        where: that folder or repository, as a user names it.
+
+    Raises:
+        RequestError: none fits, or several do.
+    """
+    names = sorted(names)
+    if choice in names:
+        return choice
+    models, is_file = gguf_models(names), choice.lower().endswith(ENDING)
+    found = _with_last_part(names, choice) if is_file else _tagged(models, choice)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise RequestError(f"{where} has {len(found)} GGUF models for {quote(choice)}: {naming(found, where)}")
+    others = f": {naming(models, where)}" if models else ", nor any GGUF"
+    raise RequestError(f"{where} has no {'file' if is_file else 'GGUF file for'} {quote(choice)}{others}")
+
+
+def _with_last_part(names: Iterable[str], last: str) -> list[str]:
+    found = [name for name in names if os.path.basename(name) == last]
+    return gguf_models(found) or found
+
+
+def _tagged(models: Iterable[str], tag: str) -> list[str]:
+    """The models with this word in their paths; of these the ones with it in their own names, if any has it there."""
+    word = re.compile(rf"(?<![A-Za-z0-9_]){re.escape(tag)}(?![A-Za-z0-9_])", re.IGNORECASE)
+    found = [name for name in models if word.search(name)]
+    return [name for name in found if word.search(os.path.basename(name))] or found
+
+
+def gguf_alone(names: Iterable[str], where: str) -> LaminaError:
+    """The error for a place that has GGUF models only, and nobody said which."""
+    models = gguf_models(names)
+    if not models:
+        return UnsupportedError(f"{where} holds a projector of images in GGUF and no model: give the model's own file")
+    count = "one GGUF model" if len(models) == 1 else f"{len(models)} GGUF models"
+    return UnsupportedError(f"{where} holds {count} and no other weights: {naming(models, where)}")
+
+
+def naming(models: list[str], where: str) -> str:
+    """How to name one of several, in words that can be copied."""
+    first = next((name for name in models if USUAL.lower() in name.lower()), models[0])
+    others = [name for name in models if name != first]
+    more = f" and {len(others) - _SHOWN} others" if len(others) > _SHOWN else ""
+    return f"name one, as in {named_model(where, f'{where}:{first}')}" + (
+        f"; it also has {', '.join(others[:_SHOWN])}{more}" if others else ""
+    )
+
+
+def find_gguf(path: str | os.PathLike[str]) -> str | None:
+    """The GGUF file that a path means: itself, or the one model of a folder that has no other weights.
+
+    Raises:
+        UnsupportedError: a folder with several.
+    """
+    root = os.path.abspath(os.path.expanduser(os.fspath(path)))
+    if not os.path.isdir(root):
+        return root if root.lower().endswith(ENDING) and os.path.lexists(root) else None
+    try:
+        names = sorted(os.listdir(root))
+    except OSError:
+        return None  # whoever opens the folder says why
+    if any(name.endswith((".safetensors", INDEX_ENDING)) or name in _PICKLES for name in names):
+        return None
+    models = gguf_models(names)
+    if len(models) > 1:
+        raise gguf_alone(names, os.fspath(path).rstrip(os.sep))
+    return os.path.join(root, models[0]) if models else None
+
+
+def local_names(root: str) -> list[str]:
+    """The GGUF files of a local folder and of those in it, by their paths with slashes."""
+    names = []
+    for top, folders, found in os.walk(root):
+        inside = os.path.relpath(top, root)
+        depth = 0 if inside == "." else inside.count(os.sep) + 1
+        folders[:] = [each for each in sorted(folders) if not each.startswith(".") and depth < _DEEPEST]
+        paths = [os.path.normpath(os.path.join(inside, name)).replace(os.sep, "/") for name in found]
+        names += [path for path in paths if path.lower().endswith(ENDING)]
+    return sorted(names)

@@ -16,20 +16,15 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lamina.checkpoint.checkpoint import Checkpoint
+from lamina.checkpoint.checkpoint import Checkpoint, merge_tensors
+from lamina.checkpoint.choose import part_names
 from lamina.checkpoint.extent import DTYPE_BYTES, Encoding, Extent, TensorEntry
-from lamina.checkpoint.gguf_name import gguf_alone, gguf_models, part_names
-from lamina.checkpoint.header import Fingerprint, missing_file
-from lamina.checkpoint.shards import merge_tensors
-from lamina.checkpoint.strict import quote, refuse_other_content
+from lamina.checkpoint.header import Fingerprint, missing_file, quote, refuse_other_content
 from lamina.errors import CheckpointError, HeaderError, MissingShardError, TruncatedError, UnsupportedError
 
 MAGIC = b"GGUF"
 MAX_HEADER_BYTES = 512 << 20
 """More than any vocabulary needs; ten times the largest that was seen."""
-
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-"""What a folder's weights are before any GGUF file that lies beside them; safetensors are as well."""
 
 CODEC_PREFIX = "gguf."
 PLAIN_TYPES = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16"}
@@ -120,27 +115,6 @@ class _Part:
     fields: dict[str, MetadataField]
     tensors: dict[str, TensorEntry]
     fingerprint: Fingerprint
-
-
-def find_gguf(path: str | os.PathLike[str]) -> str | None:
-    """The GGUF file that a path means: itself, or the one model of a folder that has no other weights.
-
-    Raises:
-        UnsupportedError: a folder with several.
-    """
-    root = os.path.abspath(os.path.expanduser(os.fspath(path)))
-    if not os.path.isdir(root):
-        return root if root.lower().endswith(".gguf") and os.path.lexists(root) else None
-    try:
-        names = sorted(os.listdir(root))
-    except OSError:
-        return None  # whoever opens the folder says why
-    if any(name.endswith((".safetensors", ".safetensors.index.json")) or name in PICKLES for name in names):
-        return None
-    models = gguf_models(names)
-    if len(models) > 1:
-        raise gguf_alone(names, os.fspath(path).rstrip(os.sep))
-    return os.path.join(root, models[0]) if models else None
 
 
 def open_gguf(path: str | os.PathLike[str]) -> GgufFile:

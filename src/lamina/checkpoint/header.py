@@ -1,19 +1,27 @@
-"""A safetensors header, checked once at the door and trusted from then on.
+"""A safetensors header, checked once at the door and trusted from then on; and the JSON of strangers that it is.
 
-The checks follow safetensors' own (`Metadata::validate` in safetensors/src/tensor.rs): tensors lie one behind
-the other and fill the file to its last byte. In two places this is stricter: a name that occurs twice and a
+The checks of a header follow safetensors' own (`Metadata::validate` in safetensors/src/tensor.rs): tensors lie one
+behind the other and fill the file to its last byte. In two places this is stricter: a name that occurs twice and a
 name that is not valid Unicode are refused.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import stat
-from typing import Any, NamedTuple
+from collections import Counter
+from typing import Any, NamedTuple, NoReturn, TypeGuard
 
 from lamina.checkpoint.extent import DTYPE_BITS, Extent, TensorEntry
-from lamina.checkpoint.strict import parse_object, quote, refuse_other_content
-from lamina.errors import ChangedError, CheckpointError, HeaderError, MissingShardError, TruncatedError
+from lamina.errors import (
+    ChangedError,
+    CheckpointError,
+    HeaderError,
+    MissingShardError,
+    TruncatedError,
+    UnsupportedError,
+)
 
 PREFIX_BYTES = 8
 """A file begins with the length of its header, a little-endian u64."""
@@ -22,6 +30,33 @@ MAX_HEADER_BYTES = 100_000_000
 """safetensors' own cap."""
 
 _MAX_INT = 2**63 - 1
+
+NOT_THE_FILE: tuple[tuple[bytes, str], ...] = (
+    (
+        b"version https://git-lfs",
+        "is a Git LFS pointer, not the file itself: run `git lfs pull` in the folder, or download the model again",
+    ),
+    (b"<!DOCTYPE", "is a web page, not the file itself: download it again"),
+    (b"<!doctype", "is a web page, not the file itself: download it again"),
+    (b"<html", "is a web page, not the file itself: download it again"),
+)
+"""How files begin that are often in the place of others, and what is said of them."""
+
+NOT_JSON: tuple[tuple[bytes, str], ...] = (
+    (b"\xef\xbb\xbf", "begins with a byte order mark, which JSON does not allow: save it as UTF-8 without BOM"),
+    (b"\xff\xfe", "is not UTF-8 but UTF-16: save it as UTF-8 without BOM"),
+    (b"\xfe\xff", "is not UTF-8 but UTF-16: save it as UTF-8 without BOM"),
+    (b"\x1f\x8b", "is compressed with gzip: unpack it"),
+)
+"""The same of text. What is no text may well begin so."""
+
+_OTHER_WEIGHTS = (
+    (b"GGUF", "is a GGUF file under another name: give it the ending .gguf"),
+    (
+        b"PK\x03\x04",
+        "is a zip archive: if torch.save wrote it, give it the ending .bin; if it holds the model's files, unpack it",
+    ),
+)
 
 
 class Fingerprint(NamedTuple):
@@ -187,28 +222,39 @@ def _entry(name: str, info: Any, data_start: int, file: str, where: str) -> Tens
         dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     except KeyError as exc:
         raise _fault(name, where, f"has no {exc.args[0]}") from None
-    if not isinstance(dtype, str):
-        raise _fault(name, where, f"has a {type(dtype).__name__} as dtype, not text")
-    if (bits := DTYPE_BITS.get(dtype)) is None:
-        raise _fault(name, where, f"has the dtype {quote(dtype)}, which safetensors does not know")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise _fault(name, where, "has data_offsets that are not two whole numbers from 0 to 2^63-1")
-    begin, end = offsets
-    if begin > end:
-        raise _fault(name, where, f"begins at {begin}, behind its end at {end}")
-    if not isinstance(shape, list) or not all(map(_is_size, shape)):
-        raise _fault(name, where, "has a shape that is not a list of whole numbers from 0 to 2^63-1")
+    bits = _element_bits(name, dtype, where)
+    begin, end = _span(name, offsets, where)
     length = _tensor_bytes(name, shape, bits, where)
     if length != end - begin:
         raise _fault(name, where, f"takes {length} bytes by dtype and shape, {end - begin} by its offsets")
     return TensorEntry(name, dtype, tuple(shape), Extent(file, data_start + begin, length))
 
 
-def _is_size(value: object) -> bool:
+def is_size(value: object) -> TypeGuard[int]:
+    """Whether a number of JSON can be one of bytes or elements."""
     return type(value) is int and 0 <= value <= _MAX_INT
 
 
-def _tensor_bytes(name: str, shape: list[int], bits: int, where: str) -> int:
+def _element_bits(name: str, dtype: object, where: str) -> int:
+    if not isinstance(dtype, str):
+        raise _fault(name, where, f"has a {type(dtype).__name__} as dtype, not text")
+    if (bits := DTYPE_BITS.get(dtype)) is None:
+        raise _fault(name, where, f"has the dtype {quote(dtype)}, which safetensors does not know")
+    return bits
+
+
+def _span(name: str, offsets: object, where: str) -> tuple[int, int]:
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_size, offsets)):
+        raise _fault(name, where, "has data_offsets that are not two whole numbers from 0 to 2^63-1")
+    begin, end = offsets
+    if begin > end:
+        raise _fault(name, where, f"begins at {begin}, behind its end at {end}")
+    return begin, end
+
+
+def _tensor_bytes(name: str, shape: object, bits: int, where: str) -> int:
+    if not isinstance(shape, list) or not all(map(is_size, shape)):
+        raise _fault(name, where, "has a shape that is not a list of whole numbers from 0 to 2^63-1")
     total = bits
     for size in shape:
         total *= size
@@ -243,3 +289,62 @@ def _check_layout(tensors: dict[str, TensorEntry], data_start: int, file_size: i
 
 def _fault(name: str, where: str, what: str) -> HeaderError:
     return HeaderError(f"tensor {quote(name)} in {where} {what}: the file is damaged, fetch it again")
+
+
+def quote(name: str) -> str:
+    """A name from a file, quoted on one line and cut where it is absurdly long."""
+    return repr(name if len(name) <= 200 else f"{name[:200]}...")
+
+
+def refuse_other_content(start: bytes, what: str) -> None:
+    """Raises what fits when a file begins like something that people often have in its place."""
+    for magic, message in NOT_THE_FILE:
+        if start.startswith(magic):
+            raise CheckpointError(f"{what} {message}")
+    for magic, message in _OTHER_WEIGHTS:
+        if start.startswith(magic):
+            raise UnsupportedError(f"{what} {message}")
+
+
+def parse_object(raw: bytes, what: str, error: type[CheckpointError]) -> dict[str, Any]:
+    """The JSON object in `raw`.
+
+    Args:
+        raw: UTF-8 text.
+        what: how an error names it, such as `"the header of model.safetensors"`.
+        error: the class to raise.
+
+    Raises:
+        CheckpointError: of class `error`; not UTF-8, not JSON, not an object, a key twice, too deep.
+    """
+
+    def reject_constant(constant: str) -> NoReturn:
+        raise error(f"{what} holds {constant}, which JSON does not allow: the file is damaged, fetch it again")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+            raise error(f"{what} names {quote(twice)} twice: the file is damaged, fetch it again")
+        return found
+
+    for magic, message in (*NOT_THE_FILE, *NOT_JSON):
+        if raw.startswith(magic):
+            raise error(f"{what} {message}")
+    try:
+        text = raw.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=unique, parse_int=_number, parse_constant=reject_constant)
+    except UnicodeDecodeError as exc:
+        raise error(f"{what} is not UTF-8 (byte {exc.start}): the file is damaged, fetch it again") from None
+    except RecursionError:
+        raise error(f"{what} is nested too deeply: this is not a checkpoint, fetch it again") from None
+    except ValueError as exc:
+        raise error(f"{what} is not JSON ({exc}): the file is damaged, fetch it again") from None
+    if not isinstance(value, dict):
+        raise error(f"{what} is a JSON {type(value).__name__}, not an object: the file is damaged, fetch it again")
+    return value
+
+
+def _number(text: str) -> float:
+    # Minus zero is no whole number to safetensors either.
+    return -0.0 if text == "-0" else int(text)

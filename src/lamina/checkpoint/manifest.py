@@ -9,14 +9,13 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from lamina.checkpoint.choose import is_plain_name
 from lamina.checkpoint.extent import DTYPE_BITS, Encoding, TensorEntry
-from lamina.checkpoint.header import MAX_HEADER_BYTES
-from lamina.checkpoint.strict import parse_object, quote
+from lamina.checkpoint.header import MAX_HEADER_BYTES, is_size, parse_object, quote
 from lamina.errors import (
     CheckpointError,
     MissingShardError,
@@ -34,8 +33,6 @@ PLAIN = "plain"
 COMPRESSIONS = (PLAIN, "8bit", "4bit", "lossless")
 PADDING = "lamina.padding."
 METADATA_KEY = "lamina"
-
-_MOST = 2**63 - 1
 
 
 def check_compression(compression: str) -> str:
@@ -159,13 +156,8 @@ def _own_checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def is_partial(names: Collection[str]) -> bool:
-    """Whether a folder with these names holds a store that is not finished."""
-    return JOURNAL in names and MANIFEST not in names
-
-
 def partial_store(root: str) -> CheckpointError:
-    """The error for such a folder."""
+    """The error for a folder with a journal and no manifest."""
     return CheckpointError(
         f"{root} holds a store that is not finished: run the same `lamina split` again, it goes on where it stopped"
     )
@@ -185,6 +177,22 @@ def read_manifest(root: str) -> Manifest:
 def parse_manifest(raw: bytes, path: str) -> Manifest:
     """The manifest in `raw`; `path` is how errors call it. Raises what `read_manifest` raises."""
     content = parse_object(raw, path, CheckpointError)
+    _check_written(content, path)
+    compression, source = content.get("compression"), content.get("source")
+    if not isinstance(compression, str) or not isinstance(source, dict):
+        raise _fault(path, "has no compression or no source")
+    files = {name: _file(path, name, info) for name, info in _object(path, content, "files").items()}
+    tensors = {name: _tensor(path, name, info) for name, info in _object(path, content, "tensors").items()}
+    if not files or not tensors:
+        raise _fault(path, "names no files or no tensors")
+    small = None
+    if "small_files" in content:
+        small = {name: _small_file(path, name, info) for name, info in _object(path, content, "small_files").items()}
+    return Manifest(path, compression, source, files, tensors, small)
+
+
+def _check_written(content: dict[str, Any], path: str) -> None:
+    """Whether it is of our format, of a version that is read here, and as it was written: its checksum is taken out."""
     if content.get("format") != FORMAT:
         raise CheckpointError(f"{path} does not say that it is of the format {FORMAT!r}: remove it, or split again")
     version = content.get("version")
@@ -199,17 +207,6 @@ def parse_manifest(raw: bytes, path: str) -> Manifest:
         right = False
     if not right:
         raise CheckpointError(f"{path} is not what was written (its checksum differs): split the model again")
-    compression, source = content.get("compression"), content.get("source")
-    if not isinstance(compression, str) or not isinstance(source, dict):
-        raise _fault(path, "has no compression or no source")
-    files = {name: _file(path, name, info) for name, info in _object(path, content, "files").items()}
-    tensors = {name: _tensor(path, name, info) for name, info in _object(path, content, "tensors").items()}
-    if not files or not tensors:
-        raise _fault(path, "names no files or no tensors")
-    small = None
-    if "small_files" in content:
-        small = {name: _small_file(path, name, info) for name, info in _object(path, content, "small_files").items()}
-    return Manifest(path, compression, source, files, tensors, small)
 
 
 def _read(path: str) -> bytes:
@@ -317,7 +314,7 @@ def _described_file(path: str, name: str, info: Any) -> ManifestFile:
     if not isinstance(info, dict):
         raise _fault(path, f"describes file {quote(name)} by {_show(info)}")
     nbytes, checksum = info.get("bytes"), info.get("sha256")
-    if type(nbytes) is not int or not 0 <= nbytes <= _MOST:
+    if not is_size(nbytes):
         raise _fault(path, f"gives file {quote(name)} {_show(nbytes)} bytes")
     if not isinstance(checksum, str) or len(checksum) != 64 or not set(checksum) <= set("0123456789abcdef"):
         raise _fault(path, f"gives file {quote(name)} the checksum {_show(checksum)}")
@@ -331,15 +328,19 @@ def _tensor(path: str, name: str, info: Any) -> ManifestTensor:
     panel_rows = info.get("panel_rows", 0)
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise _fault(path, f"gives tensor {quote(name)} the dtype {_show(dtype)}")
-    if not isinstance(shape, list) or not all(type(size) is int and 0 <= size <= _MOST for size in shape):
+    if not isinstance(shape, list) or not all(map(is_size, shape)):
         raise _fault(path, f"gives tensor {quote(name)} the shape {_show(shape)}")
     if not isinstance(codec, str) or not codec:
         raise _fault(path, f"gives tensor {quote(name)} the codec {_show(codec)}")
-    if type(panel_rows) is not int or not (panel_rows == 0 if codec == PLAIN else 0 < panel_rows <= _MOST):
+    _check_panels(path, name, shape, codec, panel_rows)
+    return ManifestTensor(dtype, tuple(shape), codec, panel_rows)
+
+
+def _check_panels(path: str, name: str, shape: list[int], codec: str, panel_rows: object) -> None:
+    if not is_size(panel_rows) or (panel_rows == 0) != (codec == PLAIN):
         raise _fault(path, f"gives tensor {quote(name)} panels of {_show(panel_rows)} rows")
     if codec != PLAIN and (len(shape) < 2 or not math.prod(shape)):
         raise _fault(path, f"says that tensor {quote(name)} of shape {_show(shape)} is in panels")
-    return ManifestTensor(dtype, tuple(shape), codec, panel_rows)
 
 
 def _fault(path: str, what: str) -> CheckpointError:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
-from lamina.checkpoint.strict import NOT_JSON, NOT_THE_FILE
+from lamina.checkpoint.header import NOT_JSON, NOT_THE_FILE
 from lamina.errors import CheckpointError, LaminaError, MissingShardError, UnsupportedError
 
 ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-MARKS = ("config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+ADAPTER_WEIGHTS = frozenset(("adapter_model.safetensors", "adapter_model.bin"))
+MARKS = frozenset(("config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"))
 
 _OF_TRANSFORMERS_4 = (
     "transformers 4 reads it and writes one that is taken: from_pretrained(FOLDER, from_{}=True).save_pretrained(NEW)"
@@ -71,30 +71,42 @@ def instead_of_weights(names: Collection[str], where: str) -> LaminaError | None
 
 def in_parts(names: Collection[str], where: str) -> LaminaError | None:
     """A weight file that was cut into parts, or whose download has not ended."""
-    parts = {name: match for name in names if (match := _PART.fullmatch(name)) and not is_archive(name)}
-    if parts:
-        whole = min(match["whole"] for match in parts.values())
-        parts = {name: match for name, match in parts.items() if match["whole"] == whole}
-        numbers = [match["number"] for match in parts.values()]
-        counts = {int(match["count"]) for match in parts.values() if match["count"]}
-        if counts and all(number.isdigit() for number in numbers):
-            there, count = {int(number) for number in numbers}, max(counts)
-            if missing := [each for each in range(1, count + 1) if each not in there]:
-                return MissingShardError(
-                    f"{where} holds {whole} in {count} parts, of which part {missing[0]} is missing: fetch it, then "
-                    "join them"
-                )
-        if len(parts) == 1 and not counts:
-            return MissingShardError(
-                f"{where} holds {next(iter(parts))}, one part of {whole}: fetch the others, then join them in order"
-            )
-        return _to_be_joined(sorted(parts, key=_in_order), whole, where)
+    return _numbered_parts(names, where) or _pieces(names, where) or _unfinished(names, where)
+
+
+def _numbered_parts(names: Collection[str], where: str) -> LaminaError | None:
+    found = {name: match for name in names if (match := _PART.fullmatch(name)) and not is_archive(name)}
+    if not found:
+        return None
+    whole = min(match["whole"] for match in found.values())
+    parts = {name: match for name, match in found.items() if match["whole"] == whole}
+    if lacking := _lacking(list(parts.values())):
+        return MissingShardError(f"{where} holds {whole} {lacking}: fetch it, then join them")
+    if len(parts) == 1 and not any(match["count"] for match in parts.values()):
+        return MissingShardError(
+            f"{where} holds {next(iter(parts))}, one part of {whole}: fetch the others, then join them in order"
+        )
+    return _to_be_joined(sorted(parts, key=_in_order), whole, where)
+
+
+def _lacking(parts: Sequence[re.Match[str]]) -> str:
+    """Which of how many parts is missing, where their names say how many there are; empty where none is known to be."""
+    counts = {int(part["count"]) for part in parts if part["count"]}
+    if not counts or not all(part["number"].isdigit() for part in parts):
+        return ""
+    there, count = {int(part["number"]) for part in parts}, max(counts)
+    missing = next((each for each in range(1, count + 1) if each not in there), None)
+    return "" if missing is None else f"in {count} parts, of which part {missing} is missing"
+
+
+def _pieces(names: Collection[str], where: str) -> LaminaError | None:
     pieces = sorted(name for name in names if _PIECE.fullmatch(name))
-    if len(pieces) > 1:
-        return _to_be_joined(pieces, "model.safetensors", where)
+    return _to_be_joined(pieces, "model.safetensors", where) if len(pieces) > 1 else None
+
+
+def _unfinished(names: Collection[str], where: str) -> LaminaError | None:
     for name in sorted(names):
-        ending = next((each for each in _UNFINISHED if name.lower().endswith(each)), None)
-        if ending is not None and re.search(_WEIGHTS, name):
+        if name.lower().endswith(_UNFINISHED) and re.search(_WEIGHTS, name):
             return CheckpointError(
                 f"{where} holds {name}, a download that has not ended: let it end, or start it again"
             )
@@ -129,20 +141,26 @@ def is_archive(name: str) -> bool:
 
 def folder_inside(root: str) -> str | None:
     """Where the model is that was looked for in a local folder which has none itself: the end of a line, or None."""
-    found: list[str] = []
-    for seen, (top, folders, names) in enumerate(os.walk(root)):
-        depth = 0 if top == root else os.path.relpath(top, root).count(os.sep) + 1
-        folders[:] = [each for each in sorted(folders) if not each.startswith(".") and depth < _DEEPEST]
-        if top != root and (set(names) & set(MARKS) or any(name.endswith(".gguf") for name in names)):
-            found.append(top)
-            folders[:] = []
-        if seen > _MOST_FOLDERS:
-            break
+    found = _model_folders(root)
     if not found:
         return None
     if len(found) == 1:
         return f"the model is in a folder of it, give {found[0]}"
     return f"there are models in folders of it, give one, such as {found[0]}"
+
+
+def _model_folders(root: str) -> list[str]:
+    """The folders with a model in a local folder and those in it, as far as a look at some of them tells."""
+    found: list[str] = []
+    for seen, (top, folders, names) in enumerate(os.walk(root)):
+        depth = 0 if top == root else os.path.relpath(top, root).count(os.sep) + 1
+        folders[:] = [each for each in sorted(folders) if not each.startswith(".") and depth < _DEEPEST]
+        if top != root and (not MARKS.isdisjoint(names) or any(name.endswith(".gguf") for name in names)):
+            found.append(top)
+            folders[:] = []
+        if seen > _MOST_FOLDERS:
+            break
+    return found
 
 
 def adapter_alone(names: Collection[str]) -> bool:

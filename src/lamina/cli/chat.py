@@ -13,9 +13,8 @@ from lamina.caller import option
 from lamina.cli import interrupt, library, output, report
 from lamina.cli.generation import Notes, encode_chat, generate, text_of
 from lamina.cli.lines import BLOCK, Messages, leaves
-from lamina.cli.live import Terminal, now, stdio, telling
+from lamina.cli.live import StatusLine, Terminal, now, stdio, telling
 from lamina.cli.options import MOST_TOKENS, ModelArgument, ModelOptions, Sampling, Verbosity, check_tokens
-from lamina.cli.progress import StatusLine
 from lamina.cli.report import one_line
 from lamina.errors import BudgetError, RequestError
 

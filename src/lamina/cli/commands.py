@@ -11,7 +11,7 @@ import typer
 
 from lamina.cli import library, output, report
 from lamina.cli.generation import Notes, encode, encode_chat, generate, read_prompt
-from lamina.cli.live import Terminal, stdio, telling
+from lamina.cli.live import StatusLine, Terminal, stdio, telling
 from lamina.cli.options import (
     Json,
     ModelArgument,
@@ -24,7 +24,6 @@ from lamina.cli.options import (
     parse_prompt_ids,
     vocabulary_of,
 )
-from lamina.cli.progress import StatusLine
 from lamina.errors import RequestError
 
 TRACE = "lamina-trace.json"
@@ -149,13 +148,7 @@ def bench(
     check_tokens("new_tokens", new_tokens)
     ids = None if prompt_ids is None else parse_prompt_ids(prompt_ids)
     check_prompt_ids(ids or [], vocabulary_of(model))
-    if trace is not None and not profile:
-        raise RequestError(f"--trace {trace} without --profile: only a profile writes a trace, give both")
-    asked: dict[str, Any] = {"profile": True} if profile else {}
-    if profile:
-        check_file_to_write("trace", trace or TRACE)
-    if trace is not None:
-        asked["trace"] = trace
+    asked = _profile(profile, trace)
     progress, terminal = StatusLine(new_tokens), stdio(json=True, quiet=verbosity.quiet)
     with _stdout_for_the_result(True), _shown(terminal, progress, quiet=verbosity.quiet):
         result = library.bench(
@@ -166,6 +159,16 @@ def bench(
         Notes(output.tell).answered(result)
     if json and profile and not verbosity.quiet:
         output.tell(report.trace_line(result["profile"]["trace"]))
+
+
+def _profile(wanted: bool, trace: str | None) -> dict[str, Any]:
+    """What `bench_model` is asked for a profile, once its trace can be written."""
+    if trace is not None and not wanted:
+        raise RequestError(f"--trace {trace} without --profile: only a profile writes a trace, give both")
+    if not wanted:
+        return {}
+    check_file_to_write("trace", trace or TRACE)
+    return {"profile": True} if trace is None else {"profile": True, "trace": trace}
 
 
 @contextlib.contextmanager

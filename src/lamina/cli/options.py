@@ -17,7 +17,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from lamina.caller import Command, option, speaking
+from lamina.caller import FLAGS, Command, option, speaking
 from lamina.checkpoint.manifest import check_compression
 from lamina.errors import RequestError
 from lamina.sizes import parse_memory
@@ -25,6 +25,7 @@ from lamina.sizes import parse_memory
 LEAST_TEMPERATURE = 1e-4  # below it the quotients are no numbers any more
 MOST_TOKENS = 2**31 - 1
 THREADS_OF_ONE = 4  # processor: more only wait
+KEYWORDS = {flag: keyword for keyword, flag in FLAGS.items()}  # what the library calls otherwise
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 
 ModelArgument = Annotated[
@@ -33,6 +34,17 @@ ModelArgument = Annotated[
         metavar="MODEL", help="A local folder or file, or a Hugging Face id; with :FILE or :Q4_K_M one GGUF file of it."
     ),
 ]
+Revision = Annotated[str | None, typer.Option(metavar="REF", help="Branch, tag or commit on the hub.")]
+GgufChoice = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Which GGUF file of the folder or repository; as MODEL:FILE.")
+]
+CacheDir = Annotated[str | None, typer.Option(metavar="DIR", help="Where hub downloads are kept.")]
+HubToken = Annotated[str | None, typer.Option(metavar="TOKEN", help="Hub token. Default: HF_TOKEN or the saved login.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Use only what is already on this machine.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model.")
+]
+Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads for the arithmetic.")]
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout.")]
 
 
@@ -72,19 +84,13 @@ class ModelOptions:
     attn_implementation: Annotated[
         str | None, typer.Option(metavar="NAME", help="transformers' attention: sdpa, eager, ...")
     ] = None
-    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads for the arithmetic.")] = None
-    revision: Annotated[str | None, typer.Option(metavar="REF", help="Branch, tag or commit on the hub.")] = None
-    gguf_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Which GGUF file of the folder or repository; as MODEL:FILE.")
-    ] = None
-    cache_dir: Annotated[str | None, typer.Option(metavar="DIR", help="Where hub downloads are kept.")] = None
-    token: Annotated[
-        str | None, typer.Option(metavar="TOKEN", help="Hub token. Default: HF_TOKEN or the saved login.")
-    ] = None
-    offline: Annotated[bool, typer.Option("--offline", help="Use only what is already on this machine.")] = False
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model.")
-    ] = False
+    threads: Threads = None
+    revision: Revision = None
+    gguf_file: GgufChoice = None
+    cache_dir: CacheDir = None
+    token: HubToken = None
+    offline: Offline = False
+    trust_remote_code: TrustRemoteCode = False
     verify: Annotated[bool, typer.Option("--verify", help="Compare a split model's checksums before it is used.")] = (
         False
     )
@@ -104,18 +110,10 @@ class ModelOptions:
 
     def as_kwargs(self) -> dict[str, Any]:
         """What was asked for, under the names of `from_pretrained`; what was not is left to its defaults."""
-        others = ("threads", "offline", "trust_remote_code", "verify", "exact")
-        names = [field.name for field in fields(self) if field.name not in others]
-        kwargs = {name: value for name in names if (value := getattr(self, name)) is not None}
+        kwargs = _asked(self)
         for name in ("memory", "device_memory"):
             if name in kwargs:
                 kwargs[name] = parse_memory(kwargs[name])
-        if self.offline:
-            kwargs["local_files_only"] = True
-        if self.trust_remote_code:
-            kwargs["trust_remote_code"] = True
-        if self.exact:
-            kwargs["exact"] = True
         return kwargs
 
 
@@ -123,19 +121,13 @@ class ModelOptions:
 class SourceOptions:
     """Where the checkpoint comes from: what `lamina.store.split` is given besides its own arguments."""
 
-    revision: Annotated[str | None, typer.Option(metavar="REF", help="Branch, tag or commit on the hub.")] = None
-    gguf_file: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Which GGUF file of the folder or repository; as MODEL:FILE.")
-    ] = None
-    cache_dir: Annotated[str | None, typer.Option(metavar="DIR", help="Where hub downloads are kept.")] = None
-    token: Annotated[
-        str | None, typer.Option(metavar="TOKEN", help="Hub token. Default: HF_TOKEN or the saved login.")
-    ] = None
-    offline: Annotated[bool, typer.Option("--offline", help="Use only what is already on this machine.")] = False
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model.")
-    ] = False
-    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads for the arithmetic.")] = None
+    revision: Revision = None
+    gguf_file: GgufChoice = None
+    cache_dir: CacheDir = None
+    token: HubToken = None
+    offline: Offline = False
+    trust_remote_code: TrustRemoteCode = False
+    threads: Threads = None
 
     def __post_init__(self) -> None:
         check_threads(self.threads)
@@ -143,14 +135,17 @@ class SourceOptions:
 
     def as_kwargs(self) -> dict[str, Any]:
         """What was asked for, under the names of `split`."""
-        given = {"revision": self.revision, "cache_dir": self.cache_dir, "token": self.token}
-        given["gguf_file"] = self.gguf_file
-        kwargs: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        if self.offline:
-            kwargs["local_files_only"] = True
-        if self.trust_remote_code:
-            kwargs["trust_remote_code"] = True
-        return kwargs
+        return _asked(self)
+
+
+def _asked(options: ModelOptions | SourceOptions) -> dict[str, Any]:
+    """The options that were given, by the library's names; those of the process and the command itself are left out."""
+    given = {field.name: getattr(options, field.name) for field in fields(options)}
+    return {
+        KEYWORDS.get(name, name): value
+        for name, value in given.items()
+        if name not in ("threads", "verify") and value is not None and value is not False
+    }
 
 
 @dataclass(frozen=True)

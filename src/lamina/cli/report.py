@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from lamina.sizes import format_rate, format_size
@@ -36,29 +36,47 @@ def one_line(error: BaseException) -> str:
 
 def summary(stats: Mapping[str, Any], tokens: int) -> str:
     """What an answer took, in one line. Numbers that were not measured are left out."""
-    parts = [f"{tokens} token" + ("" if tokens == 1 else "s")]
+    count = f"{tokens} token" + ("" if tokens == 1 else "s")
+    return " · ".join([count, *(part for parts in _SUMMARY for part in parts(stats))])
+
+
+def _time_of(stats: Mapping[str, Any]) -> Iterator[str]:
     if per_token := stats.get("seconds_per_token"):
-        parts.append(f"{_number(per_token)} s/token")
+        yield f"{_number(per_token)} s/token"
     elif first := stats.get("time_to_first_token_seconds"):
-        parts.append(f"{_number(first)} s")
+        yield f"{_number(first)} s"
+
+
+def _drafting_of(stats: Mapping[str, Any]) -> Iterator[str]:
     if (per_pass := stats.get("tokens_per_pass")) and per_pass > 1:
-        parts.append(f"{per_pass:.2f} tokens a pass")
+        yield f"{per_pass:.2f} tokens a pass"
     if stats.get("drafted_tokens"):
         right = f"{stats['accepted_tokens']} of {stats['drafted_tokens']} drafted were right ({stats['draft']})"
         share = stats.get("draft_share_of_time")
-        parts.append(right if share is None else f"{right}, {share:.0%} of the time drafting")
+        yield right if share is None else f"{right}, {share:.0%} of the time drafting"
+
+
+def _reading_of(stats: Mapping[str, Any]) -> Iterator[str]:
     if (rate := stats.get("read_bytes_per_second")) and stats.get("bytes_read"):
-        parts.append(format_rate(rate))
-        parts.append(f"{stats.get('seconds_waiting_for_disk') or 0:.1f} s waiting for the disk")
+        yield format_rate(rate)
+        yield f"{stats.get('seconds_waiting_for_disk') or 0:.1f} s waiting for the disk"
     if retries := stats.get("read_retries"):
-        parts.append(f"{retries} reads were refused at first and tried again: look at the drive")
+        yield f"{retries} reads were refused at first and tried again: look at the drive"
+
+
+def _experts_of(stats: Mapping[str, Any]) -> Iterator[str]:
     if routed := stats.get("experts_routed"):
         foreseen = f", {stats['experts_foreseen'] / routed:.0%} foreseen" if stats.get("experts_foreseen") else ""
-        parts.append(f"{stats['expert_hits'] / routed:.0%} of the experts were there{foreseen}")
+        yield f"{stats['expert_hits'] / routed:.0%} of the experts were there{foreseen}"
+
+
+def _memory_of(stats: Mapping[str, Any]) -> Iterator[str]:
     if peak := stats.get("peak_rss_bytes"):
         budget = stats.get("memory_budget_bytes")
-        parts.append(f"peak {format_size(peak)}" + (f" of {format_size(budget)}" if budget else ""))
-    return " · ".join(parts)
+        yield f"peak {format_size(peak)}" + (f" of {format_size(budget)}" if budget else "")
+
+
+_SUMMARY = (_time_of, _drafting_of, _reading_of, _experts_of, _memory_of)
 
 
 class Answered(Protocol):
@@ -281,15 +299,19 @@ def trace_line(trace: Mapping[str, Any]) -> str:
 
 
 def _rows(record: Mapping[str, Any], labels: Mapping[str, str]) -> dict[str, str]:
-    shown = {key: label for key, label in labels.items() if record.get(key) is not None}
-    for key in ("draft_bytes", "already_held_bytes"):
-        if not record.get(key):
-            shown.pop(key, None)
-    if record.get("draft") == "none":
-        shown = {key: label for key, label in shown.items() if "draft" not in key and not key.startswith("accepted")}
-    if not record.get("experts") and record.get("expert_hit_rate") is None:  # no row about what there is none of
-        shown = {key: label for key, label in shown.items() if not key.startswith(("expert", "active"))}
-    return {label: _show(key, record[key]) for key, label in shown.items()}
+    shown = [key for key in labels if record.get(key) is not None and not _about_nothing(key, record)]
+    return {labels[key]: _show(key, record[key]) for key in shown}
+
+
+def _about_nothing(key: str, record: Mapping[str, Any]) -> bool:
+    """Whether a row would be about what there is none of: a draft, experts, other memory of this process."""
+    if key in ("draft_bytes", "already_held_bytes") and not record[key]:
+        return True
+    if "draft" in key or key.startswith("accepted"):
+        return record.get("draft") == "none"
+    if key.startswith(("expert", "active")):
+        return not record.get("experts") and record.get("expert_hit_rate") is None
+    return False
 
 
 def _show(key: str, value: Any) -> str:

@@ -11,9 +11,8 @@ import typer
 
 from lamina.checkpoint.manifest import check_compression
 from lamina.cli import library, output, report
-from lamina.cli.live import Terminal, stdio
+from lamina.cli.live import StatusLine, Terminal, stdio
 from lamina.cli.options import Json, ModelArgument, SourceOptions, Verbosity, check_folder
-from lamina.cli.progress import StatusLine
 from lamina.errors import CheckpointError
 from lamina.sizes import format_size
 

@@ -22,6 +22,7 @@ from lamina.checkpoint.choose import is_pickled
 from lamina.checkpoint.manifest import MANIFEST
 from lamina.errors import RequestError, UnsupportedError
 from lamina.hf.config import short
+from lamina.hub import HUB_OPTIONS
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -33,7 +34,7 @@ PRIVATE = ("_commit_hash", "_from_auto", "_from_pipeline")  # what transformers 
 ANYWHERE = ("auto", "balanced", "balanced_low_0", "sequential")  # of `device_map`
 _PACKED = "compression='8bit' or '4bit' packs the weights (a quantised checkpoint needs nothing)"
 _ONE_PROCESS = "a model streams into one process and one device: use device= and memory="
-HUB_KEYS = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "force_download", "proxies")
+HUB_KEYS = (*HUB_OPTIONS, "force_download", "proxies")
 REFUSED: Mapping[str, str] = {
     "state_dict": "the weights come from the checkpoint: load the model, then model.load_state_dict(...)",
     "quantization_config": _PACKED,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -9,12 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lamina.atomic_files import NewFile
 from lamina.caller import option
 from lamina.errors import RequestError, WriteError
 
 DEFAULT = "lamina-trace.json"
 BEGIN = b'{"otherData": {"made by": "lamina"'  # of every trace of ours, which the next one may replace
 ROOM = 64 << 20  # bytes of disk that a trace may take
+WORDS = 1 << 16  # of JSON, written at once
 
 
 def check_trace_file(path: str | os.PathLike[str]) -> Path:
@@ -32,9 +36,8 @@ def check_trace_file(path: str | os.PathLike[str]) -> Path:
             with file.open("rb") as old:
                 if old.read(len(BEGIN)) != BEGIN:
                     raise RequestError(f"{path} exists and is no trace of lamina's: choose another name")
-        with _beside(file).open("wb"):
+        with _new(file):
             pass
-        _beside(file).unlink()
         free = shutil.disk_usage(file.parent).free
     except OSError as error:
         raise _refused(path, error) from error
@@ -49,23 +52,19 @@ def write_trace(file: Path, record: Mapping[str, Any]) -> int:
     Raises:
         WriteError: the operating system refused.
     """
-    beside = _beside(file)
+    words = json.JSONEncoder().iterencode(record)
     try:
-        with beside.open("w", encoding="utf-8") as out:
-            json.dump(record, out)
-            out.flush()
-            os.fsync(out.fileno())
-            nbytes = out.tell()
-        beside.replace(file)
+        with _new(file) as out:
+            while text := "".join(itertools.islice(words, WORDS)):
+                out.write(text.encode())
+            out.commit()
     except OSError as error:
         raise _refused(file, error) from error
-    finally:
-        beside.unlink(missing_ok=True)
-    return nbytes
+    return out.nbytes
 
 
-def _beside(file: Path) -> Path:
-    return file.with_name(f"{file.name}.part")
+def _new(file: Path) -> NewFile:
+    return NewFile(str(file.parent), file.name, contextlib.nullcontext)
 
 
 def _refused(path: str | os.PathLike[str], error: OSError) -> WriteError:

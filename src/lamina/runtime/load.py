@@ -16,8 +16,7 @@ import torch
 
 from lamina.caller import option
 from lamina.checkpoint import Checkpoint, open_checkpoint
-from lamina.checkpoint.gguf import find_gguf
-from lamina.checkpoint.gguf_name import choose_gguf, local_names, split_name
+from lamina.checkpoint.choose import choose_gguf, find_gguf, local_names, split_name
 from lamina.errors import BudgetError, RequestError
 from lamina.hf.arguments import check_format
 from lamina.hf.building.build import Request, build, config_place
@@ -27,6 +26,7 @@ from lamina.hf.names import PreTrainedModel
 from lamina.hf.tokenizer import LazyTokenizer, load_tokenizer, tokenizer_bytes
 from lamina.hf.trace import Trace, trace
 from lamina.host import return_large_blocks
+from lamina.hub import HUB_OPTIONS, local_path, locate, locate_gguf, metadata_folder, remote_headers
 from lamina.plan.forecast import Hardware
 from lamina.plan.plan import SHORTEST_CONTEXT, Budget, Plan
 from lamina.plan.planner import make_plan, minimum_memory
@@ -41,7 +41,6 @@ from lamina.weights.schedule import Weights, describe
 
 Encode = Callable[[PreTrainedModel, Checkpoint, Trace, Weights], Checkpoint]
 """(model, its checkpoint, its trace, its weights) -> the checkpoint that is meant in place of that one"""
-HUB = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
 HEADER_TIMES = 23  # bytes of memory for the tokenizer, for each of a GGUF header, which is mostly vocabulary
 
 
@@ -107,7 +106,7 @@ def _files(
     """The small files that are meant, with what was asked for, and the checkpoint's tensors."""
     trust = bool(options.pop("trust_remote_code", False))
     options.pop("output_loading_info", None)
-    hub = {key: options[key] for key in HUB if options.get(key) is not None}
+    hub = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
     variant = options.pop("variant", None)
     model, chosen = chosen_gguf(model, options.pop("gguf_file", None))
     if file := _gguf_file(model, hub, chosen, progress, weights_wanted):
@@ -130,8 +129,6 @@ def _open(
     if _is_local(model):
         checkpoint = open_any(os.path.expanduser(model), variant=variant, subfolder=hub.get("subfolder", ""))
         return checkpoint.root, checkpoint
-    from lamina.checkpoint.hub import locate, metadata_folder, remote_headers
-
     if wanted:
         found = locate(model, variant=variant, progress=progress, trust_remote_code=trust, **hub)
     else:
@@ -165,9 +162,6 @@ def _gguf_file(
         root = os.path.join(os.path.expanduser(model), subfolder)
         path = os.path.join(root, name)
         return path if os.path.isfile(path) else os.path.join(root, choose_gguf(local_names(root), name, model))
-    from lamina.checkpoint.hub import local_path
-    from lamina.checkpoint.hub_gguf import locate_gguf
-
     local_path(model)  # says what is wrong with one that can only be a path
     return locate_gguf(model, name, progress=progress, wanted=wanted, **hub)
 
@@ -226,7 +220,7 @@ def load_model(model: str, asked: Asked, options: dict[str, Any], *, prefetching
     streamed.lamina.loading_info = prepared.loading_info
     streamed.lamina.fallbacks.say(engine.plan.fallbacks)
     streamed.lamina.attach()
-    _give_tokenizer(streamed, prepared.request, {key: options[key] for key in HUB if key in options})
+    _give_tokenizer(streamed, prepared.request, {key: options[key] for key in HUB_OPTIONS if key in options})
     return streamed
 
 

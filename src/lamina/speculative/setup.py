@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lamina.caller import option
-from lamina.checkpoint.gguf_name import ENDING, split_name
+from lamina.checkpoint.choose import ENDING, split_name
 from lamina.errors import (
     BudgetError,
     ChangedError,
@@ -21,6 +21,7 @@ from lamina.errors import (
     WriteError,
 )
 from lamina.hf.names import PreTrainedModel
+from lamina.hub import ANY_MODEL_OPTIONS, SOURCE_OPTIONS
 from lamina.plan.plan import Plan
 from lamina.plan.speculation import Drafted, pays, seconds_with_draft
 from lamina.progress import Progress
@@ -43,8 +44,6 @@ from lamina.speculative.draft_model import Companion
 from lamina.speculative.vocabulary import check_same_tokens
 from lamina.store import as_if_split, check_disk, default_folder, is_store_of, split
 
-SOURCE = ("revision", "cache_dir", "token", "local_files_only", "subfolder", "variant", "trust_remote_code")
-HUB = ("cache_dir", "token", "local_files_only")  # of these, what holds for every model
 COPY = "4bit"  # the store that a copy of the model for drafting is
 OTHERS = "8bit"  # the same of another model
 LOG = logging.getLogger("lamina")
@@ -58,7 +57,7 @@ class Drafting:
     Args:
         draft: as it was asked for.
         model: as it was asked for, before any compression.
-        source: where it comes from: those of `SOURCE`.
+        source: where it comes from: those of `SOURCE_OPTIONS`.
         options: of `from_pretrained`, for a copy of the model.
         memory: `memory`, `device_memory` and `context` as they were given.
         weights_wanted: they will be read; else the headers are enough.
@@ -82,7 +81,7 @@ class Drafting:
         self.wanted = self.chosen = draft_name(draft)
         self.reason = "asked for"
         self._model, self._source, self._memory, self._progress = model, source, memory, progress
-        self._options = {key: value for key, value in options.items() if key not in SOURCE}
+        self._options = {key: value for key, value in options.items() if key not in SOURCE_OPTIONS}
         self._options["trust_remote_code"] = bool(options.get("trust_remote_code", False))
         self._companion: Companion | None = None
         self._target: Described | None = None
@@ -252,7 +251,7 @@ class Drafting:
 
     @property
     def _hub(self) -> dict[str, Any]:
-        return {key: self._source[key] for key in HUB if key in self._source}
+        return {key: self._source[key] for key in ANY_MODEL_OPTIONS if key in self._source}
 
     def _folder(self, name: str) -> str:
         """Where the store for a draft is, or will be."""

@@ -9,6 +9,7 @@ from lamina.atomic_files import is_part
 from lamina.caller import another_place
 from lamina.checkpoint.manifest import JOURNAL, MANIFEST, read_manifest
 from lamina.errors import RequestError
+from lamina.hub import local_path, metadata_folder
 from lamina.store.lock import LOCK
 from lamina.store.source import local_root
 
@@ -32,8 +33,6 @@ def default_folder(
         saving_path: a folder for stores, in place of either.
         hub: `revision`, `cache_dir`, `token`, `local_files_only`, `subfolder`.
     """
-    from lamina.checkpoint.hub import local_path, metadata_folder
-
     if (path := local_path(model)) is not None:
         own = local_root(path)
         return os.path.join(saving_path or os.path.dirname(own), f"{os.path.basename(own)}-{compression}")

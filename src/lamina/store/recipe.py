@@ -71,17 +71,26 @@ def make_runs(model: Any, checkpoint: Checkpoint, traced: Trace, weights: Weight
     uses += _copies(model, checkpoint, uses)
     layers = sorted(weights.schedule.layers, key=len, reverse=True)
     coded = _coded(uses, checkpoint, RECIPES[compression])
-    runs: list[Run] = []
+    runs = [run for run in _runs(uses, layers, checkpoint, coded) if run.tensors]
+    return tuple(_fit_head(runs, coded, uses) if compression == "4bit" else runs)
+
+
+def _runs(
+    uses: Iterable[_Use], layers: Sequence[str], checkpoint: Checkpoint, coded: Mapping[str, tuple[str, int]]
+) -> Iterator[Run]:
+    """The tensors in the order of their uses, each once; those without any come last, by their names.
+
+    Args:
+        layers: the longest names first.
+    """
     seen: set[str] = set()
     for use in uses:
         unit = next((layer for layer in layers if use.weight.startswith(f"{layer}.")), "")
-        tensors = [_stored(checkpoint.tensors[name], coded) for name in use.sources if name not in seen]
+        tensors = tuple(_stored(checkpoint.tensors[name], coded) for name in use.sources if name not in seen)
         seen.update(use.sources)
-        runs += [Run(unit, tuple(tensors))] if use.joined else [Run(unit, (each,)) for each in tensors]
-    left = sorted(name for name in checkpoint.tensors if name not in seen)
-    runs += [Run("", (_stored(checkpoint.tensors[name], {}),)) for name in left]
-    runs = [run for run in runs if run.tensors]
-    return tuple(_fit_head(runs, coded, uses) if compression == "4bit" else runs)
+        yield from [Run(unit, tensors)] if use.joined else [Run(unit, (each,)) for each in tensors]
+    for name in sorted(set(checkpoint.tensors) - seen):
+        yield Run("", (_stored(checkpoint.tensors[name], {}),))
 
 
 def check_coded(runs: Iterable[Run], root: str, compression: str) -> None:
@@ -151,18 +160,22 @@ def _coded(uses: Sequence[_Use], checkpoint: Checkpoint, recipe: Mapping[Role, s
     chosen: dict[str, tuple[str, int]] = {}
     refused: set[str] = set()
     for use in uses:
-        codec = PLAIN if use.role is None else recipe.get(use.role, PLAIN)
-        entries = [checkpoint.tensors[name] for name in use.sources]
-        if codec == PLAIN or not all(_may(entry, codec) for entry in entries):
-            refused.update(use.sources)
-            continue
-        ways = {entry.name: (codec, _panel_rows(use, entry, codec)) for entry in entries}
-        shapes = {entry.name: entry.shape for entry in entries}
-        if not all(_whole_rows(box, shapes[str(box.source)], ways[str(box.source)][1]) for box in use.boxes):
-            refused.update(use.sources)
-            continue
-        refused.update(name for name, way in ways.items() if chosen.setdefault(name, way) != way)  # two uses, two ways
+        ways = _ways(use, checkpoint, recipe)
+        for name in use.sources:
+            if name not in ways or chosen.setdefault(name, ways[name]) != ways[name]:  # two uses, two ways
+                refused.add(name)
     return {name: each for name, each in chosen.items() if name not in refused}
+
+
+def _ways(use: _Use, checkpoint: Checkpoint, recipe: Mapping[Role, str]) -> dict[str, tuple[str, int]]:
+    """Codec and rows of a panel for each tensor of a weight; none where one of them cannot be stored so."""
+    codec = PLAIN if use.role is None else recipe.get(use.role, PLAIN)
+    entries = {name: checkpoint.tensors[name] for name in use.sources}
+    if codec == PLAIN or not all(_may(entry, codec) for entry in entries.values()):
+        return {}
+    ways = {name: (codec, _panel_rows(use, entry, codec)) for name, entry in entries.items()}
+    whole = all(_whole_rows(box, entries[str(box.source)].shape, ways[str(box.source)][1]) for box in use.boxes)
+    return ways if whole else {}
 
 
 def _panel_rows(use: _Use, entry: TensorEntry, codec: str) -> int:

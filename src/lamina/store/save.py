@@ -80,12 +80,15 @@ def _leaves(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     for name, tensor in state.items():
         groups.setdefault(id(getattr(tensor, "home", None) or tensor), []).append(name)
     for names in groups.values():
-        others = [name for name in sorted(names) if any(re.search(pattern, name) for pattern in tied)]
-        kept = next((name for name in names if name not in others), names[0])
         for name in names:
-            if name != kept:
+            if name != _kept_of(names, tied):
                 del state[name]
     return state
+
+
+def _kept_of(names: list[str], tied: set[str]) -> str:
+    """The name, of several of one weight, that loading does not derive from another."""
+    return next((name for name in names if not any(re.search(pattern, name) for pattern in tied)), names[0])
 
 
 def _meant(model: Any, leaves: Mapping[str, torch.Tensor], original: bool) -> dict[str, DiskTensor]:

@@ -15,6 +15,7 @@ from typing import Any
 from lamina.checkpoint import Checkpoint, Extent, Fingerprint, open_checkpoint
 from lamina.errors import ChangedError, CheckpointError, ReadError, TruncatedError, UnsupportedError
 from lamina.hf.config import refuse_adapter
+from lamina.hub import locate
 from lamina.progress import Progress
 from lamina.retry import patiently
 from lamina.tensors.torch_pickle import read_pickled
@@ -56,7 +57,7 @@ def open_source(
 
     Raises:
         UnsupportedError: its weights are encoded already.
-        ModelNotFoundError, CheckpointError and others: as `lamina.checkpoint.locate` and `open_checkpoint`.
+        ModelNotFoundError, CheckpointError and others: as `lamina.hub.locate` and `open_checkpoint`.
     """
     path = os.path.expanduser(model)
     names = os.listdir(path) if os.path.isdir(path) else [path]
@@ -65,8 +66,6 @@ def open_source(
     if is_local := os.path.exists(path):
         found = path
     else:
-        from lamina.checkpoint.hub import locate
-
         found = locate(model, variant=variant, progress=progress, trust_remote_code=trust_remote_code, **hub)
     checkpoint = open_checkpoint(
         found, variant=variant, subfolder=hub.get("subfolder") or "", read_pickled=read_pickled

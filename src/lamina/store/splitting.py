@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lamina.checkpoint import metadata_folder
-from lamina.checkpoint.gguf_name import split_name
+from lamina.checkpoint.choose import split_name
 from lamina.checkpoint.manifest import PLAIN, Manifest, check_compression
 from lamina.errors import LaminaError, UnsupportedError
 from lamina.fallbacks import Fallbacks
+from lamina.hub import metadata_folder
 from lamina.progress import Progress
 from lamina.store.original import IN_CACHE, Deletion, delete_original_files
 from lamina.store.place import check_place, default_folder
@@ -93,29 +93,40 @@ def split(
     compression = check_compression(PLAIN if compression is None else compression)
     hub = {key: value for key, value in hub.items() if value is not None}
     model = _named(model, hub.pop("gguf_file", None))
-    local = os.path.exists(os.path.expanduser(model))
-    model = os.path.expanduser(model) if local else model
+    if local := os.path.exists(os.path.expanduser(model)):
+        model = os.path.expanduser(model)
     if to is None:
         to = default_folder(model, compression, layer_shards_saving_path, trust_remote_code=trust_remote_code, **hub)
     folder = os.path.abspath(os.path.expanduser(os.fspath(to)))
     root = os.path.join(local_root(model), hub.get("subfolder") or "") if local else ""
 
-    manifest, kept = finished_store(folder, compression), 0
-    if manifest is not None and (age := explain_age(manifest.source, model, root, _commit(model, local, hub))):
-        raise made_from_another(folder, age)
-    if manifest is not None:
-        tidy(folder, progress)
-    if manifest is None or not is_whole(folder):
+    manifest = _found(folder, compression, model, root, hub, progress)
+    if manifest is None:
         source = open_source(model, trust_remote_code=trust_remote_code, variant=variant, progress=progress, **hub)
         check_place(folder, source.checkpoint.root)
         Fallbacks().say(source.checkpoint.fallbacks)
         manifest, kept = Splitter(folder, compression, source, trust_remote_code, progress, announce).run()
     else:
         kept = len(manifest.files) - 1
-    deletion = Deletion()
-    if delete_original:
-        deletion = _delete(model, folder, root, manifest, progress) if local else Deletion((), {model: IN_CACHE})
+    deletion = _delete(model, folder, root, manifest, progress) if delete_original else Deletion()
     return _result(folder, manifest, kept, began, deletion)
+
+
+def _found(
+    folder: str, compression: str, model: str, root: str, hub: Mapping[str, Any], progress: Progress | None
+) -> Manifest | None:
+    """The manifest of a whole store that is there already and was made from the model as it is now.
+
+    Raises:
+        ChangedError: it was made from another.
+    """
+    manifest = finished_store(folder, compression)
+    if manifest is None:
+        return None
+    if age := explain_age(manifest.source, model, root, None if root else _commit(model, hub)):
+        raise made_from_another(folder, age)
+    tidy(folder, progress)
+    return manifest if is_whole(folder) else None
 
 
 def _named(model: str | os.PathLike[str], gguf_file: str | None) -> str:
@@ -127,15 +138,17 @@ def _named(model: str | os.PathLike[str], gguf_file: str | None) -> str:
 
 
 def _delete(model: str, folder: str, root: str, manifest: Manifest, progress: Progress | None) -> Deletion:
-    """Delete the files of a local model, in `root`, that the store in `folder` was made from."""
+    """Delete the files of a local model, in `root`, that the store in `folder` was made from; none of the hub's."""
+    if not root:
+        return Deletion((), {model: IN_CACHE})
     linked = os.path.islink(model.rstrip(os.sep))
     return delete_original_files(folder, root, manifest.source["files"], progress, linked=linked)
 
 
-def _commit(model: str, local: bool, hub: Mapping[str, Any]) -> str | None:
+def _commit(model: str, hub: Mapping[str, Any]) -> str | None:
     """What a model of the hub is now, as far as the hub or its cache can tell."""
     try:
-        return None if local else os.path.basename(metadata_folder(model, **hub))
+        return os.path.basename(metadata_folder(model, **hub))
     except LaminaError:
         return None
 

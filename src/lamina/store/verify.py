@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from lamina.atomic_files import checksum
 from lamina.checkpoint import open_checkpoint
-from lamina.checkpoint.manifest import MANIFEST, is_partial, partial_store, read_manifest
+from lamina.checkpoint.manifest import JOURNAL, MANIFEST, ManifestFile, partial_store, read_manifest
 from lamina.errors import CheckpointError, RequestError
-from lamina.progress import Progress
+from lamina.progress import Progress, Tally
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,37 +64,34 @@ def verify(folder: str | os.PathLike[str], *, progress: Progress | None = None) 
         names = os.listdir(root)
     except OSError as error:
         raise RequestError(f"{root} cannot be listed ({error.strerror}): give the folder of a store") from None
-    if is_partial(names):
-        raise partial_store(root)
     if MANIFEST not in names:
+        if JOURNAL in names:
+            raise partial_store(root)
         raise RequestError(f"{root} holds no store: it has no {MANIFEST}; `lamina split` makes one")
     manifest = read_manifest(root)
     small = manifest.small_files
     listed = {**manifest.files, **(small or {})}
-    total, done = sum(file.nbytes for file in listed.values()), 0
-
-    def seen(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        if progress is not None:
-            progress("verify", min(done, total), total)
-
-    seen(0)
+    total = sum(file.nbytes for file in listed.values())
+    tally = Tally(progress, "verify", total)
+    tally.add(0)
     faults = []
     for name, file in listed.items():
-        before = done
-        try:
-            nbytes, digest = checksum(os.path.join(root, name), seen)
-        except CheckpointError as error:
-            faults.append(Fault(name, str(error)))
-        else:
-            if nbytes != file.nbytes:
-                faults.append(Fault(name, f"has {nbytes} bytes, {file.nbytes} were written"))
-            elif digest != file.sha256:
-                faults.append(Fault(name, "has other bytes than were written: its SHA-256 differs"))
-        done = before
-        seen(file.nbytes)
+        end = tally.done + file.nbytes
+        if what := _difference(os.path.join(root, name), file, tally.add):
+            faults.append(Fault(name, what))
+        tally.reach(end)
     if not faults:
         open_checkpoint(root)  # the manifest against the headers
     count = None if small is None else len(small)
     return Verification(root, manifest.compression, len(listed), total, tuple(faults), count)
+
+
+def _difference(path: str, file: ManifestFile, seen: Callable[[int], None]) -> str:
+    """In which way a file is not what was written; empty where it is. `seen` is told the bytes that are read."""
+    try:
+        nbytes, digest = checksum(path, seen)
+    except CheckpointError as error:
+        return str(error)
+    if nbytes != file.nbytes:
+        return f"has {nbytes} bytes, {file.nbytes} were written"
+    return "" if digest == file.sha256 else "has other bytes than were written: its SHA-256 differs"

@@ -13,14 +13,14 @@ import lamina
 from lamina.atomic_files import check_room, checksum, is_part, refusals, remove_parts, write_whole
 from lamina.caller import another_place
 from lamina.checkpoint import open_checkpoint
+from lamina.checkpoint.checkpoint import STATED
 from lamina.checkpoint.choose import INDEX_FILE, small_files
 from lamina.checkpoint.manifest import JOURNAL, MANIFEST, PLAIN, Manifest, ManifestFile, manifest_text, read_manifest
 from lamina.checkpoint.mistaken import ADAPTER_CONFIG
-from lamina.checkpoint.shards import STATED
 from lamina.errors import ChangedError, CheckpointError, RequestError
 from lamina.hf.building.build import Request, build
 from lamina.hf.trace import trace
-from lamina.progress import Progress
+from lamina.progress import Progress, Tally
 from lamina.store.journal import Finished, Journal, remove_journal
 from lamina.store.lock import LOCK, locked
 from lamina.store.recipe import check_coded, make_runs
@@ -104,19 +104,14 @@ class Splitter:
 
     def _check_kept(self, files: Sequence[StoreFile], journal: Journal) -> list[str]:
         """Names of the files that are there and whole; the journal forgets the others."""
-        total, done = sum(each.nbytes for each in journal.finished.values()), 0
+        tally = Tally(self.report, "check", sum(each.nbytes for each in journal.finished.values()))
         names = {file.name: {each.name for each in file.tensors} for file in files}
-
-        def seen(nbytes: int) -> None:
-            nonlocal done
-            done += nbytes
-            self.report("check", done, total)
 
         for name, finished in list(journal.finished.items()):
             path = os.path.join(self.folder, name)
             right = os.path.isfile(path) and os.path.getsize(path) == finished.nbytes
             right = right and set(finished.tensors) == names.get(name)
-            if not right or checksum(path, seen)[1] != finished.sha256:
+            if not right or checksum(path, tally.add)[1] != finished.sha256:
                 del journal.finished[name]
                 with refusals(path), contextlib.suppress(FileNotFoundError):
                     os.unlink(path)
@@ -126,18 +121,12 @@ class Splitter:
         return estimate([file for file in files if file.name not in kept], self.checkpoint) + SPARE_BYTES
 
     def _write(self, files: Sequence[StoreFile], journal: Journal) -> None:
-        total = sum(file.source_nbytes for file in files)
         done = sum(file.source_nbytes for file in files if file.name in journal.finished)
-
-        def more(nbytes: int) -> None:
-            nonlocal done
-            done += nbytes
-            self.report("split", done, total)
-
-        more(0)
+        tally = Tally(self.report, "split", sum(file.source_nbytes for file in files), done)
+        tally.add(0)
         for file in files:
             if file.name not in journal.finished:
-                journal.add(write_file(self.folder, file, self.checkpoint, more))
+                journal.add(write_file(self.folder, file, self.checkpoint, tally.add))
                 self.checkpoint.verify_unchanged()
 
     def _finish(self, files: Sequence[StoreFile], journal: Journal) -> Manifest:

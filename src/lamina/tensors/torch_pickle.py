@@ -23,8 +23,7 @@ from typing import IO, Any
 import torch
 
 from lamina.checkpoint import Extent, Fingerprint, TensorEntry
-from lamina.checkpoint.header import missing_file
-from lamina.checkpoint.strict import quote, refuse_other_content
+from lamina.checkpoint.header import missing_file, quote, refuse_other_content
 from lamina.errors import CheckpointError, HeaderError, LaminaError, MissingShardError, TruncatedError, UnsupportedError
 from lamina.tensors.disk import TORCH_DTYPES
 

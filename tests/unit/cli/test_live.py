@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from helpers.cli_double import Stats
-from lamina.cli.live import Terminal, fit
-from lamina.cli.progress import StatusLine, format_seconds
+from lamina.cli.live import StatusLine, Terminal, fit, format_seconds
 
 
 class Screen(io.StringIO):

@@ -14,8 +14,8 @@ import pytest
 
 from helpers import families
 from lamina.cli import library
+from lamina.cli.live import StatusLine
 from lamina.cli.main import main
-from lamina.cli.progress import StatusLine
 from lamina.errors import ChangedError, RequestError, WriteError
 
 
@@ -178,7 +178,7 @@ def test_run_verifies_first_where_it_is_asked_to(run: Run, store: Store) -> None
 
 def test_the_rate_of_a_resumed_split_counts_what_this_run_did(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 0.0, 10.0, 20.0])
-    monkeypatch.setattr("lamina.cli.progress.now", lambda: next(clock))
+    monkeypatch.setattr("lamina.cli.live.now", lambda: next(clock))
     progress = StatusLine(1)
     progress.report("split", 600_000_000, 1_000_000_000)
     progress.report("split", 800_000_000, 1_000_000_000)

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 
 from helpers.gguf_files import FAMILIES, blocks, field, header, tensor, write_model
 from lamina import AutoModel
-from lamina.checkpoint.gguf import BLOCK_TYPES, find_gguf, open_gguf
+from lamina.checkpoint.choose import find_gguf
+from lamina.checkpoint.gguf import BLOCK_TYPES, open_gguf
 from lamina.codec import codec_for, native
 from lamina.codec.gguf import register_all
 from lamina.errors import CheckpointError, UnsupportedError

@@ -19,10 +19,11 @@ from helpers import families
 from helpers.fake_hub import FakeHub, connected
 from helpers.families import write_tiny
 from lamina import plan_model
-from lamina.checkpoint import Checkpoint, TensorEntry, open_checkpoint, remote_headers
+from lamina.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 from lamina.checkpoint.manifest import MANIFEST, PADDING, read_manifest
 from lamina.codec import codec_for
 from lamina.errors import CheckpointError, ModelNotFoundError, RequestError, UnsupportedError
+from lamina.hub import remote_headers
 from lamina.store import default_folder, encode, recipe, split, verify, work
 from lamina.store import shards as layout
 from lamina.store.shards import Run, Stored, file_nbytes, header_of, make_files

@@ -13,8 +13,8 @@ from huggingface_hub import constants
 from helpers.fake_hub import FakeHub, connected
 from helpers.make_safetensors import to_bytes, vector
 from lamina.checkpoint import open_checkpoint
-from lamina.checkpoint.hub import locate, metadata_folder, remote_headers
 from lamina.errors import CheckpointError, ModelNotFoundError
+from lamina.hub import locate, metadata_folder, remote_headers
 
 SMALL = {
     "config.json": b"{}",

@@ -1,6 +1,7 @@
-"""From the name that a user gives to a folder on this machine, through huggingface_hub's own cache.
+"""From the name that a user gives to files on this machine, through huggingface_hub's own cache.
 
-Only what the model needs is fetched, small files first: where the weights are whole, so is the rest.
+Only what the model needs is fetched, small files first: where the weights are whole, so is the rest. Of GGUF files
+it is the one that is named, with all the parts of a split one.
 """
 
 from __future__ import annotations
@@ -10,18 +11,26 @@ import glob
 import logging
 import os
 import shutil
-import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lamina.caller import option
 from lamina.checkpoint.checkpoint import read_index
-from lamina.checkpoint.choose import check_subfolder, choose_weights, parse_index, small_files
-from lamina.checkpoint.gguf_name import gguf_alone, gguf_models, local_names
-from lamina.checkpoint.hub_errors import clear_errors
+from lamina.checkpoint.choose import (
+    check_subfolder,
+    choose_gguf,
+    choose_weights,
+    gguf_alone,
+    gguf_models,
+    local_names,
+    parse_index,
+    part_names,
+    small_files,
+)
+from lamina.checkpoint.header import quote
 from lamina.checkpoint.mistaken import lone_adapter
-from lamina.checkpoint.remote import remote_headers
-from lamina.checkpoint.repository import (
+from lamina.errors import CheckpointError, MissingShardError, ModelNotFoundError, RequestError, UnsupportedError
+from lamina.hub.repository import (
     HubRequest,
     Listing,
     RemoteFile,
@@ -29,16 +38,13 @@ from lamina.checkpoint.repository import (
     adapter_of,
     check_listed,
     choose_remote,
+    clear_errors,
     in_subfolder,
     list_repository,
     offline,
 )
-from lamina.checkpoint.strict import quote
-from lamina.errors import CheckpointError, MissingShardError, ModelNotFoundError
-from lamina.progress import Progress
+from lamina.progress import Progress, Tally
 from lamina.sizes import format_size
-
-__all__ = ["Token", "local_path", "locate", "metadata_folder", "remote_headers"]
 
 
 def locate(
@@ -114,6 +120,55 @@ def metadata_folder(
     return _snapshot_in_cache(request, listing or offline())
 
 
+def locate_gguf(
+    model: str,
+    name: str,
+    *,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    token: Token = None,
+    local_files_only: bool = False,
+    subfolder: str = "",
+    progress: Progress | None = None,
+    wanted: bool = True,
+) -> str:
+    """The local path of a GGUF file of a repository, after a download where it is needed.
+
+    Args:
+        model: a hub id.
+        name: of the file, or of any part of a split one, in the repository's `subfolder`; or a tag such as `Q4_K_M`
+            that one of its files has in its name.
+        wanted: download it; else it is only looked for in the cache.
+        revision, cache_dir, token, local_files_only, subfolder, progress: as for `locate`.
+
+    Raises:
+        ModelNotFoundError: no such repository.
+        UnsupportedError: it is not here and not wanted.
+        RequestError: the repository has no such file, or several; gated, a revision that is not there, a refused token.
+        MissingShardError: the cache alone may be used and does not have it, or the repository lacks a part.
+        CheckpointError: no connection, no space.
+    """
+    request = HubRequest(model, revision, cache_dir, token, check_subfolder(subfolder))
+    listing = None if local_files_only else list_repository(request)
+    if not isinstance(listing, Listing):
+        return _gguf_in_cache(request, name, listing or offline())
+    names = part_names(_chosen(request, listing.files, name))
+    if missing := next((each for each in names if each not in listing.files), None):
+        raise MissingShardError(f"{name} of {model} needs {missing}, which the repository does not have")
+    if not wanted:
+        try:
+            return _in_cache(request, names, "")
+        except MissingShardError:
+            raise UnsupportedError(
+                f"a GGUF file is planned from its own header: download {names[0]} of {model} first, "
+                f"with `hf download {model} {' '.join(names)}`"
+            ) from None
+    with clear_errors(model, revision):
+        remember_commit(request)
+        folder = download_files(request, listing, {each: listing.files[each] for each in names}, progress)
+    return os.path.join(folder, names[0])
+
+
 def local_path(model: str | os.PathLike[str]) -> str | None:
     """The path where `model` is one that exists, None where it may be a hub id.
 
@@ -169,27 +224,28 @@ def download_files(
     total = sum(file.size or 0 for file in files.values())
     missing = sum(file.size or 0 for name, file in files.items() if not _is_cached(request, listing, name))
     _check_space(request, missing)
-    counter = _Counter(progress, total - missing, total)
+    counter = Tally(progress, "download", total, total - missing)
+    counter.add(0)
     folder = _snapshot(request, listing.commit, files, counter)
-    counter.finish()
+    counter.reach(total)
     return folder
 
 
 def remember_commit(request: HubRequest) -> None:
     """Lets the cache learn which commit the revision stands for, so that it is found there without the network."""
-    _snapshot(request, request.revision, (), _Counter(None, 0, 0))
+    _snapshot(request, request.revision, (), Tally(None, "download", 0))
 
 
 def _fetch_small(request: HubRequest, listing: Listing, also: Iterable[str]) -> str:
     names = [*small_files(listing.files, request.subfolder, request.trust_remote_code), *also]
     # By the revision's own name, so that the cache learns which commit it stands for.
-    folder = _snapshot(request, request.revision, names, _Counter(None, 0, 0))
+    folder = _snapshot(request, request.revision, names, Tally(None, "download", 0))
     if os.path.basename(folder) != listing.commit:
         raise CheckpointError(f"{request.model} was changed on the hub at this very moment: try again")
     return folder
 
 
-def _snapshot(request: HubRequest, revision: str | None, names: Iterable[str], counter: _Counter) -> str:
+def _snapshot(request: HubRequest, revision: str | None, names: Iterable[str], counter: Tally) -> str:
     from huggingface_hub import snapshot_download
 
     patterns = [glob.escape(name) for name in names]
@@ -213,25 +269,7 @@ def _no_match_is_meant(record: logging.LogRecord) -> bool:
     return "No files matched" not in record.getMessage()
 
 
-class _Counter:
-    """Adds up bytes from the hub's download threads."""
-
-    def __init__(self, progress: Progress | None, done: int, total: int) -> None:
-        self._progress, self._done, self._total = progress, done, total
-        self._lock = threading.Lock()
-        self.add(0)
-
-    def add(self, nbytes: int) -> None:
-        with self._lock:
-            self._done += nbytes
-            if self._progress is not None:
-                self._progress("download", min(self._done, self._total), self._total)
-
-    def finish(self) -> None:
-        self.add(self._total - self._done)
-
-
-def _silent_bar(counter: _Counter) -> type[Any]:
+def _silent_bar(counter: Tally) -> type[Any]:
     """A progress bar class for huggingface_hub that draws nothing and hands the bytes on."""
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
@@ -277,25 +315,12 @@ def _check_space(request: HubRequest, nbytes: int) -> None:
 
 
 def _snapshot_in_cache(request: HubRequest, why: str) -> str:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        with clear_errors(request.model, request.revision, but=LocalEntryNotFoundError):
-            # No pattern, no check: huggingface_hub would ask for every file that the repository has.
-            folder = snapshot_download(
-                request.model,
-                revision=request.revision,
-                cache_dir=request.cache_dir,
-                local_files_only=True,
-                allow_patterns=[],
-            )
-    except LocalEntryNotFoundError:
+    if (folder := _cached_snapshot(request)) is None:
         at = f" at revision {request.revision!r}" if request.revision else ""
         raise ModelNotFoundError(
             f"{request.model}{at} is not in the cache {_cache(request)}, and {why}: "
             "run once with the network, or give a folder"
-        ) from None
+        )
     if not any(os.path.exists(os.path.join(folder, top, "config.json")) for top in ("", request.subfolder)):
         if gguf_models(names := local_names(folder)):
             raise gguf_alone(names, request.model)
@@ -319,3 +344,51 @@ def _whole_in_cache(request: HubRequest, why: str) -> str:
             f"(the first is {missing[0]}), and {why}: run once with the network"
         )
     return folder
+
+
+def _chosen(request: HubRequest, names: Iterable[str], choice: str) -> str:
+    """The path in the repository of the file that is meant."""
+    exact = in_subfolder(request, choice)
+    own = [name for name in names if name.startswith(in_subfolder(request, ""))]
+    return exact if exact in own else choose_gguf(own, choice, request.model)
+
+
+def _cached_snapshot(request: HubRequest) -> str | None:
+    """The folder of what the cache has of a repository at the revision that is asked for; None where it has nothing."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        with clear_errors(request.model, request.revision, but=LocalEntryNotFoundError):
+            # No pattern, no check: huggingface_hub would ask for every file that the repository has.
+            return snapshot_download(
+                request.model,
+                revision=request.revision,
+                cache_dir=request.cache_dir,
+                local_files_only=True,
+                allow_patterns=[],
+            )
+    except LocalEntryNotFoundError:
+        return None
+
+
+def _gguf_in_cache(request: HubRequest, name: str, why: str) -> str:
+    """The file that is meant, of those that the cache has."""
+    cached = _cached_snapshot(request)
+    there = local_names(cached) if cached else []
+    if not there:
+        raise MissingShardError(f"{name} of {request.model} is not in the cache, and {why}: run with the network")
+    try:
+        chosen = _chosen(request, there, name)
+    except RequestError as error:
+        raise MissingShardError(f"in the cache, {error}; and {why}") from None
+    return _in_cache(request, part_names(chosen), why)
+
+
+def _in_cache(request: HubRequest, names: list[str], why: str) -> str:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = [try_to_load_from_cache(request.model, name, request.cache_dir, request.revision) for name in names]
+    if missing := [name for name, path in zip(names, found, strict=True) if not isinstance(path, str)]:
+        raise MissingShardError(f"{missing[0]} of {request.model} is not in the cache, and {why}: run with the network")
+    return str(found[0])

@@ -11,9 +11,9 @@ from helpers.fake_hub import FakeHub, connected
 from helpers.gguf_files import write_model
 from lamina import AutoModel
 from lamina.api import plan_model
-from lamina.checkpoint.gguf_name import split_name
-from lamina.checkpoint.hub_gguf import locate_gguf
+from lamina.checkpoint.choose import split_name
 from lamina.errors import MissingShardError, RequestError, UnsupportedError
+from lamina.hub import locate_gguf
 from lamina.store import split
 
 PARTS = {f"big-0000{number}-of-00002.gguf": bytes(100 * number) for number in (1, 2)}

@@ -1,0 +1,21 @@
+"""The hub: from an id to what it says of a repository, and to files in huggingface_hub's own cache.
+
+Whoever has a local folder needs none of it.
+"""
+
+from __future__ import annotations
+
+from lamina.hub.download import local_path, locate, locate_gguf, metadata_folder
+from lamina.hub.repository import ANY_MODEL_OPTIONS, HUB_OPTIONS, SOURCE_OPTIONS, Token, remote_headers
+
+__all__ = [
+    "ANY_MODEL_OPTIONS",
+    "HUB_OPTIONS",
+    "SOURCE_OPTIONS",
+    "Token",
+    "local_path",
+    "locate",
+    "locate_gguf",
+    "metadata_folder",
+    "remote_headers",
+]
