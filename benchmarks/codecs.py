@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 import torch
 from report import MeasuringError, record, run_main, stamp, table
 from torch.nn import functional as F
+from turns import in_turns
 
 from lamina.codec import AFFINE, LOSSLESS, Codec, native
 
@@ -59,15 +60,14 @@ class Matrix:
         return self.codec.linear(x, self.panels, self.rows, out)
 
 
-def in_turns(tasks: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def least_of(tasks: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """The least seconds of each."""
     best = dict.fromkeys(tasks, float("inf"))
-    for round_ in range(rounds + 1):
-        for name, task in tasks.items():
-            began = time.perf_counter()
-            task()
-            if round_:
-                best[name] = min(best[name], time.perf_counter() - began)
+    for turn, name in in_turns(list(tasks), rounds + 1):
+        began = time.perf_counter()
+        tasks[name]()
+        if turn:  # the first warms up
+            best[name] = min(best[name], time.perf_counter() - began)
     return best
 
 
@@ -103,7 +103,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     weight = (torch.randn(given.rows, given.columns) * 0.02).bfloat16()
     matrices = [Matrix(codec, weight) for codec in (*AFFINE.values(), LOSSLESS)]
-    best = in_turns(tasks_of(matrices, weight, given.tokens), given.rounds)
+    best = least_of(tasks_of(matrices, weight, given.tokens), given.rounds)
 
     rows, results = [], []
     for matrix in matrices:

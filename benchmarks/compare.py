@@ -18,7 +18,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from capped import run_capped
 from disk import rate_now
 from lamina_cli import cost
 from report import BENCH, HERE, RESULTS, MeasuringError, record, run_main, seconds, stamp, versions
+from turns import in_turns
 from workloads import ENGINES, WORKLOADS, Case, Model, cap_of, has_gpu, make_base, model_named, prepare
 
 PAGE = HERE.parent / "docs" / "benchmarks.md"
@@ -35,13 +36,6 @@ SHAPE_KEYS = (
     "model_type", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "vocab_size",
     "num_attention_heads", "num_key_value_heads", "num_local_experts", "num_experts", "num_experts_per_tok",
 )  # fmt: skip
-
-
-def turned(names: Sequence[str], number: int) -> list[str]:
-    """The order of a round: each order is followed by itself backwards, then begun one later."""
-    start = number // 2 % len(names)
-    order = [*names[start:], *names[:start]]
-    return order[::-1] if number % 2 else order
 
 
 def without_paths(text: str) -> str:
@@ -132,19 +126,18 @@ def measured(name: str, case: Case, pythons: dict[str, str], given: argparse.Nam
         "asked_cap_bytes": case.cap,
     }
     packages = {python: versions(python) for python in set(pythons.values())}
-    for number in range(given.rounds):
-        for engine in turned(list(pythons), number):
-            slow = ENGINES[engine].slow
-            if slow and number >= given.slow_rounds:
-                continue
-            own = replace(case, new_tokens=min(case.new_tokens, given.slow_tokens)) if slow else case
-            line = measure(engine, pythons[engine], own, given.timeout)
-            asked = {"round": number, "new_tokens": own.new_tokens, "packages": packages[pythons[engine]]}
-            record("compare", line | said | asked | {"date": stamp()["date"]}, given.results)  # what was asked counts
-            figure = line.get(case.workload.figure)
-            cap = "no cap" if case.cap is None else f"{case.cap / 1e9:.2f} GB"
-            told = line["failure"] or f"{seconds(figure)} {tables.HEADS[case.workload.figure]}"
-            say(f"{name} {case.model.name} {cap}, round {number + 1} of {given.rounds}: {engine} {told}")
+    for turn, engine in in_turns(list(pythons), given.rounds):
+        slow = ENGINES[engine].slow
+        if slow and turn >= given.slow_rounds:
+            continue
+        own = replace(case, new_tokens=min(case.new_tokens, given.slow_tokens)) if slow else case
+        line = measure(engine, pythons[engine], own, given.timeout)
+        asked = {"round": turn, "new_tokens": own.new_tokens, "packages": packages[pythons[engine]]}
+        record("compare", line | said | asked | {"date": stamp()["date"]}, given.results)  # what was asked counts
+        figure = line.get(case.workload.figure)
+        cap = "no cap" if case.cap is None else f"{case.cap / 1e9:.2f} GB"
+        told = line["failure"] or f"{seconds(figure)} {tables.HEADS[case.workload.figure]}"
+        say(f"{name} {case.model.name} {cap}, round {turn + 1} of {given.rounds}: {engine} {told}")
 
 
 def say(text: str) -> None:

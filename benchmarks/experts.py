@@ -43,6 +43,7 @@ from report import (
     table,
     versions,
 )
+from turns import in_turns
 
 Line = dict[str, object]
 MODES = ("on_demand", "whole_layers")
@@ -159,13 +160,12 @@ def environment(mode: str) -> dict[str, str]:
 
 def rounds(budget: int, sizes: Sizes, given: argparse.Namespace) -> list[Line]:
     lines = []
-    for turn in range(given.rounds):
-        for mode in given.modes if turn % 2 == 0 else reversed(given.modes):
-            line = measure(mode, budget, sizes, given) | {"round": turn}
-            took = line["failure"] or f"{seconds(line['seconds_per_token'])} s/token"
-            print(f"experts.py: round {turn + 1}, {mode}: {took}", file=sys.stderr)
-            record("experts", stamp() | {"checkpoint": given.checkpoint.name, "sizes": asdict(sizes)} | line)
-            lines.append(line)
+    for turn, mode in in_turns(given.modes, given.rounds):
+        line = measure(mode, budget, sizes, given) | {"round": turn}
+        took = line["failure"] or f"{seconds(line['seconds_per_token'])} s/token"
+        print(f"experts.py: round {turn + 1}, {mode}: {took}", file=sys.stderr)
+        record("experts", stamp() | {"checkpoint": given.checkpoint.name, "sizes": asdict(sizes)} | line)
+        lines.append(line)
     return lines
 
 

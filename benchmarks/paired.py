@@ -7,12 +7,13 @@ The order within a pair changes from round to round; the ratio is taken pair by 
 
 import argparse
 import json
-import statistics
 import time
 from typing import Any
 
 import torch
+from report import spread
 from transformers import AutoModelForCausalLM
+from turns import in_turns, ratios
 
 from lamina import AutoModel
 
@@ -29,18 +30,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=14)
     parser.add_argument("--new-tokens", type=int, default=24)
     given = parser.parse_args()
-    models = [AutoModelForCausalLM.from_pretrained(given.model), AutoModel.from_pretrained(given.model, device="cpu")]
+    models = {
+        "lamina": AutoModel.from_pretrained(given.model, device="cpu"),
+        "plain": AutoModelForCausalLM.from_pretrained(given.model),
+    }
     prompt = torch.arange(1, 17)[None]
-    ratios = []
-    for turn in range(given.rounds + 1):
-        taken = {}
-        for which in (0, 1) if turn % 2 else (1, 0):
-            taken[which] = seconds(models[which], prompt, given.new_tokens)
+    taken: dict[str, list[float]] = {name: [] for name in models}
+    for turn, name in in_turns(list(models), given.rounds + 1):
+        took = seconds(models[name], prompt, given.new_tokens)
         if turn:  # the first warms up
-            ratios.append(taken[1] / taken[0])
-    median = statistics.median(ratios)
-    print(f"Lamina over plain transformers: {median:.3f} ({min(ratios):.3f} - {max(ratios):.3f})")
-    print(json.dumps({"ratio": median, "least": min(ratios), "greatest": max(ratios), "rounds": len(ratios)}))
+            taken[name].append(took)
+    found = spread(pairs := ratios(taken, "lamina", "plain"))
+    print(f"Lamina over plain transformers: {found['median']:.3f} ({found['min']:.3f} - {found['max']:.3f})")
+    print(json.dumps({"ratio": found["median"], "least": found["min"], "greatest": found["max"], "rounds": len(pairs)}))
 
 
 if __name__ == "__main__":

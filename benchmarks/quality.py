@@ -2,12 +2,13 @@
 
     python benchmarks/quality.py MODEL --formats q8 q4,lm_head=q6
     python benchmarks/quality.py MODEL --stores STORE ...
-    python benchmarks/quality.py MODEL --rescaled --formats nf4,all "a4g32/8:hqq,embed_tokens=q8"
+    python benchmarks/quality.py MODEL --rescaled --formats nf4,all q4,embed_tokens=q8
 
 MODEL is a folder with a plain checkpoint in bf16, a STORE one that `lamina split --compression` wrote of it. A format
-is tried without a file: each weight is replaced by what its codec gives back (names in `quality_formats.py`). One
-format for all matrices, then `PATTERN=FORMAT` for tensors whose name has the pattern in it; the last that fits wins;
-`all` gives the format to norms and biases as well.
+is tried without a file: each weight is replaced by what it gives back. Formats are q4, q5, q6 and q8, Lamina's own
+codecs, and AirLLM's two: nf4 is bitsandbytes' NF4 in blocks of 64, int8 its 8 bits in blocks of 2,048. One format for
+all matrices, then `PATTERN=FORMAT` for tensors whose name has the pattern in it; the last that fits wins; `all` gives
+the format to norms and biases as well.
 
 The texts are 4,096 tokens each of this interpreter's own files, so they need no download and are the same for the same
 version of Python: prose is the paragraphs of `pydoc_data.topics`, code is textwrap, heapq, shlex and queue. Windows of
@@ -32,7 +33,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import quality_formats
 import torch
 from report import MeasuringError, record, run_main, stamp, table, versions
 from safetensors import safe_open
@@ -44,6 +44,8 @@ KL_STRIDE = 4
 LOSS_ROWS = 256
 MODULES = ("textwrap", "heapq", "shlex", "queue")
 Weights = Callable[[str], torch.Tensor]
+Format = tuple[Callable[[torch.Tensor], torch.Tensor] | None, Callable[[int], float]]
+"""Decoded from encoded rows of fp32 (None: as they are), and the bits a weight for a number of columns."""
 
 
 @dataclass
@@ -152,6 +154,45 @@ def weights_of(folder: Path) -> tuple[list[str], Weights]:
     return list(found), lambda name: found[name].get_tensor(name)
 
 
+def format_named(name: str) -> Format:
+    """The format of that name; MeasuringError where there is none."""
+    if name == "bf16":
+        return None, lambda _columns: 16.0
+    if name == "nf4":
+        return nf4, lambda _columns: 4 + 32 / 64
+    if name == "int8":
+        return int8, lambda _columns: 8 + 32 / 2048
+    if re.fullmatch(r"q[4568]", name):
+        return lamina_codec(int(name[1]))
+    raise MeasuringError(f"there is no format {name!r}: there are q4, q5, q6, q8, nf4, int8 and bf16")
+
+
+def lamina_codec(bits: int) -> Format:
+    from lamina.codec import affine
+
+    codec = affine.Affine(bits)
+
+    def again(rows: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(rows)
+        codec.decode(codec.encode(rows), rows.shape[0], rows.shape[1], out)
+        return out
+
+    return again, lambda columns: 8 * codec.panel_bytes(columns) / columns
+
+
+def nf4(rows: torch.Tensor) -> torch.Tensor:
+    import bitsandbytes.functional as bnb
+
+    packed, state = bnb.quantize_4bit(rows.contiguous(), blocksize=64, quant_type="nf4")
+    return bnb.dequantize_4bit(packed, state).view(rows.shape)
+
+
+def int8(rows: torch.Tensor) -> torch.Tensor:
+    import bitsandbytes.functional as bnb
+
+    return bnb.dequantize_blockwise(*bnb.quantize_blockwise(rows.contiguous(), blocksize=2048))
+
+
 def format_for(name: str, dims: int, rules: list[str]) -> str:
     chosen = rules[0] if dims > 1 or "all" in rules[1:] else "bf16"
     for rule in rules[1:]:
@@ -166,7 +207,7 @@ def put(model: Any, names: list[str], weights: Weights, spec: str) -> tuple[floa
     parameters, bits, elements, started = dict(model.named_parameters()), 0.0, 0, time.perf_counter()
     for name in names:
         weight = weights(name)
-        again, size = quality_formats.named(format_for(name, weight.dim(), spec.split(",")))
+        again, size = format_named(format_for(name, weight.dim(), spec.split(",")))
         rows, into = weight.view(-1, weight.shape[-1]), parameters[name].data
         bits, elements = bits + rows.numel() * size(rows.shape[1]), elements + rows.numel()
         step = max(1, CHUNK_ELEMENTS // rows.shape[1] // 256) * 256

@@ -17,10 +17,12 @@ import argparse
 import json
 import subprocess
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from report import RESULTS, MeasuringError, record, run_main, spread, stamp, table, versions
+from turns import order
 
 NAME = "speculation"
 FUNCTION = '''def moving_average(values, window):
@@ -71,14 +73,13 @@ THINGS = (
 def speed(given: argparse.Namespace) -> None:
     """Rounds over prompts and drafts, each a process."""
     seen: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for turn in range(given.rounds):
-        for prompt in given.prompts:
-            for draft in given.drafts if turn % 2 == 0 else given.drafts[::-1]:
-                stats = _run(given, draft, PROMPTS[prompt])
-                seen.setdefault((prompt, draft), []).append(stats)
-                print(f"{prompt:8} {_short(draft):12} {_line(stats)}", flush=True)
-                record(NAME, {**stamp(), "packages": versions(), "part": "speed", "prompt": prompt,
-                              "draft": _short(draft), "memory": given.memory, "result": stats})  # fmt: skip
+    for turn, prompt in product(range(given.rounds), given.prompts):
+        for draft in order(given.drafts, turn):
+            stats = _run(given, draft, PROMPTS[prompt])
+            seen.setdefault((prompt, draft), []).append(stats)
+            print(f"{prompt:8} {_short(draft):12} {_line(stats)}", flush=True)
+            record(NAME, {**stamp(), "packages": versions(), "part": "speed", "prompt": prompt,
+                          "draft": _short(draft), "memory": given.memory, "result": stats})  # fmt: skip
     rows = []
     for (prompt, draft), runs in seen.items():
         plain = seen.get((prompt, "none"))
@@ -125,15 +126,14 @@ def slowdown(given: argparse.Namespace) -> None:
 
     model = AutoModel.from_pretrained(given.model, memory=given.memory, context=given.context, draft="lookup")
     ratios: dict[str, list[float]] = {}
-    for turn in range(given.rounds):
-        for prompt in given.prompts:
-            taken = {}
-            for draft in ("none", "lookup") if turn % 2 == 0 else ("lookup", "none"):
-                began = time.perf_counter()
-                out = _generate(model, PROMPTS[prompt], given.new_tokens, draft, exact=given.exact)
-                taken[draft] = (time.perf_counter() - began) / len(out)
-            ratios.setdefault(prompt, []).append(taken["lookup"] / taken["none"])
-            print(f"{prompt:8} lookup over none {ratios[prompt][-1]:.3f}", flush=True)
+    for turn, prompt in product(range(given.rounds), given.prompts):
+        taken = {}
+        for draft in order(("none", "lookup"), turn):
+            began = time.perf_counter()
+            out = _generate(model, PROMPTS[prompt], given.new_tokens, draft, exact=given.exact)
+            taken[draft] = (time.perf_counter() - began) / len(out)
+        ratios.setdefault(prompt, []).append(taken["lookup"] / taken["none"])
+        print(f"{prompt:8} lookup over none {ratios[prompt][-1]:.3f}", flush=True)
     record(NAME, {**stamp(), "packages": versions(), "part": "slowdown", "memory": given.memory, "exact": given.exact,
                   "result": {prompt: spread(each) for prompt, each in ratios.items()}})  # fmt: skip
     rows = [(prompt, f"{spread(each)['median']:.3f}", f"{min(each):.3f} - {max(each):.3f}")

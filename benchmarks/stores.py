@@ -26,12 +26,12 @@ from report import (
     parse_size,
     record,
     run_main,
-    seconds,
     spread,
     stamp,
     table,
     versions,
 )
+from turns import in_turns, ranged, ratios
 
 COMPRESSIONS = ("8bit", "4bit", "lossless")
 
@@ -52,20 +52,13 @@ def store(checkpoint: Path, compression: str) -> Path:
 
 def rounds(folders: dict[str, Path], given: argparse.Namespace) -> list[dict[str, dict[str, object]]]:
     """The figures of each folder in each round."""
-    names = list(folders)
-    found = []
-    for number_of_round in range(given.rounds):
-        turned = names[number_of_round % len(names) :] + names[: number_of_round % len(names)]
-        cap = given.memory if given.cap else None
-        found.append({name: lamina_cli.bench(folders[name], given.memory, given.steps + 1, cap=cap) for name in turned})
-        said = ", ".join(f"{name} {number(found[-1][name], 'seconds_per_token'):.3f}" for name in names)
-        print(f"stores.py: round {number_of_round + 1}: {said}", file=sys.stderr)
+    found: list[dict[str, dict[str, object]]] = [{} for _ in range(given.rounds)]
+    cap = given.memory if given.cap else None
+    for turn, name in in_turns(list(folders), given.rounds):
+        found[turn][name] = lamina_cli.bench(folders[name], given.memory, given.steps + 1, cap=cap)
+        said = f"{name} {number(found[turn][name], 'seconds_per_token'):.3f}"
+        print(f"stores.py: round {turn + 1}: {said} s/token", file=sys.stderr)
     return found
-
-
-def ranged(values: list[float]) -> str:
-    found = spread(values)
-    return f"{seconds(found['median'])} ({seconds(found['min'])} - {seconds(found['max'])})"
 
 
 def arguments() -> argparse.Namespace:
@@ -92,22 +85,20 @@ def main() -> None:
     found = rounds(folders, given)
     plain_bytes = weight_bytes(checkpoint)
     rows, result = [], {}
+    times = {name: [number(each[name], "seconds_per_token") for each in found] for name in folders}
     for name, folder in folders.items():
-        times = [number(each[name], "seconds_per_token") for each in found]
-        ratios = [
-            number(each["plain"], "seconds_per_token") / number(each[name], "seconds_per_token") for each in found
-        ]
+        times_plain = ratios(times, "plain", name)
         peak = max(number(each[name], "peak_rss_bytes") for each in found)
         read = number(found[-1][name], "bytes_read_per_pass")
         share = weight_bytes(folder) / plain_bytes
         result[name] = {
             "size": share,
-            "seconds_per_token": spread(times),
-            "times_plain": spread(ratios),
+            "seconds_per_token": spread(times[name]),
+            "times_plain": spread(times_plain),
             "peak_rss_bytes": peak,
             "bytes_read_per_pass": read,
         }
-        rows.append((name, f"{share:.3f}", ranged(times), ranged(ratios), gigabytes(read), gigabytes(peak)))
+        rows.append((name, f"{share:.3f}", ranged(times[name]), ranged(times_plain), gigabytes(read), gigabytes(peak)))
     said = stamp() | {"packages": versions(), "memory_bytes": given.memory, "capped": given.cap, "result": result}
     record("stores", said | {"rounds": found})
     print(table(rows, ("", "of bf16", "s/token", "times as fast", "read a pass", "peak")))

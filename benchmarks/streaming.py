@@ -40,14 +40,10 @@ from report import (
     table,
     versions,
 )
+from turns import in_turns, ranged
 
 Part = dict[str, object]
 Rows = list[tuple[object, ...]]
-
-
-def ranged(values: list[float]) -> str:
-    found = spread(values)
-    return f"{seconds(found['median'])} ({seconds(found['min'])} - {seconds(found['max'])})"
 
 
 def decode(given: argparse.Namespace) -> tuple[Part, Rows]:
@@ -69,9 +65,8 @@ def decode(given: argparse.Namespace) -> tuple[Part, Rows]:
 def residency(given: argparse.Namespace) -> tuple[Part, Rows]:
     checkpoint = make_checkpoint(given.checkpoint, "3b")
     times: dict[int, list[float]] = {given.memory: [], given.more_memory: []}
-    for _ in range(given.rounds):
-        for memory, found in times.items():
-            found.append(number(lamina_cli.bench(checkpoint, memory, given.steps + 1), "seconds_per_token"))
+    for _, memory in in_turns(list(times), given.rounds):
+        times[memory].append(number(lamina_cli.bench(checkpoint, memory, given.steps + 1), "seconds_per_token"))
     little, much = (spread(times[memory])["median"] for memory in (given.memory, given.more_memory))
     part = {
         "seconds_per_token": {str(memory): spread(found) for memory, found in times.items()},
@@ -87,14 +82,21 @@ def against_plain(checkpoint: Path, given: argparse.Namespace) -> tuple[Part, Ro
     """Everything resident beside plain transformers: s/token, in turns, a fresh process each."""
     plain = [sys.executable, HERE / "peers" / "accelerate_disk_run.py", checkpoint, "--plain"]
     plain += ["--prompt-ids", lamina_cli.PROMPT_IDS, "--new-tokens", given.resident_steps + 1]
-    ours: list[float] = []
-    theirs: list[float] = []
-    for _ in range(given.rounds):
-        ours.append(number(lamina_cli.bench(checkpoint, None, given.resident_steps + 1), "seconds_per_token"))
+
+    def theirs_now() -> dict[str, object]:
         run = run_capped([str(word) for word in plain])
         if run.failure:
             raise MeasuringError(f"plain transformers on {checkpoint}: {run.failure}")
-        theirs.append(number(run.last_json(), "seconds_per_token"))
+        return run.last_json()
+
+    measures = {
+        "lamina": lambda: lamina_cli.bench(checkpoint, None, given.resident_steps + 1),
+        "plain": theirs_now,
+    }
+    times: dict[str, list[float]] = {name: [] for name in measures}
+    for _, name in in_turns(list(measures), given.rounds):
+        times[name].append(number(measures[name](), "seconds_per_token"))
+    ours, theirs = times.values()
     ratio = spread(ours)["median"] / spread(theirs)["median"]
     part = {"lamina_seconds_per_token": spread(ours), "plain_seconds_per_token": spread(theirs), "ratio": ratio}
     return part, [

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import lamina
 from compat.grow import CHUNK, MOST
+from helpers.tiny import write_llama
 
 pytestmark = pytest.mark.compat
 HEADS, HEAD_SIZE, LAYERS = 32, 128, 4
@@ -25,20 +24,10 @@ WHOLE = TOKEN * MOST
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of little weight whose cache is large: 0.13 MB a token."""
-    folder = tmp_path_factory.mktemp("wide")
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        head_dim=HEAD_SIZE,
-        max_position_embeddings=MOST,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return write_llama(
+        tmp_path_factory.mktemp("wide"), vocab_size=128, intermediate_size=64, num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS, num_key_value_heads=HEADS, head_dim=HEAD_SIZE, max_position_embeddings=MOST,
+    )  # fmt: skip
 
 
 def grown(folder: Path, more: int) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import lamina
+from helpers.tiny import write_llama
 from lamina import AutoModel, BudgetError
 from lamina.hf import internals
 from lamina.hf.decoding import batching
@@ -33,14 +34,10 @@ CONFIG = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0, eos
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small llama with the vocabulary of a large one, of 16 bits."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32_000, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, dtype=torch.bfloat16,
+    return write_llama(
+        tmp_path_factory.mktemp("batch") / "model", dtype=torch.bfloat16, vocab_size=32_000, intermediate_size=160,
+        num_hidden_layers=2, tie_word_embeddings=True,
     )  # fmt: skip
-    at = tmp_path_factory.mktemp("batch") / "model"
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(at)
-    return at
 
 
 def _can_make_cgroups() -> bool:

@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import lamina
+from helpers.tiny import letters, write_llama
+from unit.cli.test_commands import Run, one_line
 
 PROMPT = "Hi there"
 COMMAND = [sys.executable, "-c", "from lamina.cli.main import main; main()"]
@@ -55,31 +58,9 @@ def refused(code: int, *arguments: str) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama that never ends its answer by itself, and a tokenizer whose tokens are bytes."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
-    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokens.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    tokenizer.save_pretrained(path)
-    config = LlamaConfig(
-        vocab_size=len(letters),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
-    return path
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    tokenizer = letters(chat_template=template)
+    return write_llama(tmp_path_factory.mktemp("models") / "tiny", dtype=torch.bfloat16, tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -122,16 +103,20 @@ def test_the_text_streams_to_stdout_and_the_prompt_may_come_from_a_pipe(folder: 
     assert out == decoded(folder, expected) + "\n"
 
 
-def test_token_ids_run_a_folder_without_a_tokenizer(folder: Path, expected: list[int], tmp_path: Path) -> None:
+def test_token_ids_run_a_folder_without_a_tokenizer(
+    run: Run, folder: Path, expected: list[int], tmp_path: Path
+) -> None:
     from transformers import AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(folder)(PROMPT)["input_ids"]
     bare = tmp_path / "bare"
     shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("tokenizer*", "chat_template*", "special_tokens*"))
     prompt_ids = ",".join(map(str, ids))
-    answer = json.loads(done("run", str(bare), "--prompt-ids", prompt_ids, "-n", "8", "--json"))
-    assert answer["tokens"] == expected
-    assert "tokenizer" in refused(2, "run", str(bare), PROMPT)
+    answer = run("run", str(bare), "--prompt-ids", prompt_ids, "-n", "8", "--json")
+    assert json.loads(answer.out)["tokens"] == expected
+    refusal = run("run", str(bare), PROMPT)
+    assert (refusal.code, refusal.out) == (2, "")
+    assert "tokenizer" in one_line(refusal)
 
 
 def test_chat_answers_and_remembers(folder: Path) -> None:
@@ -156,8 +141,8 @@ def test_plan_says_what_is_enough_and_less_is_refused(folder: Path) -> None:
     assert done("run", str(folder), PROMPT, "-n", "2", "--memory", told[1])
 
 
-def test_bench_reports_every_figure(folder: Path) -> None:
-    result = json.loads(done("bench", str(folder), "--prompt-tokens", "4", "--new-tokens", "3", "--json"))
+def test_bench_reports_every_figure(run: Run, folder: Path) -> None:
+    result = json.loads(run("bench", str(folder), "--prompt-tokens", "4", "--new-tokens", "3", "--json").out)
     assert len(result["tokens"]) == 3
     assert result.keys() >= {
         "seconds_per_token",
@@ -175,7 +160,7 @@ def test_bench_reports_every_figure(folder: Path) -> None:
     }
 
 
-def test_bench_writes_a_trace_and_nothing_else_to_stderr(folder: Path, tmp_path: Path) -> None:
+def test_bench_writes_a_trace_and_nothing_else_to_stderr(run: Run, folder: Path, tmp_path: Path) -> None:
     trace = tmp_path / "trace.json"
     arguments = ("bench", str(folder), "--prompt-tokens", "4", "--new-tokens", "3", "--profile", "--trace", str(trace))
     result = cli(*arguments)
@@ -184,12 +169,16 @@ def test_bench_writes_a_trace_and_nothing_else_to_stderr(folder: Path, tmp_path:
     assert "computing" in result.stdout and str(trace) in result.stdout
     assert json.loads(trace.read_text())["traceEvents"]
     trace.write_text("my notes")
-    assert "trace.json" in refused(2, *arguments)
+    refusal = run(*arguments)
+    assert (refusal.code, refusal.out) == (2, "")
+    assert "trace.json" in one_line(refusal)
     assert trace.read_text() == "my notes"
 
 
-def test_a_model_that_is_not_there_is_a_wrong_request(tmp_path: Path) -> None:
-    assert "no-such-model" in refused(2, "run", str(tmp_path / "no-such-model"), PROMPT, "--offline")
+def test_a_model_that_is_not_there_is_a_wrong_request(run: Run, tmp_path: Path) -> None:
+    refusal = run("run", str(tmp_path / "no-such-model"), PROMPT, "--offline")
+    assert (refusal.code, refusal.out) == (2, "")
+    assert "no-such-model" in one_line(refusal)
 
 
 def test_a_cut_off_file_is_a_failure_that_names_it(folder: Path, tmp_path: Path) -> None:

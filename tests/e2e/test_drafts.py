@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 import lamina.speculative.setup
 from helpers.always import Always
 from helpers.families import write_tiny
 from helpers.judge import CONTEXT, minimum_of, plain_model, steady
+from helpers.tiny import words, write_llama
 from lamina import (
     AutoModel,
     BudgetError,
@@ -49,34 +49,14 @@ def steadily() -> Iterator[None]:
         yield
 
 
-def write(folder: Path, seed: int = 1, vocabulary: int = VOCABULARY, hidden: int = 64) -> Path:
-    """A tiny Llama with a table of its own (not tied), whose texts do not end."""
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(config)
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(folder)
-    return folder
+def write(folder: Path, seed: int = 1, **fields: Any) -> Path:
+    """A tiny Llama with a table of its own (not tied)."""
+    fields = {"num_hidden_layers": 3, "intermediate_size": 128, "pad_token_id": 0} | fields
+    return write_llama(folder, seed=seed, spread=0.2, **fields)
 
 
 def with_words(folder: Path, first: str = "w") -> Path:
-    words = {f"{first}{i}": i for i in range(VOCABULARY)}
-    made = Tokenizer(models.WordLevel(words, unk_token=f"{first}0"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=made, unk_token=f"{first}0").save_pretrained(folder)
+    words([f"{first}{i}" for i in range(VOCABULARY)], f"{first}0").save_pretrained(folder)
     return folder
 
 
@@ -97,7 +77,7 @@ def alone(written: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A smaller model with as many tokens."""
-    return write(tmp_path_factory.mktemp("drafts") / "small", seed=2, hidden=32)
+    return write(tmp_path_factory.mktemp("drafts") / "small", seed=2, hidden_size=32)
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +267,7 @@ def test_a_model_with_other_tokens_is_refused(alone: Path, tmp_path: Path, small
 
 
 def test_a_model_with_more_tokens_is_refused(written: Path, tmp_path: Path) -> None:
-    more = write(tmp_path / "more", vocabulary=VOCABULARY + 40)
+    more = write(tmp_path / "more", vocab_size=VOCABULARY + 40)
     assert "has 296 tokens and the model 256" in refusal(RequestError, written, draft=str(more))
 
 
@@ -517,7 +497,7 @@ def test_memory_is_enough_for_both_stores_or_neither_is_written(alone: Path) -> 
 def test_memory_for_another_model_is_told_before_its_store_is_written(
     written: Path, tmp_path: Path, answer: list[int]
 ) -> None:
-    other = write(tmp_path / "other", seed=2, hidden=32)
+    other = write(tmp_path / "other", seed=2, hidden_size=32)
     error = refused_with(BudgetError, written, memory=1, draft=str(other))
     assert [each.name for each in tmp_path.iterdir()] == ["other"]
     assert isinstance(error, BudgetError)
@@ -539,7 +519,7 @@ def test_a_full_disk_is_told_before_a_copy_is_written(alone: Path, monkeypatch: 
 def test_another_model_is_taken_as_it_is_where_its_store_has_no_room(
     written: Path, tmp_path: Path, answer: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = write(tmp_path / "other", seed=2, hidden=32)
+    other = write(tmp_path / "other", seed=2, hidden_size=32)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
     with opened(written, draft=str(other)) as model:
         same(model, answer)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ from lamina.codec import native
 from lamina.fallbacks import Fallbacks, cause
 from lamina.store import split
 from lamina.stream import direct_io
+from unit.cli.test_commands import Run
 
 IDS = torch.tensor([[5, 9, 23, 17, 5, 9, 23]])
 
@@ -111,14 +110,13 @@ def test_a_draft_that_proposes_nothing_says_why(folder: Path) -> None:
     assert stats.drafted_tokens or stats.draft_reason.startswith("asked for, but it ")
 
 
-def test_the_command_line_says_them(tmp_path: Path) -> None:
+def test_the_command_line_says_them(run: Run, tmp_path: Path) -> None:
     write_tiny("gpt2", tmp_path, dtype=torch.float32)
 
     def said(*arguments: str) -> tuple[str, str]:
-        start = "import sys; from lamina.cli.main import main; main(sys.argv[1:])"
-        command = [sys.executable, "-c", start, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        return done.stdout, done.stderr
+        result = run(*arguments)
+        assert result.code == 0, result.err
+        return result.out, result.err
 
     why = "the pass was traced with made-up numbers where the model asks for real ones"
     asked = [str(tmp_path), "--memory", "2GB", "--device", "cpu"]

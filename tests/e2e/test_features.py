@@ -14,21 +14,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     ContinuousBatchingConfig,
     GenerationConfig,
     LlamaForCausalLM,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     StoppingCriteria,
     StoppingCriteriaList,
     TextStreamer,
     pipeline,
 )
 
-from helpers.families import tiny_config, tiny_model, write_tiny
+from helpers.families import tiny_model, write_tiny
 from helpers.judge import minimum_of, plain_model, steady, streamed_model
+from helpers.tiny import BYTES, letters, write_llama
 from lamina import (
     AutoModel,
     BudgetError,
@@ -48,17 +47,6 @@ TEMPLATE = (
 IDS = torch.tensor([[5, 99, 23, 77, 5, 99, 23, 77, 5, 99]])
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes, behind three special tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
-    made = Tokenizer(models.BPE(vocabulary, []))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    return PreTrainedTokenizerFast(tokenizer_object=made, chat_template=TEMPLATE, **special)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def steadily() -> Iterator[None]:
     with steady():
@@ -68,17 +56,11 @@ def steadily() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with a tokenizer and a chat template."""
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = letters(["<pad>", "<s>", "</s>", *BYTES], chat_template=TEMPLATE, **special)
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     folder = tmp_path_factory.mktemp("llama")
-    config = tiny_config("llama")
-    config.vocab_size = VOCABULARY
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
-    return folder
+    return write_llama(folder, spread=0.2, tokenizer=tokenizer, vocab_size=VOCABULARY, **ends)
 
 
 @pytest.fixture(scope="module")

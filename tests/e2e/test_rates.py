@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import lamina
+from helpers.tiny import write_llama
 from lamina.checkpoint import open_checkpoint
 from lamina.checkpoint.extent import Extent
 from lamina.codec import AFFINE
@@ -20,8 +20,7 @@ from lamina.runtime import rates
 from lamina.store import split
 from lamina.stream.readers import Readers
 
-CONFIG = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                     num_key_value_heads=2, vocab_size=128, tie_word_embeddings=False)  # fmt: skip
+LAYERS = 2
 CPU = torch.device("cpu")
 
 
@@ -32,10 +31,7 @@ def _bound(model: Any, name: str) -> Any:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    found = tmp_path_factory.mktemp("tiny")
-    LlamaForCausalLM(CONFIG).to(torch.bfloat16).save_pretrained(found)
-    return found
+    return write_llama(tmp_path_factory.mktemp("tiny"), dtype=torch.bfloat16, vocab_size=128, num_hidden_layers=LAYERS)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +46,7 @@ def test_a_model_is_loaded_with_rates_and_its_own_count_of_bytes_alone(folder: P
         hardware, resident = handle.plan.hardware, handle.plan.resident_bytes
         assert handle.stats.bytes_read < 1.2 * resident, "what was read to measure is not the model's"
         counted = handle._engine.weights.schedule.operations
-        assert counted > 2 * CONFIG.num_hidden_layers * len("qkvo"), "the trace counts what a pass calls"
+        assert counted > 2 * LAYERS * len("qkvo"), "the trace counts what a pass calls"
         assert handle.plan.work.operations > counted
     default = Hardware()
     assert hardware.memory_bytes_per_second != default.memory_bytes_per_second

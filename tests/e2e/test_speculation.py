@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, LogitsProcessor, PreTrainedModel, StoppingCriteria
+from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteria
 
 from helpers.always import Always
-from helpers.families import tiny_config
+from helpers.tiny import write_llama
 from lamina import AutoModel
 from lamina.speculative.decoder import MOST, Speculator
 from lamina.speculative.draft import GoOn, Pick, Proposal
@@ -46,20 +46,13 @@ class Oracle:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama whose texts neither repeat at once nor end by themselves."""
     folder = tmp_path_factory.mktemp("speculation")
-    config = tiny_config("llama")
-    config.vocab_size, config.eos_token_id = 320, 2
-    torch.manual_seed(3)
-    model = LlamaForCausalLM(config)
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.25)
-    model.save_pretrained(folder)
-    return folder
+    return write_llama(folder, seed=3, spread=0.25, vocab_size=320, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> PreTrainedModel:
-    return AutoModel.from_pretrained(str(folder), dtype=torch.float32, draft="lookup")
+def model(folder: Path) -> Iterator[PreTrainedModel]:
+    with (model := AutoModel.from_pretrained(str(folder), dtype=torch.float32, draft="lookup")).lamina:
+        yield model
 
 
 def with_oracle(model: PreTrainedModel, answer: list[int], wrong: Callable[[int], bool]) -> Speculator:

@@ -15,11 +15,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import prune
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 import lamina.store
 from helpers.families import FAMILIES, input_ids, write_tiny
 from helpers.judge import CONTEXT, minimum_of, plain_model, steady, streamed_model
+from helpers.tiny import write_llama
 from lamina import AutoModel, BudgetError, LaminaError, UnsupportedError
 
 ROOM = 24_000  # bytes beside the minimum, in float32: for a few written weights of the 315 kB of a tiny llama
@@ -176,12 +177,10 @@ def test_a_number_needs_no_memory(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Many layers: what a pass holds at once is a small part of them."""
-    folder = tmp_path_factory.mktemp("deep")
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=16,
-                         num_attention_heads=4, num_key_value_heads=4)  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return write_llama(
+        tmp_path_factory.mktemp("deep"), hidden_size=128, intermediate_size=256, num_hidden_layers=16,
+        num_key_value_heads=4,
+    )  # fmt: skip
 
 
 def test_what_does_not_fit_is_refused_and_leaves_the_model_as_it_was(deep: Path) -> None:

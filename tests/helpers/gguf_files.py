@@ -244,3 +244,13 @@ def _values(name: str, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType, 
         return gguf.quants.quantize(values, kind), kind
     except NotImplementedError:
         return blocks(kind, shape, seed), kind
+
+
+def llama3_divisors(factor: float, base: float = 10000.0, pairs: int = 32) -> np.ndarray:
+    """As llama.cpp's converter writes them."""
+    found = []
+    for index in range(pairs):
+        wave = 2 * np.pi * base ** (index / pairs)
+        smooth = (8192 / wave - 1) / 3
+        found.append(1 if wave < 8192 / 4 else factor if wave > 8192 else 1 / ((1 - smooth) / factor + smooth))
+    return np.array(found, np.float32)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
-from helpers.families import tiny_config, tiny_model, write_tiny
+from helpers.families import tiny_model, write_tiny
 from helpers.judge import BUDGETS, assert_equal, judge, plain_model, steady, streamed_model
+from helpers.tiny import write_llama
 from lamina.plan import layout, planner
 from lamina.plan.schedule import Convert
 
@@ -169,10 +169,7 @@ def _shift(file: Path, shift: int) -> None:
 @pytest.mark.parametrize("vocabulary", [8192, 10_007])
 @pytest.mark.parametrize("tie", [False, True])
 def test_a_head_in_blocks_of_rows(tie: bool, vocabulary: int, dtype: torch.dtype, tmp_path: Path) -> None:
-    config = tiny_config("llama")
-    config.vocab_size, config.tie_word_embeddings = vocabulary, tie
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(tmp_path)
+    write_llama(tmp_path, dtype=dtype, vocab_size=vocabulary, tie_word_embeddings=tie)
     said = judge(tmp_path)
     plan = assert_equal(said, said.minimum).lamina.plan
     head = [item for item in plan.items if item.module == "lm_head"]

@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from helpers.gguf_files import FAMILIES, PORTED, SHARED, write_model, write_tensors
+from helpers.gguf_files import FAMILIES, PORTED, SHARED, llama3_divisors, write_model, write_tensors
 from helpers.judge import answers, minimum_of, reads_on_demand, steady, streamed_model
+from lamina import AutoModel
 
 MEMORY = 3 << 30
 MIXED = ("Q4_K", "Q8_0", "Q6_K", "Q4_0", "F16", "Q5_K")
@@ -119,3 +120,13 @@ def as_llama_cpp(state: dict[str, torch.Tensor], config: MixtralConfig) -> dict[
         else:
             stored[name] = values.contiguous().numpy()
     return stored
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_divided_frequencies_are_those_of_llama_cpp(others: bool, tmp_path: Path) -> None:
+    divisors = np.linspace(1, 3, 32, dtype=np.float32) if others else llama3_divisors(8.0)
+    path = write_model(tmp_path, "llama", besides={"rope_freqs.weight": divisors})
+    with AutoModel.from_pretrained(str(path), memory=MEMORY, device="cpu").lamina as lamina:
+        plain = 10000.0 ** -(torch.arange(32) / 32)
+        found = lamina.model.model.rotary_emb.inv_freq
+        torch.testing.assert_close(found, plain / torch.from_numpy(divisors), rtol=1e-4, atol=0)

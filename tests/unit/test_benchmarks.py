@@ -24,6 +24,11 @@ def compare(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
+def turns(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return script("turns", monkeypatch)
+
+
+@pytest.fixture
 def workloads(monkeypatch: pytest.MonkeyPatch) -> Any:
     return script("workloads", monkeypatch)
 
@@ -193,11 +198,12 @@ def test_accelerate_is_tried_again_with_less(workloads: Any) -> None:
     assert [command[-1] for command in tried] == ["2000000000", "1000000000"]
 
 
-def test_every_engine_has_each_turn_as_often(compare: Any) -> None:
-    orders = [compare.turned(["a", "b", "c"], number) for number in range(6)]
+def test_every_engine_has_each_turn_as_often(turns: Any) -> None:
+    orders = [turns.order(["a", "b", "c"], number) for number in range(6)]
     assert all(sorted(order) == ["a", "b", "c"] for order in orders)
     assert {order[0] for order in orders} == {"a", "b", "c"}
     assert orders[:3] == [["a", "b", "c"], ["c", "b", "a"], ["b", "c", "a"]]
+    assert list(turns.in_turns("ab", 2)) == [(0, "a"), (0, "b"), (1, "b"), (1, "a")]
 
 
 def test_a_recorded_line_has_no_place_of_this_machine(compare: Any) -> None:

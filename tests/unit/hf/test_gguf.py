@@ -12,8 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from helpers.gguf_files import FAMILIES, blocks, field, header, tensor, write_model
-from lamina import AutoModel
+from helpers.gguf_files import FAMILIES, blocks, field, header, llama3_divisors, tensor, write_model
 from lamina.checkpoint.choose import find_gguf
 from lamina.checkpoint.gguf import BLOCK_TYPES, open_gguf
 from lamina.codec import codec_for, native
@@ -258,16 +257,6 @@ def rotations(path: Path) -> dict[str, object]:
     return rope
 
 
-def llama3_divisors(factor: float, base: float = 10000.0, pairs: int = 32) -> np.ndarray:
-    """As llama.cpp's converter writes them."""
-    found = []
-    for index in range(pairs):
-        wave = 2 * np.pi * base ** (index / pairs)
-        smooth = (8192 / wave - 1) / 3
-        found.append(1 if wave < 8192 / 4 else factor if wave > 8192 else 1 / ((1 - smooth) / factor + smooth))
-    return np.array(found, np.float32)
-
-
 def test_llama_3_divides_its_frequencies(tmp_path: Path) -> None:
     divisors = llama3_divisors(32.0)
     assert 1 < sorted(divisors)[-3] <= 32 and (divisors == 1).any()
@@ -280,16 +269,6 @@ def test_llama_3_divides_its_frequencies(tmp_path: Path) -> None:
         "rope_type": "default",
         "rope_theta": 10000.0,
     }
-
-
-@pytest.mark.parametrize("others", [False, True])
-def test_divided_frequencies_are_those_of_llama_cpp(others: bool, tmp_path: Path) -> None:
-    divisors = np.linspace(1, 3, 32, dtype=np.float32) if others else llama3_divisors(8.0)
-    path = write_model(tmp_path, "llama", besides={"rope_freqs.weight": divisors})
-    with AutoModel.from_pretrained(str(path), memory="3GB", device="cpu").lamina as lamina:
-        plain = 10000.0 ** -(torch.arange(32) / 32)
-        found = lamina.model.model.rotary_emb.inv_freq
-        torch.testing.assert_close(found, plain / torch.from_numpy(divisors), rtol=1e-4, atol=0)
 
 
 def test_other_rotations_are_the_files(tmp_path: Path) -> None:

@@ -9,23 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from helpers.tiny import words
 from lamina import RequestError
 from lamina.hf.tokenizer import LazyTokenizer, load_tokenizer, tokenizer_bytes
 from lamina.hf.trace import Trace
 from lamina.plan.schedule import Call
 from lamina.runtime.budget import make_budget
 
-WORDS = {"<pad>": 0, "<unk>": 1, "hello": 2, "world": 3}
-
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    made = Tokenizer(models.WordLevel(WORDS, "<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", unk_token="<unk>")
+    return words(["<pad>", "<unk>", "hello", "world"], "<unk>", pad_token="<pad>")
 
 
 @pytest.fixture

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers.judge import steady
+from helpers.tiny import write_llama
 from lamina.cli import report
-from lamina.cli.main import main
 from lamina.speculative.draft_length import Pace
 from unit.cli.test_commands import Result, Run, one_line
 
@@ -31,36 +27,11 @@ def steadily() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    def call(*arguments: str) -> Result:
-        monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-        with pytest.raises(SystemExit) as ended:
-            main(arguments)
-        captured = capsys.readouterr()
-        return Result(int(ended.value.code or 0), captured.out, captured.err)
-
-    return call
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama of 32 tokens: what it says soon repeats, and a lookup is right."""
     folder = tmp_path_factory.mktemp("cli") / "tiny"
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return write_llama(folder, vocab_size=32, intermediate_size=64, num_hidden_layers=2, pad_token_id=0)
 
 
 def done(result: Result) -> Any:
@@ -135,9 +106,7 @@ def test_a_draft_that_is_not_there(run: Run, folder: Path, command: str) -> None
 
 
 def test_a_draft_with_other_tokens(run: Run, folder: Path, tmp_path: Path) -> None:
-    config = LlamaConfig(vocab_size=48, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
-    config.num_attention_heads = config.num_key_value_heads = 2
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
+    write_llama(tmp_path / "other", vocab_size=48, hidden_size=32, num_hidden_layers=1)
     result = run("run", *asked(folder, "--draft", str(tmp_path / "other"), "--json"))
     assert result.code == 2
     assert result.out == ""

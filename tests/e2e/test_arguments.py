@@ -14,13 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 import lamina
 import lamina.runtime.load
 from helpers.families import tiny_config, write_tiny
+from helpers.tiny import words
 from lamina import LaminaError, RequestError, UnsupportedError
 from lamina.checkpoint import open_checkpoint
 from lamina.hf.building.build import Request, build
@@ -109,9 +108,22 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+_open: list[Any] = []
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    """What a test loads is closed when it ends."""
+    yield
+    while _open:
+        _open.pop().lamina.close()
+
+
 def _loaded(folder: Path, memory: int | str = "2GB", **options: Any) -> Any:
     options = {"device": "cpu", "context": 32, "draft": None, **options}
-    return lamina.AutoModel.from_pretrained(str(folder), memory=memory, **options)
+    given = lamina.AutoModel.from_pretrained(str(folder), memory=memory, **options)
+    _open.append(given[0] if isinstance(given, tuple) else given)
+    return given
 
 
 def _least(folder: Path, **options: Any) -> int:
@@ -380,8 +392,7 @@ def test_settings_in_an_old_config_are_those_of_transformers(llama: Path, tmp_pa
 
 def test_a_subfolder_has_the_config_and_the_tokenizer(llama: Path, tmp_path: Path) -> None:
     shutil.copytree(llama, tmp_path / "text")
-    words = Tokenizer(WordLevel({"<unk>": 0, "hello": 1, "</s>": 2}, "<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(tmp_path / "text")
+    words(["<unk>", "hello", "</s>"], "<unk>").save_pretrained(tmp_path / "text")
     model = _loaded(tmp_path, subfolder="text")
     assert torch.equal(model(IDS).logits, AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="text")(IDS).logits)
     assert model.tokenizer("hello")["input_ids"] == [1]
