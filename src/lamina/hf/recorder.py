@@ -23,11 +23,14 @@ _RESHAPES = (torch.Tensor.view, torch.Tensor.reshape)
 
 @dataclass
 class Node:
+    """A running module: what its own code touches, and the modules that it calls."""
+
     module: str
     touches: list[str] = field(default_factory=list)
     calls: list[Node] = field(default_factory=list)
 
     def freeze(self) -> Call:
+        """The call, as a schedule is made of it."""
         return Call(self.module, tuple(dict.fromkeys(self.touches)), tuple(call.freeze() for call in self.calls))
 
 
