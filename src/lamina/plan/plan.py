@@ -75,6 +75,7 @@ class Plan:
         resident: weights that stay where they are computed on.
         gathered: weights of which rows are read when they are looked up.
         items: everything that is streamed; `steps` are indices into it, in the order of a pass.
+        branches: steps as well, for each part of the model that other passes than those over text alone go through.
         ring_bytes: the window on the host; `device_ring_bytes` the one on the device.
         minimum_memory_bytes: the smallest budget that holds this model with this context.
         active_bytes_per_token: of the weights that one token needs; less than `model_bytes` where it is routed.
@@ -112,6 +113,7 @@ class Plan:
     expert_slot_bytes: int = 0
     device_expert_slots: int = 0
     fallbacks: tuple[str, ...] = ()
+    branches: tuple[tuple[int, ...], ...] = ()
 
     def __repr__(self) -> str:
         """What matters, in a few lines; `as_dict` has all of it."""
@@ -140,7 +142,7 @@ class Plan:
     @property
     def streams(self) -> bool:
         """Whether anything is read while the model runs."""
-        return bool(self.steps or self.experts)
+        return bool(self.steps or self.experts or self.branches)
 
     @cached_property
     def bytes_streamed_per_pass(self) -> int:

@@ -25,7 +25,7 @@ from lamina.plan.experts import KNOWN, divide, experts_of, names_of, slot_bytes
 from lamina.plan.forecast import CALL_OPERATIONS, EXPERT_OPERATIONS, UNTRACED_OPERATIONS, Hardware
 from lamina.plan.layout import Item, Part, align, cut_up, lay_out, widest_window
 from lamina.plan.plan import Budget, Plan
-from lamina.plan.schedule import Schedule, Weight
+from lamina.plan.schedule import Call, Schedule, Weight
 from lamina.sizes import LEAST_MEANT, enough_size, format_size, meant, short_size
 
 MB = 1 << 20
@@ -91,8 +91,9 @@ class _Kinds:
         always: small or special enough to be resident in every plan.
         gathered: of which rows are read when they are looked up.
         experts: modules whose weights are read when they are routed to.
-        movable: the others, in the order of a pass: resident or streamed. Large ones that no traced call touches (a
-            vision tower, say) are in none of these: left on disk, and read when asked for.
+        movable: the others, in the order of a pass: resident or streamed.
+        aside: those of the branches, such as a vision tower, which such a pass does not go through. A large one that
+            no call touches at all is in none of these: it is left on disk, and read when asked for.
     """
 
     def __init__(self, schedule: Schedule) -> None:
@@ -103,6 +104,7 @@ class _Kinds:
         self.experts = experts_of(schedule, passing)
         routed = names_of(self.experts)
         self.movable = [w for w in passing if w.name not in routed]
+        self.aside = [weights[name] for branch in schedule.branches for name in branch.touched()]
 
     def bytes_per_token(self) -> tuple[int, int, int]:
         """What one token needs of them, wherever it is: all of it, of that the encoded weights, and those decoded."""
@@ -120,17 +122,17 @@ class _Planner:
     ) -> None:
         self.schedule, self.budget, self.hardware, self.keep = schedule, budget, hardware, keep
         self.kinds = kinds = _Kinds(schedule)
-        self.always, self.movable, self.experts = kinds.always, kinds.movable, kinds.experts
+        self.always, self.movable, self.experts, self.aside = kinds.always, kinds.movable, kinds.experts, kinds.aside
         self.always_names = frozenset(w.name for w in self.always)
         self.slot = slot_bytes(self.experts)
         self.known = KNOWN * sum(module.count for module in self.experts)
         self.always_bytes = resident_size(self.always)
         self.dense_bytes = resident_size([*self.always, *self.movable]) - self.always_bytes
         self.whole = resident_size(schedule.weights.values())
-        finest = sum(w.nbytes for w in self.movable) // MOST_UNITS
+        finest = sum(w.nbytes for w in (*self.movable, *self.aside)) // MOST_UNITS
         self.sizes = [size for size in UNIT_SIZES if size >= finest] or [finest]
         self._cuts: dict[int, tuple[tuple[Item, ...], tuple[int, ...]]] = {}
-        self.least_ring = self._windows(self.sizes[-1])[0] if self.movable else 0
+        self.least_ring = self._windows(self.sizes[-1])[0] if self.movable or self.aside else 0
 
     def minimum(self) -> tuple[int, int]:
         """Least bytes of memory, and of device memory."""
@@ -151,7 +153,7 @@ class _Planner:
         names = frozenset(self.schedule.weights)
         if self.whole <= compute_room and (self.keep is None or self.keep >= names):
             return self._finished(names)
-        if not self.movable and not self.experts:
+        if not self.movable and not self.experts and not self.aside:
             return self._finished(self.always_names)
         room = compute_room - self.always_bytes - (0 if budget.on_device else self.known)
         host_room = budget.memory_bytes - budget.spoken_for - self.known if budget.on_device else room
@@ -174,7 +176,12 @@ class _Planner:
         return self._with_experts(plan, room, host_room) if self.experts else plan
 
     def _all_dense(self, room: int) -> bool:
-        return bool(self.experts) and self.dense_bytes <= room and self._may_stay(w.name for w in self.movable)
+        return (
+            bool(self.experts)
+            and not self.aside
+            and self.dense_bytes <= room
+            and self._may_stay(w.name for w in self.movable)
+        )
 
     def _with_experts(self, plan: Plan, room: int, host_room: int) -> Plan:
         """The plan with a cache that has what the dense weights left."""
@@ -221,9 +228,11 @@ class _Planner:
         ring = max(least, min(wanted, int(min(room, host_room) * RING_SHARE)))
         gaps = 0  # between small weights, in the one area that they share
         for _ in range(SETTLING):
-            resident = self._spread(size, room - ring - gaps)
+            resident = self._with_branches(self._spread(size, room - ring - gaps), room - ring - gaps)
             items, steps = cut_up(self.schedule, self._streaming(resident), size)
-            needed = self._least_ring(items, steps)  # what is left of a divided unit may now be moved as one
+            apart = self._cut_branches(size, resident)
+            # what is left of a divided unit may now be moved as one
+            needed = max(self._least_ring(items, steps), self._least_ring_of(apart))
             over = self._resident_bytes(resident) + ring - room
             if needed <= ring and over <= 0:
                 break
@@ -231,11 +240,37 @@ class _Planner:
         else:
             ring, resident = least, frozenset()
             items, steps = self._cut(size)
+            apart = self._cut_branches(size)
+        branches = []
+        for _, some, order in apart:
+            branches.append(tuple(step + len(items) for step in order))
+            items = (*items, *some)
         cached: set[int] = set()
         if self.budget.on_device:
-            cached = _even(items, range(len(items)), host_room - ring)
+            cached = _even(items, range(len(items) - sum(len(some) for _, some, _ in apart)), host_room - ring)
         items = tuple(Item(x.module, x.block, x.parts, x.layout, i in cached) for i, x in enumerate(items))
-        return self._finished(resident | self.always_names, ring, items, steps)
+        return replace(self._finished(resident | self.always_names, ring, items, steps), branches=tuple(branches))
+
+    def _with_branches(self, resident: frozenset[str], room: int) -> frozenset[str]:
+        """The resident weights with those of branches that fit as well, once all others are there."""
+        if not resident.issuperset(w.name for w in self.movable):
+            return resident
+        for weight in self.aside:
+            more = resident | {weight.name}
+            if self._may_stay([weight.name]) and self._resident_bytes(more) <= room:
+                resident = more
+        return resident
+
+    def _cut_branches(
+        self, size: int, resident: frozenset[str] = frozenset()
+    ) -> list[tuple[Call, tuple[Item, ...], tuple[int, ...]]]:
+        """The branches in units of about `size` bytes, each with the order in which it needs them."""
+        streaming = {w.name: w for w in self.aside if w.name not in resident}
+        cut = ((call, *cut_up(replace(self.schedule, root=call), streaming, size)) for call in self.schedule.branches)
+        return [(call, items, steps) for call, items, steps in cut if steps]
+
+    def _least_ring_of(self, apart: Iterable[tuple[Call, tuple[Item, ...], tuple[int, ...]]]) -> int:
+        return max((self._least_ring(items, steps, call) for call, items, steps in apart), default=0)
 
     def _spread(self, size: int, room: int) -> frozenset[str]:
         """The weights that fit in `room`, chosen evenly through the pass; shared ones first, for they save most."""
@@ -261,7 +296,8 @@ class _Planner:
 
     def _resident_bytes(self, resident: frozenset[str]) -> int:
         """What they add to the weights that are always resident."""
-        return resident_size([*self.always, *(w for w in self.movable if w.name in resident)]) - self.always_bytes
+        weights = (w for w in (*self.movable, *self.aside) if w.name in resident)
+        return resident_size([*self.always, *weights]) - self.always_bytes
 
     def _streaming(self, resident: frozenset[str]) -> dict[str, Weight]:
         return {w.name: w for w in self.movable if w.name not in resident}
@@ -274,14 +310,16 @@ class _Planner:
     def _windows(self, size: int) -> tuple[int, int]:
         """Smallest ring that can make a pass with units of `size` bytes, and the ring that is wanted."""
         items, steps = self._cut(size)
-        least = self._least_ring(items, steps)
-        largest = max(item.nbytes for item in items)
+        apart = self._cut_branches(size)
+        least = max(self._least_ring(items, steps), self._least_ring_of(apart))
+        largest = max(item.nbytes for some in (items, *(some for _, some, _ in apart)) for item in some)
         everything = sum(items[i].nbytes for i in steps)
         return least, max(least, min(max(RING_WANTED, 6 * largest), everything + largest))
 
-    def _least_ring(self, items: Sequence[Item], steps: Sequence[int]) -> int:
+    def _least_ring(self, items: Sequence[Item], steps: Sequence[int], root: Call | None = None) -> int:
         """What is held at once, and as much again as the largest run that the end of the ring may waste."""
-        return widest_window(self.schedule.root, items, steps) + max((item.nbytes for item in items), default=0)
+        widest = widest_window(root or self.schedule.root, items, steps)
+        return widest + max((item.nbytes for item in items), default=0)
 
     def _operations(self) -> int:
         calls = sum(1 for _ in self.schedule.root.walk())

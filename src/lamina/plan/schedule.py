@@ -247,6 +247,7 @@ class Schedule:
         scratch_bytes: memory that decoding takes beside the weights.
         traced: False where the order is the order of definition, because the model could not be traced.
         operations: of torch in a pass; 0 where nobody counted.
+        branches: calls that such a pass does not make and others do: towers for images and sound, encoders.
     """
 
     root: Call
@@ -256,6 +257,7 @@ class Schedule:
     routed: Mapping[str, int] = field(default_factory=dict)
     scratch_bytes: int = 0
     operations: int = 0
+    branches: tuple[Call, ...] = ()
 
     def without(self, names: Collection[str]) -> Schedule:
         """The same pass where these weights are somebody else's to hold."""
@@ -267,7 +269,8 @@ class Schedule:
             return Call(call.module, touches, tuple(visit(inner) for inner in call.calls))
 
         weights = {name: weight for name, weight in self.weights.items() if name not in names}
-        return replace(self, root=visit(self.root), weights=weights)
+        branches = tuple(visit(branch) for branch in self.branches)
+        return replace(self, root=visit(self.root), weights=weights, branches=branches)
 
     @property
     def nbytes(self) -> int:

@@ -111,7 +111,7 @@ class Binder:
         """
         lane = device_for(device)
         self._attach_experts(model, plan, lane)
-        if not plan.steps:
+        if not plan.items:
             return
         cached = {index: self._materializer.stored(item) for index, item in enumerate(plan.items) if item.cached}
         self.stream = Stream(plan, self._readers, lane, cached)

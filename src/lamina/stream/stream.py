@@ -47,6 +47,27 @@ class Held:
 CACHED_AHEAD = 64  # items looked ahead where host memory already holds them
 
 
+class _Order:
+    """The order in which a part of the model needs items: that of every pass, or that of a branch.
+
+    Attributes:
+        steps: indices of the plan's items.
+        places: by module and block, where they are among the steps.
+        bytes_before: by place, what is read before it.
+    """
+
+    def __init__(self, plan: Plan, steps: tuple[int, ...]) -> None:
+        self.steps = steps
+        read = (0 if plan.items[i].cached else plan.items[i].layout.read_bytes for i in steps)
+        self.bytes_before = list(itertools.accumulate(read, initial=0))
+        self.places: dict[tuple[str, int], list[int]] = defaultdict(list)
+        for place, index in enumerate(steps):
+            self.places[plan.items[index].module, plan.items[index].block].append(place)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
 class Stream:
     """Executes a plan: the one consumer is the thread that runs the model.
 
@@ -78,11 +99,8 @@ class Stream:
         self._next = 0  # the step to read next
         self._cursor = 0  # the step the model needs next
         self._pass = 0  # the first step of this pass
-        read = (0 if plan.items[i].cached else plan.items[i].layout.read_bytes for i in plan.steps)
-        self._bytes_before = list(itertools.accumulate(read, initial=0))  # by place in a pass
-        self._places: dict[tuple[str, int], list[int]] = defaultdict(list)
-        for place, index in enumerate(plan.steps):
-            self._places[plan.items[index].module, plan.items[index].block].append(place)
+        self._orders = [_Order(plan, steps) for steps in (plan.steps, *plan.branches)]
+        self._order = self._orders[0]
 
     @property
     def closed(self) -> bool:
@@ -92,7 +110,7 @@ class Stream:
     @property
     def bytes_done(self) -> int:
         """Bytes read for this pass that the model has already consumed or is waiting for no more."""
-        return self._bytes_before[min(self._cursor - self._pass, len(self.plan.steps))]
+        return self._order.bytes_before[min(self._cursor - self._pass, len(self._order))]
 
     def begin_pass(self) -> None:
         """The model starts at its first unit; what an aborted pass left is given back."""
@@ -103,6 +121,7 @@ class Stream:
         for held in self._out.values():
             self._give_up(held)
         self._out.clear()
+        self._turn_to(self._orders[0])
         self._pass = self._end_of_pass(self._cursor)
         self._skip_to(self._pass)
         self._pump()
@@ -146,6 +165,7 @@ class Stream:
             ClosedError: the stream was closed.
         """
         self._recover()
+        self._look_for(module, block)
         step = self._find(module, block)
         if step is None:
             return None
@@ -186,8 +206,8 @@ class Stream:
     @timed(LAMINA)
     def _pump(self) -> None:
         self._reclaim()
-        while not self.closed:
-            index = self.plan.steps[self._next % len(self.plan.steps)]
+        while not self.closed and self._wanted():
+            index = self._order.steps[self._next % len(self._order)]
             item = self.plan.items[index]
             if index in self._cached:
                 if self._next - self._cursor > CACHED_AHEAD:
@@ -208,6 +228,29 @@ class Stream:
         if self._lane is not None:
             self._upload(self._lane)
 
+    def _wanted(self) -> bool:
+        """Whether the next step will be needed: those of the order that all passes have, of another till its end."""
+        if not len(self._order):
+            return False
+        return self._order is self._orders[0] or self._next < self._end_of_pass(self._cursor)
+
+    def _look_for(self, module: str, block: int) -> None:
+        """Turn to the order that has this block, if it is another; not while the model holds what it has of this one.
+
+        Nothing of a branch is read before the model goes through it, and what was read ahead of it is read again.
+        """
+        if (module, block) in self._order.places or self._out:
+            return
+        for order in self._orders:
+            if (module, block) in order.places:
+                self._turn_to(order)
+
+    def _turn_to(self, order: _Order) -> None:
+        if order is not self._order:
+            self.rewind()
+            self._order = order
+            self._pass = self._cursor = self._next = 0
+
     def _tell(self, full: bool = False) -> None:
         """Let whoever listens know how full the ring is."""
         if EAR.listener is not None:
@@ -215,15 +258,15 @@ class Stream:
 
     def _find(self, module: str, block: int) -> int | None:
         """The step, at or after the cursor and in the same pass, that serves this block of `module`."""
-        places = self._places.get((module, block))
+        places = self._order.places.get((module, block))
         if not places:
             return None
-        place = self._cursor % len(self.plan.steps)
+        place = self._cursor % len(self._order)
         index = bisect.bisect_left(places, place)
         return None if index == len(places) else self._cursor - place + places[index]
 
     def _end_of_pass(self, step: int) -> int:
-        return -(-step // len(self.plan.steps)) * len(self.plan.steps)
+        return -(-step // len(self._order)) * len(self._order) if len(self._order) else step
 
     def _recover(self) -> None:
         if self._broken or self._generation != self.readers.generation:

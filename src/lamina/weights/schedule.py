@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -95,9 +95,42 @@ def describe(model: torch.nn.Module, checkpoint: Checkpoint, traced: Trace) -> W
     for name in _small(weights):
         weights[name] = replace(weights[name], always=True, gathered=False)
     root = _without_lookups(traced.root, traced.lookups, weights)
+    branches = _branches(model, traced.uses.keys(), {w.name for w in weights.values() if not (w.always or w.gathered)})
     schedule = Schedule(root, weights, layer_names(model), traced.traced, dict(traced.routed),
-                        scratch_bytes(weights.values()), traced.operations)  # fmt: skip
+                        scratch_bytes(weights.values()), traced.operations, branches)  # fmt: skip
     return Weights(schedule, replays, stored, traced.routers, orders)
+
+
+def _branches(model: torch.nn.Module, used: Collection[str], large: Collection[str]) -> tuple[Call, ...]:
+    """The outermost modules of which the traced pass uses no weight, each with its calls in the order of definition.
+
+    Args:
+        used: names of the weights that the traced pass uses.
+        large: names of those that may stream.
+    """
+    names = {id(tensor): name for name, tensor in weight_names(model).items()}
+
+    def own(module: torch.nn.Module) -> list[str]:
+        found = (names.get(id(tensor)) for tensor in module.parameters(recurse=False))
+        return [name for name in found if name is not None and name in large]
+
+    def calls(name: str, module: torch.nn.Module) -> tuple[Call, ...]:
+        inner = [call for child, sub in module.named_children() for call in calls(f"{name}.{child}".lstrip("."), sub)]
+        if isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict):
+            return tuple(inner)  # nobody calls a list
+        return (Call(name, tuple(own(module)), tuple(inner)),)
+
+    def outermost(name: str, module: torch.nn.Module) -> Iterator[Call]:
+        held = {names[id(tensor)] for tensor in module.parameters() if id(tensor) in names}
+        if not held & set(large) - set(used):
+            return
+        if not held & set(used) and not isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict):
+            yield from calls(name, module)
+            return
+        for child, inner in module.named_children():
+            yield from outermost(f"{name}.{child}".lstrip("."), inner)
+
+    return tuple(outermost("", model))
 
 
 def _weight(

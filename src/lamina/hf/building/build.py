@@ -19,12 +19,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from lamina.caller import option
 from lamina.checkpoint import Checkpoint
 from lamina.errors import CheckpointError, LaminaError, MissingTensorError, RequestError, UnsupportedError
 from lamina.hf.arguments import HUB_KEYS
+from lamina.hf.building.classes import model_class
 from lamina.hf.building.quantized import QUANTIZATION_KEYS, check_decoded, take_quantization, unpacked_state
 from lamina.hf.config import Unstored, as_many_as, blaming, check_counts, check_generation, fields_of, read_json
 from lamina.hf.internals import generation_config_in, silent
@@ -192,9 +193,9 @@ def _build(request: Request, checkpoint: Checkpoint, loading_info: dict[str, Any
     with blaming(where, fields, "reading how it is quantised"):
         quantization = take_quantization(config) if _says_quantized(config) else None
     with as_many_as(tensors, where), blaming(where, fields, "making the model"):
-        model_class = _class_of(config, request)
+        kind = model_class(config, request.trust_remote_code, request.options.get("code_revision"))
     text = config.sub_configs.get("text_config")
-    if text is not None and getattr(model_class, "config_class", None) is text:
+    if text is not None and getattr(kind, "config_class", None) is text:
         config = config.get_text_config()  # a text model out of a multimodal checkpoint, as AutoModelForCausalLM does
     for name in ("_from_auto", "torch_dtype", "code_revision"):
         options.pop(name, None)
@@ -208,15 +209,15 @@ def _build(request: Request, checkpoint: Checkpoint, loading_info: dict[str, Any
     with _one_at_a_time, recorded, silent(), as_many_as(tensors, where), unstored:
         try:
             with blaming(where, fields, "building the model"):
-                model, info = model_class.from_pretrained(
+                model, info = kind.from_pretrained(
                     None, config=config, state_dict=state, output_loading_info=True, generation_config=generation,
                     **options
                 )  # fmt: skip
         except CheckpointError as error:
-            _explain_option(error, model_class.__name__)
+            _explain_option(error, kind.__name__)
             raise
     _check(info, checkpoint, state)
-    _check_made(model, where, model_class.__name__, unstored.left_out, checkpoint.root)
+    _check_made(model, where, kind.__name__, unstored.left_out, checkpoint.root)
     if loading_info is not None:
         loading_info.update(info)
     if quantization is not None:
@@ -241,11 +242,17 @@ def _explain_option(error: CheckpointError, kind: str) -> None:
 
 def _check_made(model: PreTrainedModel, where: str, kind: str, left_out: int, root: str) -> None:
     """Refuse what the config asks for and the checkpoint in `root` has not: an encoder, or `left_out` bytes."""
-    if getattr(model.config, "is_encoder_decoder", False):  # a decoder with an encoder's weights says no by itself
+    if getattr(model.config, "is_encoder_decoder", False) and not _has_encoder(
+        model
+    ):  # a decoder with an encoder's weights says no by itself
         said = f"is_encoder_decoder = {str(model.config.is_encoder_decoder)[:60]}"
         raise CheckpointError(f"{where}: {said}, but {kind} has no encoder: fetch the file again")
     if left_out:
         raise CheckpointError(f"{where} asks for {format_size(left_out)} of weights that no file of {root} holds")
+
+
+def _has_encoder(model: PreTrainedModel) -> bool:
+    return any("encoder" in name.rpartition(".")[2] for name, _ in model.named_modules())
 
 
 def _dtype(request: Request, checkpoint: Checkpoint, config: PreTrainedConfig) -> Any:
@@ -290,23 +297,6 @@ def _same_bytes(checkpoint: Checkpoint, one: str, other: str) -> bool:
             if parts[0] != parts[1]:
                 return False
     return True
-
-
-def _class_of(config: PreTrainedConfig, request: Request) -> type[PreTrainedModel]:
-    revision = request.options.get("code_revision") if request.trust_remote_code else None
-    code = {"code_revision": revision} if revision and getattr(config, "auto_map", None) else {}
-    try:
-        with torch.device("meta"), silent():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=request.trust_remote_code, **code)
-            return type(model)
-    except ImportError as error:
-        text = " ".join(str(error).split())
-        raise UnsupportedError(f"{config.model_type} needs a package that is not installed: {text[:300]}") from error
-    except ValueError as error:
-        text = " ".join(str(error).split())
-        if "Unrecognized configuration class" not in text:
-            raise
-        raise UnsupportedError(f"{config.model_type} is not a causal language model: {text[:160]}") from error
 
 
 def _generation_config(request: Request) -> GenerationConfig | None:
