@@ -19,8 +19,9 @@ from transformers.utils import logging
 
 from helpers.families import MOE, input_ids
 from lamina import AutoModel, BudgetError
+from lamina.hf.trace import Trace
 from lamina.plan import layout
-from lamina.runtime import budget
+from lamina.runtime import budget, describe
 from lamina.runtime.materialize import Materializer
 
 CONTEXT = 64  # tokens to make room for: the tests need far fewer
@@ -76,6 +77,23 @@ def steady() -> Iterator[None]:
         logging.enable_progress_bar()
         logging.set_verbosity(level)
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def traced_once() -> Iterator[None]:
+    """Within it a model of the same class, config and dtype is traced once, however often it is loaded."""
+    kept: dict[object, Trace] = {}
+    trace = describe.trace
+
+    def once(model: PreTrainedModel) -> Trace:
+        key = type(model), model.config.to_json_string(use_diff=False), model.dtype
+        if key not in kept:
+            kept[key] = trace(model)
+        return kept[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(describe, "trace", once)
+        yield
 
 
 def plain_model(folder: Path, family: str = "", **options: Any) -> PreTrainedModel:
