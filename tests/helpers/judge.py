@@ -86,7 +86,8 @@ def traced_once() -> Iterator[None]:
     trace = describe.trace
 
     def once(model: PreTrainedModel) -> Trace:
-        key = type(model), model.config.to_json_string(use_diff=False), model.dtype
+        ways = [getattr(model.config, f"_{what}_implementation", None) for what in ("attn", "experts")]
+        key = type(model), model.config.to_json_string(use_diff=False), model.dtype, *ways
         if key not in kept:
             kept[key] = trace(model)
         return kept[key]
