@@ -126,6 +126,7 @@ class Lamina:
 
     @decoder.setter
     def decoder(self, decoder: Decoder) -> None:
+        """Let `decoder` stand there."""
         self._decoder = decoder
 
     def decode_later(self, attach: Callable[[], None]) -> None:
