@@ -22,12 +22,12 @@ from lamina.hf.arguments import ordinarily, sorted_out
 from lamina.hf.names import PreTrainedModel
 from lamina.hub import SOURCE_OPTIONS
 from lamina.plan.plan import Plan
-from lamina.plan.speculation import Drafted, Session
+from lamina.plan.speculation import NONE, Drafted, Session
 from lamina.progress import Progress
 from lamina.runtime.budget import check_options
 from lamina.runtime.handle import in_place_of
 from lamina.runtime.load import Asked, Described, Encode, check_memory, chosen_gguf, load_model
-from lamina.speculative.decoder import AUTO, NONE, draft_name
+from lamina.speculative.decoder import AUTO, draft_name
 from lamina.speculative.setup import Drafting, announced
 from lamina.store import as_if_split, default_folder, is_store_of, split
 from lamina.store.save import save_pretrained
@@ -259,7 +259,6 @@ class _Undrafted:
     def __init__(self, drafting: Callable[[], Drafting]) -> None:
         self._drafting = drafting
         self._target: tuple[Described, torch.device] | None = None
-        self._named = False  # a call has named a draft
 
     def beside(self, target: Described, device: torch.device) -> Callable[[int], int]:
         self._target = target, device
@@ -274,26 +273,13 @@ class _Undrafted:
 
     def attach(self, model: PreTrainedModel, exact: bool | None) -> None:
         model.lamina.drafted, model.lamina.record.reason = self.chosen, self.chosen.draft_reason
-        model.lamina.decoder = functools.partial(self._decode, model, exact)
+        model.lamina.decode_later(functools.partial(self._attach, model, exact))
 
-    def _decode(
-        self,
-        model: PreTrainedModel,
-        exact: bool | None,
-        generate: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        if kwargs.get("draft") in (None, NONE):
-            return generate(*args, **{name: value for name, value in kwargs.items() if name not in ("draft", "exact")})
-        with model.lamina.engine.lock:
-            if not self._named:
-                assert self._target is not None
-                drafting = self._drafting()
-                drafting.beside(*self._target)
-                drafting.attach(model, exact)
-                self._named = True
-        return model.lamina.decoder(generate, args, kwargs)
+    def _attach(self, model: PreTrainedModel, exact: bool | None) -> None:
+        assert self._target is not None
+        drafting = self._drafting()
+        drafting.beside(*self._target)
+        drafting.attach(model, exact)
 
 
 def _gguf_named(model: str, options: dict[str, Any], stored: bool) -> str:

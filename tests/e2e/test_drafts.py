@@ -115,6 +115,21 @@ def refusal(kind: type[Exception], folder: Path, **options: Any) -> str:
     return text
 
 
+def test_a_call_names_the_first_draft_of_a_model_that_was_loaded_without(written: Path, answer: list[int]) -> None:
+    model = AutoModel.from_pretrained(str(written), device="cpu", context=CONTEXT, draft=None)
+    with model.lamina:
+        same(model, answer)
+        same(model, answer, draft="none", exact=True)
+        assert (model.lamina.stats.draft, model.lamina.stats.draft_reason) == ("none", "asked for")
+        assert (model.lamina.plan.draft, model.lamina.plan.draft_reason) == ("none", "asked for")
+        same(model, answer, draft="lookup")
+        assert model.lamina.stats.draft == "lookup"
+        same(model, answer)
+        assert model.lamina.plan.draft == "none"
+        with pytest.raises(RequestError, match="'lookup', 'self', or a model"):
+            model.generate(IDS, max_new_tokens=1, draft=3)
+
+
 # -- a copy of the model
 
 

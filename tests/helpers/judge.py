@@ -19,8 +19,9 @@ from transformers.utils import logging
 
 from helpers.families import MOE, input_ids
 from lamina import AutoModel, BudgetError
+from lamina.hf.trace import Trace
 from lamina.plan import layout
-from lamina.runtime import budget
+from lamina.runtime import budget, load
 from lamina.weights.materialize import Materializer
 
 CONTEXT = 64  # tokens to make room for: the tests need far fewer
@@ -76,6 +77,24 @@ def steady() -> Iterator[None]:
         logging.enable_progress_bar()
         logging.set_verbosity(level)
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def traced_once() -> Iterator[None]:
+    """Within it a model of the same class, config and dtype is traced once, however often it is loaded."""
+    kept: dict[object, Trace] = {}
+    trace = load.trace
+
+    def once(model: PreTrainedModel) -> Trace:
+        ways = [getattr(model.config, f"_{what}_implementation", None) for what in ("attn", "experts")]
+        key = type(model), model.config.to_json_string(use_diff=False), model.dtype, *ways
+        if key not in kept:
+            kept[key] = trace(model)
+        return kept[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load, "trace", once)
+        yield
 
 
 def plain_model(folder: Path, family: str = "", **options: Any) -> PreTrainedModel:

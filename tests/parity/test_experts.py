@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
 from helpers.families import input_ids, write_tiny
-from helpers.judge import BUDGETS, Judge, judge, plain_model, reads_on_demand, steady, streamed_model
+from helpers.judge import BUDGETS, Judge, judge, plain_model, reads_on_demand, steady, streamed_model, traced_once
 from lamina import AutoModel, BudgetError
 from lamina.plan.layout import ALIGNMENT
 from lamina.stream.expert_cache import Idle
@@ -31,7 +31,7 @@ PAD = 0
 
 @pytest.fixture(scope="module", autouse=True)
 def steadily() -> Iterator[None]:
-    with steady():
+    with steady(), traced_once():  # a family is loaded again and again
         yield
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers.families import FAMILIES, MORE_FAMILIES, write_tiny
-from helpers.judge import BUDGETS, Judge, assert_equal, judge, steady
+from helpers.judge import BUDGETS, Judge, assert_equal, judge, steady, traced_once
 
 IN_BFLOAT16 = """
     llama gemma2 gemma3_text gpt2 bloom opt mixtral qwen3_moe gpt_oss deepseek_v3 qwen3_next mamba2 phi3 falcon
@@ -21,7 +21,7 @@ NOT_AS_TRACED = {"xlnet"}
 
 @pytest.fixture(scope="module", autouse=True)
 def steadily() -> Iterator[None]:
-    with steady():
+    with steady(), traced_once():  # a family is loaded at one budget after another
         yield
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from lamina.plan.schedule import Call, Cut, Piece, Schedule, Weight
 
+ROW_MULTIPLE = 256  # rows of a block: the same kernels then give the same bits as the whole linear
 ALIGNMENT = 4096  # of direct reads, and of every area
 PACKING = 64  # of tensors that are not read in place: what torch gives its own allocations
 GAP = 64 * 1024  # a hole up to this size between two runs of a file is read rather than skipped
@@ -164,9 +165,6 @@ def _spans(runs: Sequence[tuple[int, Piece]], gap: int) -> tuple[list[Read], dic
         stored_at[i] = last.at + begin - last.offset
         end = last.at + last.length
     return reads, stored_at, end
-
-
-ROW_MULTIPLE = 256  # rows of a block: the same kernels then give the same bits as the whole linear
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from lamina.plan.forecast import Hardware
 from lamina.plan.plan import Plan
 from lamina.sizes import format_size
 
+NONE = "none"  # the draft of a model that nothing proposes tokens to
 DRAFTED, GIVEN = 12, 8  # tokens of a cycle of a copy in 4 bits: fewer than were measured (docs/speculation.md)
 CLEARLY = 1.2  # times quicker: a forecast may be off by that
 
@@ -29,7 +30,7 @@ class Drafted:
             depends on the text.
     """
 
-    draft: str = "none"
+    draft: str = NONE
     draft_reason: str = ""
     predicted_seconds_per_token_drafted: float | None = None
 
@@ -45,7 +46,7 @@ class Session(Plan, Drafted):
 
     @property
     def _expected(self) -> str:
-        drafted = f", draft {self.draft} ({self.draft_reason})" if self.draft != "none" else ""
+        drafted = f", draft {self.draft} ({self.draft_reason})" if self.draft != NONE else ""
         return f"{super()._expected}{drafted}"
 
     def as_dict(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from lamina.plan.plan import SHORTEST_CONTEXT, Budget
 from lamina.sizes import parse_memory
 from lamina.stream.readers import BOUNCE, THREADS
 
+MOST_CONTEXT = 2**31 - 1  # tokens; positions are counted in 32 bits by some kernels
 MB = 1_000_000
 BASE = 440 * MB  # Python, torch and transformers (360 to 385 when the plan is made), and WORKSPACE
 WORKSPACE = 32 * MB  # of BASE: code that oneDNN makes, stacks of threads, what the allocator keeps
@@ -98,9 +99,6 @@ def default_context(config: Any) -> int:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     most = getattr(text, "max_position_embeddings", None)
     return min(DEFAULT_CONTEXT, most) if isinstance(most, int) and most > 0 else DEFAULT_CONTEXT
-
-
-MOST_CONTEXT = 2**31 - 1  # tokens; positions are counted in 32 bits by some kernels
 
 
 def check_options(

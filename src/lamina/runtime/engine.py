@@ -244,7 +244,11 @@ class Engine:
 
 
 class Turn:
-    """A lock that a thread may take again while it has it.
+    """One thread at a time runs a model: a lock that a thread may take again while it has it.
+
+    `os.fork` copies memory and locks, but of the threads only the one that forked. A child that was forked between two
+    passes, or by the thread that is in one, has all that it needs. One that was forked while another thread was in a
+    pass has a pass that nobody will end, and weights bound for it: the model is of no use there, and says so.
 
     Raises, when it is entered:
         UnsupportedError: in a child that was forked while another thread had it.

@@ -17,12 +17,13 @@ from lamina.fallbacks import Fallbacks
 from lamina.hf.decoding.generation import blame
 from lamina.hf.names import PreTrainedModel
 from lamina.hf.trace import Trace
-from lamina.plan.speculation import Drafted, Session
+from lamina.plan.speculation import NONE, Drafted, Session
 from lamina.runtime.batches import Batches
 from lamina.runtime.engine import Engine
 from lamina.runtime.passes import Passes
 from lamina.runtime.stats import Meter, Record, Stats
 
+NO_GRAPH = "weights that stream, or may come to it, are other tensors in each pass"
 Decoder = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """(transformers' generate, arguments, keyword arguments) -> what generate gives"""
 
@@ -45,7 +46,8 @@ class Lamina:
         self.loading_info: Mapping[str, Any] = {}
         self.drafted = Drafted()
         self.record = Record()
-        self.decoder: Decoder | None = None  # what stands between a call of `generate` and transformers'
+        self._decoder: Decoder | None = None
+        self._decode_later: Callable[[], None] | None = None
         self._engine = engine
         self._trace = traced
         self._meter = Meter(load_seconds)
@@ -113,6 +115,32 @@ class Lamina:
         """
         self._passes.check_room(nbytes)
 
+    @property
+    def decoder(self) -> Decoder | None:
+        """What stands between a call of `generate` and transformers' own; made when it is first asked for."""
+        if self._decoder is None and self._decode_later is not None:
+            with self._engine.lock:
+                if self._decoder is None:
+                    self._decode_later()
+        return self._decoder
+
+    @decoder.setter
+    def decoder(self, decoder: Decoder) -> None:
+        """Let `decoder` stand there."""
+        self._decoder = decoder
+
+    def decode_later(self, attach: Callable[[], None]) -> None:
+        """Have `attach`, which sets `decoder`, called when a call of `generate` first names a draft."""
+        self._decode_later = attach
+
+    def _decoder_for(self, kwargs: dict[str, Any]) -> Decoder | None:
+        """What decodes a call of `generate`; None for transformers itself, from whose arguments ours are taken out."""
+        if self._decoder is None and self._decode_later is not None and kwargs.get("draft") in (None, NONE):
+            kwargs.pop("draft", None)
+            kwargs.pop("exact", None)
+            return None
+        return self.decoder
+
     def attach(self) -> None:
         """Watch the model's passes and what it generates."""
         model = self.model
@@ -136,10 +164,11 @@ class Lamina:
             kwargs["tokenizer"] = self.model.tokenizer
         try:
             with self._meter.generating():
-                if self.decoder is None:
+                decoder = self._decoder_for(kwargs)
+                if decoder is None:
                     out = self._plain_generate(*args, **kwargs)
                 else:
-                    out = self.decoder(self._plain_generate, args, kwargs)
+                    out = decoder(self._plain_generate, args, kwargs)
         except Exception as error:
             blame(self.model, self._settings, error, kwargs, began=passes != self.passes)
             raise
@@ -164,9 +193,6 @@ class Lamina:
             out = type(self.model).generate_batch(self.model, *args, **kwargs)
         self._meter.generated(sum(len(answer.generated_tokens) for answer in out.values()))
         return out
-
-
-NO_GRAPH = "weights that stream, or may come to it, are other tensors in each pass"
 
 
 def in_place_of(method: Any, replacement: Any) -> Any:

@@ -34,11 +34,12 @@ from lamina.progress import Progress
 from lamina.runtime.budget import choose_device, default_context, make_budget
 from lamina.runtime.engine import Engine
 from lamina.runtime.handle import Lamina
-from lamina.runtime.rates import assume, measure, prepare, without_kernels
+from lamina.runtime.rates import assume, measure
 from lamina.stream.readers import Readers
 from lamina.tensors.torch_pickle import read_pickled
-from lamina.weights.schedule import Weights, describe
+from lamina.weights.schedule import Weights, describe, prepare, without_kernels
 
+LONG = 0.3  # seconds to read the drive for a plan alone
 Encode = Callable[[PreTrainedModel, Checkpoint, Trace, Weights], Checkpoint]
 """(model, its checkpoint, its trace, its weights) -> the checkpoint that is meant in place of that one"""
 HEADER_TIMES = 23  # bytes of memory for the tokenizer, for each of a GGUF header, which is mostly vocabulary
@@ -168,9 +169,6 @@ def _gguf_file(
 
 def _is_local(model: str) -> bool:
     return os.path.exists(os.path.expanduser(model))
-
-
-LONG = 0.3  # seconds to read the drive for a plan alone
 
 
 Beside = Callable[[Described, torch.device], Callable[[int], int]]

@@ -18,8 +18,7 @@ from dataclasses import replace
 import torch
 
 from lamina.checkpoint import Checkpoint
-from lamina.checkpoint.gguf import CODEC_PREFIX
-from lamina.codec import AFFINE, LOSSLESS, native
+from lamina.codec import AFFINE, LOSSLESS
 from lamina.plan.experts import experts_of
 from lamina.plan.forecast import Hardware
 from lamina.plan.layout import Part, lay_out
@@ -30,7 +29,6 @@ from lamina.stream.probe import measure_disk
 from lamina.stream.readers import Readers
 from lamina.tensors.packed import Encoded, Scratch
 
-WITH_KERNELS = (*AFFINE, LOSSLESS.name, CODEC_PREFIX)
 SAMPLE = 96 << 20  # bytes of weights that are multiplied, as they are stored: several times a large cache
 LARGEST_PART = 16 << 20  # of one weight
 SAMPLE_SHARE = 0.5  # of what the budget has for weights, where that is less
@@ -292,22 +290,3 @@ def _probe() -> float:
                 module(x)
             took.append(time.perf_counter() - began)
     return statistics.median(took) / (PROBE_CALLS * PROBED_OPERATIONS)
-
-
-def prepare(weights: Iterable[Weight]) -> None:
-    """Have the codecs' kernels ready, which may mean compiling them: before memory is full."""
-    codecs = {segment.codec for weight in weights for segment in weight.segments}
-    if any(codec.startswith(WITH_KERNELS) for codec in codecs):
-        native.library()
-
-
-def without_kernels(weights: Iterable[Weight]) -> list[str]:
-    """Second ways of decoding: what torch does because there is no kernel, and why there is none."""
-    codecs = {segment.codec for weight in weights for segment in weight.segments}
-    ours = sorted({codec for codec in codecs if codec.startswith(WITH_KERNELS)})
-    found = []
-    if ours and (why := native.missing()):
-        found.append(f"weights stored as {', '.join(ours)} are decoded by torch, many times more slowly: {why}")
-    if codecs - set(ours):
-        found.append("weights of a quantised checkpoint are decoded by torch, at 0.1 to 5 GB/s: no kernel knows them")
-    return found

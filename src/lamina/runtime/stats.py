@@ -18,6 +18,9 @@ from lamina.sizes import format_size
 from lamina.stream.experts import Counts
 from lamina.stream.observe import LAMINA, timed
 
+POSITIONS = 64  # of a draft that are told apart
+REMEMBERED = 4096  # passes whose times are kept
+
 
 @dataclass(frozen=True)
 class Stats:
@@ -108,9 +111,6 @@ class Stats:
         if self.read_retries:
             lines.append(f"  reads: {self.read_retries} failed for a moment and were tried again")
         return "\n".join([*lines, *(f"  fallback: {each}" for each in self.fallbacks)])
-
-
-POSITIONS = 64  # of a draft that are told apart
 
 
 @dataclass
@@ -205,9 +205,6 @@ class Record:
     def draft_share_of_time(self) -> float:
         """Of the time after the first token, what the draft took."""
         return self.drafting_seconds / self.seconds if self.seconds else 0.0
-
-
-REMEMBERED = 4096  # passes whose times are kept
 
 
 class Meter:

@@ -16,6 +16,7 @@ from lamina.hf.decoding.draft_attention import quicken
 from lamina.hf.decoding.exact_rows import covers
 from lamina.plan.forecast import compute_seconds
 from lamina.plan.plan import Plan
+from lamina.plan.speculation import NONE
 from lamina.runtime.stats import Record
 from lamina.speculative.draft import Draft
 from lamina.speculative.draft_length import Pace, as_a_copy, as_it_says
@@ -24,7 +25,7 @@ from lamina.speculative.loop import Speculation
 from lamina.speculative.model_draft import CopyDraft, ModelDraft
 from lamina.speculative.prompt_lookup import Lookup
 
-NONE, AUTO, SELF, LOOKUP = "none", "auto", "self", "lookup"
+AUTO, SELF, LOOKUP = "auto", "self", "lookup"
 MOST = 31  # tokens of a draft: with the one before them 32 rows, for which there are kernels already
 VERIFYING = 6  # bytes for each row and token of the vocabulary: logits as they come, and one race of sampling
 ROW_OF_COMPUTE = 0.02  # of the products of a pass, what one more row adds to them

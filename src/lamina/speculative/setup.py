@@ -23,7 +23,7 @@ from lamina.errors import (
 from lamina.hf.names import PreTrainedModel
 from lamina.hub import ANY_MODEL_OPTIONS, SOURCE_OPTIONS
 from lamina.plan.plan import Plan
-from lamina.plan.speculation import Drafted, pays, seconds_with_draft
+from lamina.plan.speculation import NONE, Drafted, pays, seconds_with_draft
 from lamina.progress import Progress
 from lamina.runtime.budget import default_context
 from lamina.runtime.load import Described, Encode, plan_described
@@ -31,7 +31,6 @@ from lamina.sizes import format_seconds, format_size
 from lamina.speculative.decoder import (
     AUTO,
     LOOKUP,
-    NONE,
     SELF,
     Fits,
     Speculator,

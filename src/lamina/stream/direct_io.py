@@ -1,5 +1,9 @@
 """Files as the stream reads them: past the page cache, into aligned memory, compared with what they held before.
 
+`O_DIRECT` moves bytes from the drive to their place without a copy and without filling the page cache,
+which a memory cgroup would count against the budget. A file system that refuses it is read with ordinary
+calls, and the cached pages are dropped behind the read.
+
 Samples: copying tools write over a file and put its time back, and a network drive may give other bytes without a word.
 To compare every byte of every pass would take a processor's whole time (SHA-256 and CRC-32 do 1 to 2 GB/s a core, which
 is what a drive delivers), so a grid of pages is compared: a file whose weights are others differs in all of them.
@@ -24,6 +28,12 @@ from lamina.checkpoint import Fingerprint
 from lamina.errors import ChangedError, CheckpointError, ReadError, TruncatedError
 from lamina.plan.layout import ALIGNMENT, align
 from lamina.retry import patiently
+
+PAGES = 512  # of a file, at most: 0.3 ms of work for all of them
+PAGE = 256  # bytes of each
+FIRST = 8  # pages that are read when a model is loaded, of files of which nothing else is
+LOOKED_AT = 128  # pages that are read again when something happened to a file
+_UNKNOWN = -1
 
 
 class Area:
@@ -181,14 +191,6 @@ class PlainFile:
 def open_file(path: str) -> File:
     """Open `path` in the best way this system has."""
     return PosixFile(path) if hasattr(os, "preadv") else PlainFile(path)
-
-
-PAGES = 512  # of a file, at most: 0.3 ms of work for all of them
-PAGE = 256  # bytes of each
-FIRST = 8  # pages that are read when a model is loaded, of files of which nothing else is
-LOOKED_AT = 128  # pages that are read again when something happened to a file
-
-_UNKNOWN = -1
 
 
 class Samples:

@@ -1,4 +1,4 @@
-"""Which experts are kept, and which one goes when another comes.
+"""Which experts are kept, which one goes when another comes, and how much there is time to read ahead.
 
 What an expert is worth is how often tokens were routed to it lately: the share of its layer's tokens, in a slow and a
 fast moving average, and a little less the longer it takes until its layer comes round again. What is worth least
@@ -12,6 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+
+NEW = 0.1  # part of a new measurement in the moving averages
+NOTICED = 50e-6  # seconds: a shorter wait is none
+
 
 SLOW, FAST = 0.98, 0.5  # what is left of an average, a token later
 SLOW_PART = 0.8  # of the slow average in the share
@@ -146,10 +150,6 @@ class ExpertCache:
             if least is not None:
                 found.append((self._worth(other, least[0]), (other, least[1])))
         return min(found)[1] if found else None
-
-
-NEW = 0.1  # part of a new measurement in the moving averages
-NOTICED = 50e-6  # seconds: a shorter wait is none
 
 
 class Idle:

@@ -20,6 +20,9 @@ from lamina.stream.readers import Readers, Ticket
 from lamina.tensors.packed import Encoded, Scratch
 from lamina.weights.schedule import Weights
 
+AT_ONCE = 16 << 20  # bytes of a weight that are in host memory beside the place they go to
+Finish = Callable[[Placed, torch.Tensor], torch.Tensor]
+
 
 class Materializer:
     """Makes tensors of the weights of one schedule.
@@ -158,11 +161,6 @@ def dtype_of(weight: Weight) -> torch.dtype:
 def is_differentiable(tensor: torch.Tensor) -> bool:
     """Whether a tensor of this dtype can take gradients."""
     return tensor.is_floating_point() or tensor.is_complex()
-
-
-AT_ONCE = 16 << 20  # bytes of a weight that are in host memory beside the place they go to
-
-Finish = Callable[[Placed, torch.Tensor], torch.Tensor]
 
 
 def load_residents(

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from lamina.checkpoint import Checkpoint
+from lamina.checkpoint.gguf import CODEC_PREFIX
+from lamina.codec import AFFINE, LOSSLESS, native
 from lamina.hf.recorder import layer_names, weight_names
 from lamina.hf.trace import Trace
 from lamina.plan.layout import PACKING, align
@@ -17,6 +19,7 @@ from lamina.tensors.expressions import Expression, replay, sources_of
 from lamina.tensors.packed import BLOCK, Encoded, Scratch, block_rows
 from lamina.weights.addresses import Addresses, addresses_of, whole_tensor
 
+WITH_KERNELS = (*AFFINE, LOSSLESS.name, CODEC_PREFIX)  # codecs
 REPLAY_COPIES = 3  # of a weight while its expression is computed: intermediate results in a wider dtype
 PACKED_FROM = 1.25  # times smaller on disk: from there on a replayed weight stays in memory as it is stored
 SMALL_SHARE = 0.0005  # of the model: the smallest weights that together stay below it are always resident
@@ -245,3 +248,22 @@ def scratch_bytes(weights: Iterable[Weight]) -> int:
             own = weight.decoded_nbytes // max(weight.experts, 1)
             whole = max(whole, own if weight.segments else own * REPLAY_COPIES)
     return block + whole
+
+
+def prepare(weights: Iterable[Weight]) -> None:
+    """Have the codecs' kernels ready, which may mean compiling them: before memory is full."""
+    codecs = {segment.codec for weight in weights for segment in weight.segments}
+    if any(codec.startswith(WITH_KERNELS) for codec in codecs):
+        native.library()
+
+
+def without_kernels(weights: Iterable[Weight]) -> list[str]:
+    """Second ways of decoding: what torch does because there is no kernel, and why there is none."""
+    codecs = {segment.codec for weight in weights for segment in weight.segments}
+    ours = sorted({codec for codec in codecs if codec.startswith(WITH_KERNELS)})
+    found = []
+    if ours and (why := native.missing()):
+        found.append(f"weights stored as {', '.join(ours)} are decoded by torch, many times more slowly: {why}")
+    if codecs - set(ours):
+        found.append("weights of a quantised checkpoint are decoded by torch, at 0.1 to 5 GB/s: no kernel knows them")
+    return found

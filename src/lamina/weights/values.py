@@ -26,6 +26,8 @@ from lamina.tensors.packed import Encoded
 from lamina.weights.materialize import AT_ONCE, Materializer, dtype_of
 from lamina.weights.sites import Site, WeightSites, standing
 
+Scaling = Callable[..., Any]
+
 
 class Values:
     """The weights of one model by name, wherever they are.
@@ -129,9 +131,6 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     if not one.numel():
         return True
     return torch.equal(one.contiguous().flatten().view(torch.uint8), other.contiguous().flatten().view(torch.uint8))
-
-
-Scaling = Callable[..., Any]
 
 
 class Owner(Protocol):

@@ -157,7 +157,21 @@ def test_a_drafts_bytes_are_spoken_for_and_told() -> None:
     assert beside.as_dict()["draft_bytes"] == COPY
     assert beside.minimum_memory_bytes == without.minimum_memory_bytes + COPY
     assert beside.resident_bytes < without.resident_bytes
-    assert Session.of(beside, Drafted(draft="self")).as_dict()["draft"] == "self"
+
+
+def test_a_session_is_its_plan_with_the_draft_beside_it() -> None:
+    plan, drafted = planned(8), Drafted(draft="self", draft_reason="asked for", predicted_seconds_per_token_drafted=0.5)
+    session = Session.of(plan, drafted)
+    assert not hasattr(plan, "draft")
+    assert isinstance(session, Plan) and session.resident == plan.resident
+    assert session.predicted_seconds_per_token == plan.predicted_seconds_per_token
+    assert session.as_dict() == plan.as_dict() | {
+        "draft": "self",
+        "draft_reason": "asked for",
+        "predicted_seconds_per_token_drafted": 0.5,
+    }
+    assert repr(session).replace(", draft self (asked for)", "") == repr(plan)
+    assert repr(Session.of(plan, Drafted())) == repr(plan)
 
 
 # -- the name of a draft
