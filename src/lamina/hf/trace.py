@@ -12,12 +12,13 @@ import bisect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from lamina.fallbacks import cause
 from lamina.hf.experts import experts_by_config, standing_in
@@ -31,6 +32,8 @@ WORKSPACE = 1.25  # kernels' workspaces and what the allocator keeps (docs/log.m
 LENGTHS = (16, 32, 64)  # tokens of the traced prefills: enough to fit a + b T + c T^2
 # (guarded, answering) where code asks for values: as it is, failing modules stubbed, values made up, both
 _WAYS_ROUND = ((False, False), (True, False), (False, True), (True, True))
+SAMPLES = 16_000  # of a made-up sound, a second
+LONG_SOUND = 1500  # positions of a made-up sound, where the config names none
 _OF_META = ("meta", "DataDependent", "data-dependent", "data dependent", "item()", "FakeTensor")
 
 
@@ -127,7 +130,8 @@ def trace(model: PreTrainedModel) -> Trace:
             failure = failure or error
             excused = excused or _excuses(error, model, kind)
             continue
-        return _made_of(model, passes, kind, _second_ways(model, kind, guarded, answering, failure))
+        found = _made_of(model, passes, kind, _second_ways(model, kind, guarded, answering, failure))
+        return _with_encoder(model, found) if _decodes(model) else found
     assert failure is not None
     return _by_definition(model, failure)
 
@@ -143,7 +147,8 @@ def _made_of(
         activations[tokens] = max(recorder.memory.peak - cache_bytes, recorder.memory.peak // 4)
         alive[tokens] = [max(nbytes - cache_bytes, 0) for nbytes in recorder.memory.history]
     caches = {tokens: cache_bytes for tokens, (_, cache_bytes) in passes.items()}
-    if kind is _Cache.NONE and cache_argument(model) is not None:
+    uncounted = kind is _Cache.NONE or (model.can_generate() and not any(caches.values()))
+    if uncounted and cache_argument(model) is not None:
         caches = {tokens: cache_by_config(model.config, tokens) for tokens in LENGTHS}
     last, _ = passes[LENGTHS[-1]]
     return Trace(
@@ -162,7 +167,20 @@ def _excuses(error: Exception, model: PreTrainedModel, kind: _Cache) -> bool:
         return False
     seen = " ".join(f"{type(each).__name__} {each}" for each in (error, error.__cause__, error.__context__) if each)
     missing = isinstance(error, NotImplementedError | TypeError | AttributeError)
-    return missing or any(word in seen for word in _OF_META)
+    return missing or any(word in seen for word in _OF_META) or _wants_more(model, error)
+
+
+def only_text(model: PreTrainedModel) -> bool:
+    """Whether a model takes tokens alone: no images, no sound, nothing for a decoder of its own."""
+    return not arguments_of(model) & {"pixel_values", "input_features", "input_values", "decoder_input_ids", "bbox"}
+
+
+def _wants_more(model: PreTrainedModel, error: Exception) -> bool:
+    """Whether an error of a model's forward names an argument that it takes beside tokens: it was not given that."""
+    if isinstance(error, NotImplementedError) or not isinstance(error, ValueError | TypeError):
+        return False
+    text = str(error).lower()
+    return any(name in text for name in arguments_of(model) if name not in ("self", "input_ids", "kwargs"))
 
 
 class _Cache(Enum):
@@ -241,6 +259,8 @@ def _ways_in(model: PreTrainedModel) -> Iterator[tuple[_Cache, Callable[[int], d
     def masked(tokens: int) -> dict[str, Any]:
         return {**bare(tokens), "attention_mask": torch.ones(1, tokens, dtype=torch.long, device="meta")}
 
+    if "decoder_input_ids" in accepted:
+        yield from _ways_into_two(model)
     if cache is not None:
         yield _Cache.GIVEN, cached
         if "position_ids" in accepted:
@@ -249,6 +269,78 @@ def _ways_in(model: PreTrainedModel) -> Iterator[tuple[_Cache, Callable[[int], d
     yield _Cache.NONE, bare
     yield _Cache.NONE, masked
     yield _Cache.NONE, lambda tokens: {"input_ids": ids(tokens)}
+    if more := _made_up_inputs(model):
+        yield _Cache.OWN, lambda tokens: {"input_ids": ids(tokens), "use_cache": True, **last_only, **more}
+        yield _Cache.NONE, lambda tokens: {"input_ids": ids(tokens), **more}
+        if "input_ids" not in accepted:
+            yield _Cache.NONE, lambda tokens: dict(more)
+
+
+def _decodes(model: PreTrainedModel) -> bool:
+    """Whether a model reads with an encoder once, and then decodes token by token."""
+    return "decoder_input_ids" in arguments_of(model) and "encoder_outputs" in arguments_of(model)
+
+
+def _ways_into_two(model: PreTrainedModel) -> Iterator[tuple[_Cache, Callable[[int], dict[str, Any]]]]:
+    """Inputs of an encoder and a decoder.
+
+    Where the model generates, first those of the decoder alone, which is what each step after the first one runs.
+    """
+    width, cache, more = _width(model.config), str(cache_argument(model)), _made_up_inputs(model)
+    asked: dict[str, Any] = {"use_cache": True, **({KEEP: 1} if KEEP in arguments_of(model) else {})}
+
+    def ids(tokens: int) -> torch.Tensor:
+        return torch.zeros(1, tokens, dtype=torch.long, device="meta")
+
+    def decoding(tokens: int) -> dict[str, Any]:
+        states = torch.zeros(1, tokens, width, dtype=model.dtype, device="meta")
+        outputs = BaseModelOutput(last_hidden_state=states)
+        return {"encoder_outputs": outputs, "decoder_input_ids": ids(tokens), **asked}
+
+    def cached(tokens: int) -> dict[str, Any]:
+        return {**decoding(tokens), cache: EncoderDecoderCache(DynamicCache(), DynamicCache())}
+
+    if _decodes(model) and model.can_generate():
+        yield _Cache.GIVEN, cached
+        yield _Cache.OWN, decoding
+    yield _Cache.OWN, lambda tokens: {"input_ids": ids(tokens), "decoder_input_ids": ids(tokens), **asked}
+    if more:
+        yield _Cache.OWN, lambda tokens: {**more, "decoder_input_ids": ids(tokens), **asked}
+
+
+def _with_encoder(model: PreTrainedModel, found: Trace) -> Trace:
+    """The trace of a decoder, with the activations of a pass that goes through its encoder as well."""
+    for kind, inputs in list(_ways_into_two(model))[2 if model.can_generate() else 0 :]:
+        try:
+            passes = {tokens: _run(model, tokens, inputs, answering=True) for tokens in LENGTHS}
+        except Exception:  # it is then counted when such a pass comes
+            continue
+        whole = _made_of(model, passes, kind, ())
+        most = {n: max(nbytes, found.activation_bytes.get(n, 0)) for n, nbytes in whole.activation_bytes.items()}
+        return replace(found, activation_bytes=most, moments=(*found.moments, *whole.moments))
+    return found
+
+
+def _width(config: Any) -> int:
+    """Columns of what an encoder gives."""
+    own = getattr(config, "encoder", None) or getattr(config, "text_config", None) or config
+    return next((int(n) for name in ("d_model", "hidden_size") if isinstance(n := getattr(own, name, None), int)), 1)
+
+
+def _made_up_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """An image and a sound as large as a model's config says, without values, where its forward takes such."""
+    config, accepted = model.config, arguments_of(model)
+    vision, audio = (getattr(config, name, None) or config for name in ("vision_config", "audio_config"))
+    made: dict[str, tuple[int, ...]] = {}
+    side = getattr(vision, "image_size", None)
+    if "pixel_values" in accepted and side:
+        sides = tuple(side) if isinstance(side, list | tuple) else (side, side)
+        made["pixel_values"] = (1, getattr(vision, "num_channels", 3), *sides[-2:])
+    if "input_features" in accepted and (mels := getattr(audio, "num_mel_bins", None)):
+        made["input_features"] = (1, mels, 2 * (getattr(audio, "max_source_positions", None) or LONG_SOUND))
+    elif "input_values" in accepted:
+        made["input_values"] = (1, SAMPLES)
+    return {name: torch.zeros(shape, dtype=model.dtype, device="meta") for name, shape in made.items()}
 
 
 def _run(

@@ -19,7 +19,7 @@ from lamina.errors import BudgetError, CheckpointError, LaminaError
 from lamina.fallbacks import cause
 from lamina.hf.internals import batched_tokens, cache_of, cached_tokens
 from lamina.hf.names import PreTrainedModel
-from lamina.hf.trace import Logits, Trace
+from lamina.hf.trace import Logits, Trace, only_text
 from lamina.plan.plan import Budget
 from lamina.runtime.engine import Engine
 from lamina.runtime.stats import Meter
@@ -29,6 +29,7 @@ from lamina.tensors.guard import asking, refused
 from lamina.tensors.ids import check_tokens
 from lamina.tensors.padded_rows import even_rows
 
+SMALL = 1 << 20  # bytes that nothing is given up for: the allocator rounds by more
 GROWTH = 1.5  # of the cache, when it outgrows the plan: so that a long answer replans a few times, not every token
 
 
@@ -110,7 +111,8 @@ class Passes:
         Raises:
             CheckpointError: so it is.
         """
-        if self._meter.passes or not self._trace.fallbacks or isinstance(error, LaminaError | MemoryError):
+        known = isinstance(error, LaminaError | MemoryError) or not only_text(self._model)
+        if self._meter.passes or not self._trace.fallbacks or known:
             return
         ids = torch.zeros(1, 1, dtype=torch.long, device=self._engine.device)
         try:
@@ -139,7 +141,7 @@ class Passes:
         others = sum(self.batches.values())
         activations = self._activations(tokens) + logits
         cache = others if batched and others else others + self._trace.cache(cached + tokens)
-        if activations + cache <= budget.activation_bytes + budget.kv_cache_bytes:
+        if activations + cache <= budget.activation_bytes + budget.kv_cache_bytes + SMALL:
             return
         grown = others + self._trace.cache(int((cached + tokens) * GROWTH))
         for wanted in (grown, cache):

@@ -203,7 +203,7 @@ def _build(request: Request, checkpoint: Checkpoint, loading_info: dict[str, Any
     options["dtype"] = _dtype(request, checkpoint, config)
     state = _state(request, checkpoint, options["dtype"], quantization)
     options["ignore_mismatched_sizes"] = True  # transformers then names them; `_check` refuses
-    generation = _generation_config(request)
+    generation = _generation_config(request, kind)
     unstored = Unstored(checkpoint.nbytes, where)
     recorded = recording(functools.partial(_same_bytes, checkpoint))
     with _one_at_a_time, recorded, silent(), as_many_as(tensors, where), unstored:
@@ -242,17 +242,12 @@ def _explain_option(error: CheckpointError, kind: str) -> None:
 
 def _check_made(model: PreTrainedModel, where: str, kind: str, left_out: int, root: str) -> None:
     """Refuse what the config asks for and the checkpoint in `root` has not: an encoder, or `left_out` bytes."""
-    if getattr(model.config, "is_encoder_decoder", False) and not _has_encoder(
-        model
-    ):  # a decoder with an encoder's weights says no by itself
+    encoder = any("encoder" in name.rpartition(".")[2] for name, _ in model.named_modules())
+    if getattr(model.config, "is_encoder_decoder", False) and not encoder:
         said = f"is_encoder_decoder = {str(model.config.is_encoder_decoder)[:60]}"
         raise CheckpointError(f"{where}: {said}, but {kind} has no encoder: fetch the file again")
     if left_out:
         raise CheckpointError(f"{where} asks for {format_size(left_out)} of weights that no file of {root} holds")
-
-
-def _has_encoder(model: PreTrainedModel) -> bool:
-    return any("encoder" in name.rpartition(".")[2] for name, _ in model.named_modules())
 
 
 def _dtype(request: Request, checkpoint: Checkpoint, config: PreTrainedConfig) -> Any:
@@ -299,22 +294,24 @@ def _same_bytes(checkpoint: Checkpoint, one: str, other: str) -> bool:
     return True
 
 
-def _generation_config(request: Request) -> GenerationConfig | None:
+def _generation_config(request: Request, model: type[PreTrainedModel]) -> GenerationConfig | None:
     given = request.options.get("generation_config")
     if isinstance(given, GenerationConfig):
         return given
     if request.gguf is not None and given is None:
         return request.gguf.generation_config()
     hub = {key: request.options[key] for key in HUB_KEYS if key in request.options}
+    source = request.folder if given is None else os.path.expanduser(os.fspath(given))
+    kind: type[GenerationConfig] = model.generation_config_class
     try:
-        return _read_generation(request.folder if given is None else os.path.expanduser(os.fspath(given)), given, hub)
+        return _read_generation(source, given, hub, kind)
     except CheckpointError as error:
         if given is not None:
             raise RequestError(f"generation_config= is no generation config, nor the path of one: {error}") from error
         if not isinstance(error.__cause__, OSError):
             raise
     file = os.path.join(request.folder, hub.get("subfolder") or "", "config.json")
-    if not os.path.isfile(file):
+    if not os.path.isfile(file) or kind is not GenerationConfig:
         return None
     fields = read_json(file)
     check_generation(fields, file)
@@ -322,7 +319,7 @@ def _generation_config(request: Request) -> GenerationConfig | None:
         return generation_config_in(request.folder, **hub)
 
 
-def _read_generation(source: str, given: Any, hub: dict[str, Any]) -> GenerationConfig:
+def _read_generation(source: str, given: Any, hub: dict[str, Any], kind: type[GenerationConfig]) -> GenerationConfig:
     """The generation config in a file, a folder or a repository; `hub` says where in it."""
     if given is not None and os.path.exists(source):
         hub.pop("subfolder", None)
@@ -333,7 +330,7 @@ def _read_generation(source: str, given: Any, hub: dict[str, Any]) -> Generation
         fields = read_json(file) if os.path.isfile(file) else {}
     check_generation(fields, file)
     with blaming(file, fields, "reading it"), silent():
-        return GenerationConfig.from_pretrained(folder, name, **hub)
+        return kind.from_pretrained(folder, name, **hub)
 
 
 def _check(info: Mapping[str, Any], checkpoint: Checkpoint, names: Iterable[str]) -> None:
