@@ -113,7 +113,7 @@ class AutoModel:
         told = bool(options.pop("output_loading_info", False))
         source, drafting = _drafting(draft, model, asked, options)
         stored = stored and not is_store_of(model, compression or PLAIN)
-        asked = replace(asked, beside=drafting.beside)
+        asked = replace(asked, reserve=drafting.reserve)
         if drafting.writes:  # not before the memory is known to be enough for all there will be
             folder, encode = _as_it_will_be(model, compression, source, layer_shards_saving_path)
             check_memory(folder, asked, _for(folder, model, options), encode)
@@ -193,7 +193,7 @@ def plan_model(
     options.pop("output_loading_info", None)
     source, drafting = _drafting(draft, model, asked, options, weights_wanted=False)
     folder, encode = _as_it_will_be(model, compression, source, layer_shards_saving_path)
-    asked = replace(asked, beside=drafting.beside)
+    asked = replace(asked, reserve=drafting.reserve)
     planned = lamina.runtime.load.plan_model(folder, asked, _for(folder, model, options), encode)
     return Session.of(planned, drafting.told(planned))
 
@@ -260,7 +260,7 @@ class _Undrafted:
         self._drafting = drafting
         self._target: tuple[Described, torch.device] | None = None
 
-    def beside(self, target: Described, device: torch.device) -> Callable[[int], int]:
+    def reserve(self, target: Described, device: torch.device) -> Callable[[int], int]:
         self._target = target, device
         return lambda tokens: 0
 
@@ -272,13 +272,13 @@ class _Undrafted:
     def write(self) -> None: ...
 
     def attach(self, model: PreTrainedModel, exact: bool | None) -> None:
-        model.lamina.drafted, model.lamina.record.reason = self.chosen, self.chosen.draft_reason
+        model.lamina.drafted, model.lamina.speculation.reason = self.chosen, self.chosen.draft_reason
         model.lamina.decode_later(functools.partial(self._attach, model, exact))
 
     def _attach(self, model: PreTrainedModel, exact: bool | None) -> None:
         assert self._target is not None
         drafting = self._drafting()
-        drafting.beside(*self._target)
+        drafting.reserve(*self._target)
         drafting.attach(model, exact)
 
 

@@ -1,6 +1,6 @@
 """Every kind of draft on models of its own: what is written, shared, refused, counted; the answer is the same.
 
-A tiny random model says what no copy of it in 4 bits would foresee for long; that is enough: what is proposed here is
+A tiny random model says what no copy of it in 4 bits would predict for long; that is enough: what is proposed here is
 verified, and what goes wrong with memory, caches or interruptions shows in the answer.
 """
 
@@ -231,17 +231,17 @@ def test_auto_with_a_copy_takes_it_where_it_pays(
 ) -> None:
     seen: list[tuple[int, int]] = []
 
-    def pays(without: Any, beside: Any, nbytes: int, row: float) -> tuple[bool, str]:
-        seen.append((without.budget.draft_bytes, beside.budget.draft_bytes))
+    def pays(without: Any, with_copy: Any, nbytes: int, row: float) -> tuple[bool, str]:
+        seen.append((without.budget.draft_bytes, with_copy.budget.draft_bytes))
         return paying, "so the forecast says"
 
     monkeypatch.setattr(lamina.speculative.setup, "pays", pays)
     with opened(written) as model:
         assert model.lamina.stats.draft == ("self" if paying else "lookup")
         assert model.lamina.stats.draft_reason == "so the forecast says"
-        ((without, beside),) = seen
-        assert without == 0 < beside
-        assert (model.lamina.plan.budget.draft_bytes == beside) is paying
+        ((without, with_copy),) = seen
+        assert without == 0 < with_copy
+        assert (model.lamina.plan.budget.draft_bytes == with_copy) is paying
         same(model, answer)
 
 
@@ -584,7 +584,7 @@ def never(*_: object) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt2", "gemma3"])
 @pytest.mark.parametrize("tie", [True, False])
-def test_a_copy_takes_as_much_as_was_foreseen(tmp_path: Path, family: str, tie: bool) -> None:
+def test_a_copy_takes_as_much_as_was_planned(tmp_path: Path, family: str, tie: bool) -> None:
     write_tiny(family, tmp_path / "model", dtype=torch.bfloat16, tie=tie)
     options = {"context": CONTEXT, "device": "cpu", "draft": "self"}
     before = plan_model(str(tmp_path / "model"), **options)

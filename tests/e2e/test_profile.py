@@ -42,7 +42,7 @@ from lamina.measure.timeline import (
 )
 from lamina.measure.trace_file import BEGIN, check_trace_file, write_trace
 from lamina.store import split
-from lamina.tensors.packed import Encoded
+from lamina.tensors.packed import PackedTensor
 
 PROMPT = [1, 2, 3, 4]
 
@@ -235,7 +235,7 @@ def state(model: PreTrainedModel) -> list[Any]:
     """Everything that recording puts something else in the place of."""
     lamina, engine = model.lamina, model.lamina._engine
     owners = [lamina._passes, lamina._meter, engine, engine.binder, engine.materializer, engine.readers]
-    owners += [engine.stream, engine.stream._ring, Encoded]
+    owners += [engine.stream, engine.stream._ring, PackedTensor]
     hooks = [[*m._forward_hooks.values(), *m._forward_pre_hooks.values()] for m in model.modules()]
     callables = [{name: value for name, value in vars(owner).items() if callable(value)} for owner in owners]
     return [callables, hooks, engine.readers._shared.on_read]

@@ -28,7 +28,7 @@ from lamina.codec import Codec, register
 from lamina.errors import LaminaError, StorageError
 from lamina.plan.schedule import PanelSpan
 from lamina.tensors.disk import DiskTensor
-from lamina.tensors.packed import Encoded, Scratch
+from lamina.tensors.packed import PackedTensor, Scratch
 from lamina.tensors.row_blocks import Blocks
 
 DATA = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
@@ -98,8 +98,8 @@ def on_disk() -> DiskTensor:
     return made
 
 
-def encoded() -> Encoded:
-    made = Encoded(
+def encoded() -> PackedTensor:
+    made = PackedTensor(
         DATA.shape,
         DATA.dtype,
         DATA.clone().view(torch.uint8).view(-1),

@@ -125,7 +125,7 @@ def as_llama_cpp(state: dict[str, torch.Tensor], config: MixtralConfig) -> dict[
 @pytest.mark.parametrize("others", [False, True])
 def test_divided_frequencies_are_those_of_llama_cpp(others: bool, tmp_path: Path) -> None:
     divisors = np.linspace(1, 3, 32, dtype=np.float32) if others else llama3_divisors(8.0)
-    path = write_model(tmp_path, "llama", besides={"rope_freqs.weight": divisors})
+    path = write_model(tmp_path, "llama", extra={"rope_freqs.weight": divisors})
     with AutoModel.from_pretrained(str(path), memory=MEMORY, device="cpu").lamina as lamina:
         plain = 10000.0 ** -(torch.arange(32) / 32)
         found = lamina.model.model.rotary_emb.inv_freq

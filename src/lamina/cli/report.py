@@ -66,8 +66,9 @@ def _reading_of(stats: Mapping[str, Any]) -> Iterator[str]:
 
 def _experts_of(stats: Mapping[str, Any]) -> Iterator[str]:
     if routed := stats.get("experts_routed"):
-        foreseen = f", {stats['experts_foreseen'] / routed:.0%} foreseen" if stats.get("experts_foreseen") else ""
-        yield f"{stats['expert_hits'] / routed:.0%} of the experts were there{foreseen}"
+        share = stats.get("experts_prefetched", 0) / routed
+        prefetched = f", {share:.0%} prefetched" if share else ""
+        yield f"{stats['expert_hits'] / routed:.0%} of the experts were there{prefetched}"
 
 
 def _memory_of(stats: Mapping[str, Any]) -> Iterator[str]:
@@ -104,7 +105,7 @@ _COUNTED = (
     "accepted_tokens",
     "experts_routed",
     "expert_hits",
-    "experts_foreseen",
+    "experts_prefetched",
 )
 
 
@@ -223,7 +224,7 @@ _BENCH_ROWS = {
     "active_bytes_per_token": "weights a token needs",
     "expert_bytes_per_token": "of experts, read a token",
     "expert_hit_rate": "experts that were there",
-    "expert_foreseen_rate": "experts that were foreseen",
+    "expert_prefetched_rate": "experts that were prefetched",
     "read_bytes_per_second": "read at",
     "disk_bytes_per_second": "the disk alone gives",
     "disk_fraction": "share of the disk reached",
@@ -321,7 +322,7 @@ def _show(key: str, value: Any) -> str:
         return str(len(value))
     if key.endswith(("bytes_per_second", "bytes_per_second_busy")):
         return format_rate(value)
-    if key.endswith(("share_of_time", "fraction", "hit_rate", "foreseen_rate", "share")):
+    if key.endswith(("share_of_time", "fraction", "hit_rate", "prefetched_rate", "share")):
         return f"{value:.0%}"
     if "seconds" in key:
         return f"{_number(value)} s"

@@ -149,20 +149,20 @@ def _keep(built: Path, folder: Path, fingerprint: str) -> None:
     """Copy a library to the cache under the checksum of its bytes: they are on the disk before the name is."""
     content = built.read_bytes()
     target = folder / f"{fingerprint}-{hashlib.sha256(content).hexdigest()}.so"
-    beside = folder / f"{target.stem}.{secrets.token_hex(8)}.tmp"
+    temporary = folder / f"{target.stem}.{secrets.token_hex(8)}.tmp"
     try:
-        with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o700), "wb") as file:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o700), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(target)
+        temporary.replace(target)
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _kept(folder: Path, fingerprint: str) -> list[Path]:

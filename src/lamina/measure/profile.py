@@ -47,7 +47,7 @@ from lamina.measure.timeline import (
 )
 from lamina.runtime.engine import Engine
 from lamina.stream.observe import COPY, LAMINA, WAIT, listen
-from lamina.tensors.packed import Encoded
+from lamina.tensors.packed import PackedTensor
 
 STEPS = 3  # of each kind
 TOKENS = 2 * STEPS + 3  # of the prompt's pass, one that nothing is measured in, the steps, one to count operations in
@@ -56,7 +56,7 @@ MOST_OPERATIONS = 30_000  # the same for torch's profiler, which takes 2.4 kB fo
 MARKS = 5  # readings of both clocks, of which the closest pair counts
 MARK = "lamina: both clocks"
 WARMING, TIMED, COUNTED, PROFILED = "warming", "timed", "counted", "profiled"
-DECODING = dict.fromkeys(("_decode", "_product", "decode"), DECODE)  # what of `Encoded` is timed
+DECODING = dict.fromkeys(("_decode", "_product", "decode"), DECODE)  # what of `PackedTensor` is timed
 DECODING |= dict.fromkeys(("linear", "gather", "expert"), THROUGH)
 Function = Callable[..., Any]
 
@@ -87,7 +87,7 @@ class Recording:
         self._thread = threading.get_ident()
         self._undo.append(listen(self))
         for name, kind in DECODING.items():
-            self._replace(Encoded, name, self._timed(getattr(Encoded, name), kind, name.strip("_")))
+            self._replace(PackedTensor, name, self._timed(getattr(PackedTensor, name), kind, name.strip("_")))
         self._watch_modules({id(module): name for name, module in self.model.named_modules()})
         self.engine.readers.tell(self._on_read)
 

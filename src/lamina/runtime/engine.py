@@ -1,7 +1,7 @@
 """One model under one plan: what is resident, what streams, and how to go over to another plan.
 
 Resident weights are ordinary parameters and cost nothing. What streams is bound by `lamina.runtime.binder`. What the
-plan did not foresee (a weight touched out of order, by the user, or by a branch that the trace did not take) is read on
+plan did not expect (a weight touched out of order, by the user, or by a branch that the trace did not take) is read on
 demand: slow, but right.
 """
 
@@ -29,7 +29,7 @@ from lamina.stream.experts import ExpertStream
 from lamina.stream.observe import LAMINA, timed
 from lamina.stream.readers import Readers
 from lamina.stream.stream import Stream
-from lamina.tensors.packed import Encoded
+from lamina.tensors.packed import PackedTensor
 from lamina.weights.materialize import Materializer, is_differentiable, load_residents
 from lamina.weights.schedule import Weights
 from lamina.weights.sites import Site, WeightSites, move_buffers
@@ -45,7 +45,7 @@ class Engine:
         plan: what lives where.
         device: where the model computes.
         readers: the reader threads; closed with the engine.
-        foresee: read experts before their router has spoken, where the one before it tells which ones are likely.
+        prefetch: read experts before their router has spoken, where the one before it tells which ones are likely.
 
     Attributes:
         sites: where the weights stand in the model.
@@ -64,7 +64,7 @@ class Engine:
         plan: Plan,
         device: torch.device,
         readers: Readers,
-        foresee: bool = True,
+        prefetch: bool = True,
     ) -> None:
         self._plan, self.weights, self.device, self.readers = plan, weights, device, readers
         self.lock = Turn()
@@ -74,7 +74,7 @@ class Engine:
         self.overrides = Overrides(self)
         self.materializer = Materializer(weights, readers, device, self.overrides.arrived, self.sites.asked)
         self.values = Values(model, self.schedule, self.sites, self.materializer, self.overrides.held)
-        self.binder = Binder(weights, readers, self.sites, self.materializer, self.overrides, self.lock.check, foresee)
+        self.binder = Binder(weights, readers, self.sites, self.materializer, self.overrides, self.lock.check, prefetch)
 
     def start(self, model: PreTrainedModel, progress: Progress | None = None) -> None:
         """Read the resident weights, bind them, and let the stream run ahead."""
@@ -84,7 +84,7 @@ class Engine:
         found = load_residents(resident, self.readers, self.materializer.finish, self.device, progress)
         for name, tensor in found.items():
             parameter = tensor
-            if isinstance(tensor, Encoded):
+            if isinstance(tensor, PackedTensor):
                 tensor.home = self.sites.placeholder(name).home
             else:
                 parameter = nn.Parameter(tensor, requires_grad=is_differentiable(tensor))

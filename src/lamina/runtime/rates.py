@@ -27,7 +27,7 @@ from lamina.runtime.engine import Engine
 from lamina.stream.direct_io import Area
 from lamina.stream.probe import measure_disk
 from lamina.stream.readers import Readers
-from lamina.tensors.packed import Encoded, Scratch
+from lamina.tensors.packed import PackedTensor, Scratch
 
 SAMPLE = 96 << 20  # bytes of weights that are multiplied, as they are stored: several times a large cache
 LARGEST_PART = 16 << 20  # of one weight
@@ -217,7 +217,7 @@ def _made_up(weight: Weight, device: torch.device) -> list[torch.Tensor] | None:
         return None
     copies, scratch = max(SAMPLE // panels.numel(), 1), Scratch()
     span = PanelSpan(segment.codec, 0, len(panels), segment.panel_rows, panels.shape[1], len(block), 0, len(block))
-    return [Encoded((len(block), columns), dtype, _apart(panels).to(device), (span,), scratch)
+    return [PackedTensor((len(block), columns), dtype, _apart(panels).to(device), (span,), scratch)
             for _ in range(copies)]  # fmt: skip
 
 

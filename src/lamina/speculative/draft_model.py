@@ -18,12 +18,12 @@ from lamina.progress import Progress
 from lamina.runtime.engine import Engine
 from lamina.runtime.load import Described, Encode, describe_model
 from lamina.stream.readers import Readers
-from lamina.tensors.packed import Encoded
+from lamina.tensors.packed import PackedTensor
 
 EVERYTHING = 1 << 62  # bytes, so that a plan keeps all weights
 
 
-class Companion:
+class DraftModel:
     """A model that is built and traced; `load` reads it.
 
     Args:
@@ -76,22 +76,22 @@ class Companion:
         return self.described.trace.activations(tokens)
 
     @ordinarily
-    def load(self, beside: Engine, progress: Progress | None = None) -> None:
+    def load(self, target: Engine, progress: Progress | None = None) -> None:
         """Read the weights; those in few bits are multiplied with rounded activations from then on, which is quicker.
 
         Args:
-            beside: the engine of the model that it accompanies; the device is its, and what is shared is bound there.
+            target: the engine of the model that it accompanies; the device is its, and what is shared is bound there.
 
         Raises:
             CheckpointError: what is to be shared is not alike.
         """
         described = self.described
         with contextlib.closing(Readers(fingerprints=described.checkpoint.fingerprints)) as readers:
-            engine = Engine(self.model, described.weights, self.plan, beside.device, readers)
+            engine = Engine(self.model, described.weights, self.plan, target.device, readers)
             engine.start(self.model, progress)
             described.checkpoint.verify_unchanged()
         for name in self.shared:
-            if name not in beside.schedule or beside.schedule[name].shape != engine.schedule[name].shape:
+            if name not in target.schedule or target.schedule[name].shape != engine.schedule[name].shape:
                 raise CheckpointError(
                     f"{described.checkpoint.root} is no copy of this model: its {name} differs; delete that folder, "
                     f"it is made again"
@@ -99,10 +99,10 @@ class Companion:
 
         def share() -> None:
             for name in self.shared:
-                engine.sites.bind(name, beside.sites.bound(name))
+                engine.sites.bind(name, target.sites.bound(name))
 
         share()
-        beside.followers.append(share)
+        target.followers.append(share)
         for parameter in self.model.parameters():
-            if isinstance(parameter, Encoded):
+            if isinstance(parameter, PackedTensor):
                 parameter.quick = True

@@ -28,7 +28,7 @@ COPY = (-0.7, 0.84, 0.16, 0.87, -1.33, -0.47, -2.13, -2.79)
 AGAIN = (0.49, 1.0, -0.77, -0.68)
 INSIDE = 2.04
 CEILING = 0.995
-"""No token is surer than this: a change may begin anywhere."""
+"""No token has more confidence than this: a change may begin anywhere."""
 AGAIN_FROM = 0.5
 """An edit is done again from this chance on; below it, what stands there is copied."""
 RATE = 0.15
@@ -307,13 +307,13 @@ class Lookup:
         edited = source.at if source.guess else -1
         while len(chain.tokens) < most and chain.goes_on:
             edit = self._edit(chain.token(chain.at - 1), chain.at) if source.copied and chain.at != edited else None
-            sure = self._edit_chance(edit, source) if edit else 0.0
-            if edit and sure > AGAIN_FROM:
-                chain.edit(edit, sure)
+            confidence = self._edit_chance(edit, source) if edit else 0.0
+            if edit and confidence > AGAIN_FROM:
+                chain.edit(edit, confidence)
                 edited = chain.at
                 continue
             agree, differ = chain.votes(source.length)
-            chain.copy((1 - sure) * self._copy_chance(source, len(chain.tokens), agree, differ))
+            chain.copy((1 - confidence) * self._copy_chance(source, len(chain.tokens), agree, differ))
         return Proposal(chain.tokens[:most], chain.confidence[:most])
 
 

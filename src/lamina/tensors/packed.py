@@ -1,8 +1,8 @@
 """Weights that stay as they are stored, and become numbers where they are used.
 
-An `Encoded` stands in a module in place of the parameter. A linear is answered by the codec's own product, or by
+A `PackedTensor` stands in a module in place of the parameter. A linear is answered by the codec's own product, or by
 decoding one block of rows after the other into a scratch area and multiplying with it; a lookup decodes the rows
-that are looked up; one expert of several is an `Encoded` again. Any other operation decodes the whole weight.
+that are looked up; one expert of several is a `PackedTensor` again. Any other operation decodes the whole weight.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class _One:
     dtype: torch.dtype
 
 
-class Encoded(torch.Tensor):
+class PackedTensor(torch.Tensor):
     """A weight in panels.
 
     Attributes:
@@ -117,8 +117,8 @@ class Encoded(torch.Tensor):
         scratch: Scratch,
         whole: Callable[[torch.Tensor], torch.Tensor] | None = None,
         order: torch.Tensor | None = None,
-    ) -> Encoded:
-        self: Encoded = torch.Tensor._make_wrapper_subclass(
+    ) -> PackedTensor:
+        self: PackedTensor = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=memory.device, requires_grad=False
         )
         without_memory(self)
@@ -126,7 +126,7 @@ class Encoded(torch.Tensor):
         return self
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"Encoded(shape={tuple(self.shape)}, dtype={self.dtype}, {self.memory.numel()} bytes)"
+        return f"PackedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, {self.memory.numel()} bytes)"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise not_pickled()
@@ -187,7 +187,7 @@ class Encoded(torch.Tensor):
                 row -= span.rows
         return out[inverse]
 
-    def expert(self, index: int) -> Encoded:
+    def expert(self, index: int) -> PackedTensor:
         """One index of dimension 0, of a weight of three dimensions and more."""
         return self._seen(self.shape[1:], self._spans_of(index, 1))
 
@@ -208,15 +208,15 @@ class Encoded(torch.Tensor):
             low -= span.rows
         return tuple(spans)
 
-    def _seen(self, shape: torch.Size, spans: tuple[PanelSpan, ...]) -> Encoded:
+    def _seen(self, shape: torch.Size, spans: tuple[PanelSpan, ...]) -> PackedTensor:
         """These spans of the same memory, in another shape."""
-        seen = Encoded(shape, self.dtype, self.memory, spans, self.scratch)
+        seen = PackedTensor(shape, self.dtype, self.memory, spans, self.scratch)
         seen.quick = self.quick
         return seen
 
-    def _again(self) -> Encoded:
+    def _again(self) -> PackedTensor:
         """The same weight in another tensor: torch wants one of a view."""
-        again = Encoded(self.shape, self.dtype, self.memory, self.spans, self.scratch, self.whole, self.order)
+        again = PackedTensor(self.shape, self.dtype, self.memory, self.spans, self.scratch, self.whole, self.order)
         again.quick, again.home = self.quick, self.home
         return again
 
@@ -280,7 +280,7 @@ class Encoded(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.linear and not kwargs and type(args[1]) is Encoded and args[1].quick:
+        if func is torch.nn.functional.linear and not kwargs and type(args[1]) is PackedTensor and args[1].quick:
             quick = None if torch.is_grad_enabled() else args[1]._linear_quick(args[0], *args[2:])
             if quick is not None:
                 return quick
@@ -303,11 +303,15 @@ class Encoded(torch.Tensor):
     ) -> Any:
         if func in (aten.detach.default, aten.alias.default):
             return args[0]._again()
-        if func is aten.embedding.default and isinstance(args[0], Encoded) and not isinstance(args[1], Encoded):
+        if (
+            func is aten.embedding.default
+            and isinstance(args[0], PackedTensor)
+            and not isinstance(args[1], PackedTensor)
+        ):
             return args[0].look_up(args[1])
         if func._schema.is_mutable:
             return write(func, args, kwargs or {}, _decoded)
-        if views(func) and isinstance(args[0], Encoded) and args[0].home is not None:
+        if views(func) and isinstance(args[0], PackedTensor) and args[0].home is not None:
             return args[0]._as_placeholder().viewed(func, args[1:], kwargs or {})
         return func(*tree_map(_decoded, args), **tree_map(_decoded, kwargs or {}))
 
@@ -331,10 +335,10 @@ def _part(span: PanelSpan, first: int, rows: int) -> PanelSpan:
 
 
 def _decoded(value: Any) -> Any:
-    return value.decode() if isinstance(value, Encoded) else materialize(value)
+    return value.decode() if isinstance(value, PackedTensor) else materialize(value)
 
 
-# -- how a function of torch is computed where an `Encoded` is among its arguments
+# -- how a function of torch is computed where a `PackedTensor` is among its arguments
 
 
 @lru_cache(maxsize=1024)
@@ -362,7 +366,7 @@ def _with_numbers(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _as_view(func: Any, args: Any, kwargs: Any) -> Any:
     """A view, to which somebody may write where the weight has a home."""
-    if isinstance(args[0], Encoded) and args[0].home is not None:
+    if isinstance(args[0], PackedTensor) and args[0].home is not None:
         return as_it_is(func, args, kwargs)
     return _with_numbers(func, args, kwargs)
 
@@ -373,11 +377,11 @@ def _with_panels(func: Any, args: Any, kwargs: Any) -> Any:
         answer = _ANSWERS[func](func, args, kwargs)
     if answer is None:
         return _as_view(func, args, kwargs) if func in SEEN else _with_numbers(func, args, kwargs)
-    return answer if isinstance(answer, Encoded) else refused(answer, asking(args, kwargs), PACKED)
+    return answer if isinstance(answer, PackedTensor) else refused(answer, asking(args, kwargs), PACKED)
 
 
 def _set_data(func: Any, args: Any, kwargs: Any) -> Any:
-    return args[0]._replace(args[1]) if isinstance(args[0], Encoded) else _with_numbers(func, args, kwargs)
+    return args[0]._replace(args[1]) if isinstance(args[0], PackedTensor) else _with_numbers(func, args, kwargs)
 
 
 def _refuse(func: Any, args: Any, kwargs: Any) -> Any:
@@ -386,12 +390,17 @@ def _refuse(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _linear(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
     x, weight, bias = linear_arguments(*args, **kwargs)
-    if isinstance(weight, Encoded) and weight.dim() == 2 and not isinstance(x, Encoded) and x.dtype == weight.dtype:
+    if (
+        isinstance(weight, PackedTensor)
+        and weight.dim() == 2
+        and not isinstance(x, PackedTensor)
+        and x.dtype == weight.dtype
+    ):
         return weight.linear(x, bias)
     return None
 
 
-def _picked(func: Any, args: Any, kwargs: Any) -> Encoded | None:
+def _picked(func: Any, args: Any, kwargs: Any) -> PackedTensor | None:
     encoded = _in_order(args, kwargs)
     if encoded is None or encoded.dim() < 3:
         return None
@@ -399,7 +408,7 @@ def _picked(func: Any, args: Any, kwargs: Any) -> Encoded | None:
     return None if number is None else encoded.expert(number)
 
 
-def _reshaped(func: Any, args: Any, kwargs: Any) -> Encoded | None:
+def _reshaped(func: Any, args: Any, kwargs: Any) -> PackedTensor | None:
     encoded = _in_order(args, kwargs)
     if encoded is None or isinstance(args[1], torch.dtype):
         return None
@@ -407,10 +416,10 @@ def _reshaped(func: Any, args: Any, kwargs: Any) -> Encoded | None:
     return encoded._seen(shape, encoded.spans) if len(shape) > 1 and shape[-1] == encoded.shape[-1] else None
 
 
-def _in_order(args: Any, kwargs: Any) -> Encoded | None:
+def _in_order(args: Any, kwargs: Any) -> PackedTensor | None:
     """The first of a function's arguments, where it is a weight whose panels hold its rows in order."""
     first = args[0] if args and not kwargs else None
-    return first if isinstance(first, Encoded) and first.whole is None and first.order is None else None
+    return first if isinstance(first, PackedTensor) and first.whole is None and first.order is None else None
 
 
 _WAYS: dict[Any, Way] = {SET_DATA: _set_data}

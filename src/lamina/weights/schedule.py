@@ -16,7 +16,7 @@ from lamina.plan.layout import PACKING, align
 from lamina.plan.schedule import Call, Convert, Cut, PanelSpan, Piece, Schedule, Weight
 from lamina.tensors.disk import DiskTensor, torch_dtype
 from lamina.tensors.expressions import Expression, replay, sources_of
-from lamina.tensors.packed import BLOCK, Encoded, Scratch, block_rows
+from lamina.tensors.packed import BLOCK, PackedTensor, Scratch, block_rows
 from lamina.weights.addresses import Addresses, addresses_of, whole_tensor
 
 WITH_KERNELS = (*AFFINE, LOSSLESS.name, CODEC_PREFIX)  # codecs
@@ -51,7 +51,9 @@ class Replay:
         for name, at, shape, dtype in self.sources:
             if name in self.encoded:
                 order = self.orders.get(name)
-                loaded[name] = Encoded(shape, dtype, stored[at:], self.encoded[name], Scratch(), order=order).decode()
+                loaded[name] = PackedTensor(
+                    shape, dtype, stored[at:], self.encoded[name], Scratch(), order=order
+                ).decode()
                 continue
             nbytes = torch.Size(shape).numel() * dtype.itemsize
             loaded[name] = stored[at : at + nbytes].view(dtype).view(shape)

@@ -22,7 +22,7 @@ from lamina.errors import BudgetError, UnsupportedError
 from lamina.hf.names import PreTrainedModel
 from lamina.plan.schedule import Convert, Weight
 from lamina.tensors.ids import OTHERS, TOKENS, check_ids
-from lamina.tensors.packed import Encoded
+from lamina.tensors.packed import PackedTensor
 from lamina.weights.materialize import AT_ONCE, Materializer, dtype_of
 from lamina.weights.sites import Site, WeightSites, standing
 
@@ -62,7 +62,7 @@ class Values:
         bound = self.resident.get(name)
         if bound is None:
             return self._materializer.read(name)
-        return bound.decode() if isinstance(bound, Encoded) else bound.detach()
+        return bound.decode() if isinstance(bound, PackedTensor) else bound.detach()
 
     def rows(self, name: str, ids: torch.Tensor) -> torch.Tensor | None:
         """Rows of a weight as it is now; None where only all of it can be had.
@@ -83,7 +83,9 @@ class Values:
         if name in self._held:
             return self._held[name].detach()[ids]
         if bound is not None:
-            return bound.look_up(ids) if isinstance(bound, Encoded) and bound.dim() == 2 else self.current(name)[ids]
+            return (
+                bound.look_up(ids) if isinstance(bound, PackedTensor) and bound.dim() == 2 else self.current(name)[ids]
+            )
         return self._materializer.gather(name, ids) if len(weight.shape) == 2 and weight.by_rows else None
 
     def part(self, name: str, first: int, count: int) -> torch.Tensor:
@@ -93,7 +95,7 @@ class Values:
             return self.current(name)[first : first + count] if weight.shape else self.current(name)
         if bound is None:
             return self._materializer.rows(name, first, count)
-        return bound.part(first, count) if isinstance(bound, Encoded) else bound.detach()[first : first + count]
+        return bound.part(first, count) if isinstance(bound, PackedTensor) else bound.detach()[first : first + count]
 
     def written(self, names: Collection[str]) -> dict[str, torch.Tensor]:
         """Of these resident weights those that are others than the disk holds."""
@@ -101,7 +103,7 @@ class Values:
 
     def _was_written(self, name: str) -> bool:
         bound = self.resident[name]
-        if isinstance(bound, Encoded):
+        if isinstance(bound, PackedTensor):
             return False  # whoever writes to it has made it an override
         if any(standing(site) is not bound for site in self._sites.of(name)):
             return True

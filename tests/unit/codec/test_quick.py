@@ -15,7 +15,7 @@ from lamina.codec import AFFINE, LOSSLESS, Affine, native
 from lamina.codec.affine import LINEAR_TOKENS
 from lamina.errors import CheckpointError
 from lamina.plan.schedule import PanelSpan
-from lamina.tensors.packed import Encoded, Scratch
+from lamina.tensors.packed import PackedTensor, Scratch
 
 CODECS = list(AFFINE.values())
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -190,13 +190,15 @@ def test_which_codecs_have_one() -> None:
     assert all(codec.has_quick for codec in CODECS) and not LOSSLESS.has_quick
 
 
-def weight(codec: Affine, panels: torch.Tensor, columns: int, cuts: tuple[int, ...], shape: tuple[int, ...]) -> Encoded:
+def weight(
+    codec: Affine, panels: torch.Tensor, columns: int, cuts: tuple[int, ...], shape: tuple[int, ...]
+) -> PackedTensor:
     nbytes, ends = panels.shape[1], (*cuts, len(panels))
     spans = tuple(
         PanelSpan(codec.name, first * nbytes, last - first, 1, nbytes, last - first, 0, last - first)
         for first, last in zip((0, *cuts), ends, strict=True)
     )
-    return Encoded(shape, torch.float32, panels.flatten(), spans, Scratch())
+    return PackedTensor(shape, torch.float32, panels.flatten(), spans, Scratch())
 
 
 @pytest.mark.parametrize("cuts", [(), (3,)], ids=["one span", "two spans"])

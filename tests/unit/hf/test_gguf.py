@@ -260,12 +260,12 @@ def rotations(path: Path) -> dict[str, object]:
 def test_llama_3_divides_its_frequencies(tmp_path: Path) -> None:
     divisors = llama3_divisors(32.0)
     assert 1 < sorted(divisors)[-3] <= 32 and (divisors == 1).any()
-    rope = rotations(write_model(tmp_path, "llama", besides={"rope_freqs.weight": divisors}))
+    rope = rotations(write_model(tmp_path, "llama", extra={"rope_freqs.weight": divisors}))
     assert rope["rope_type"] == "llama3" and rope["factor"] == 32.0 and rope["rope_theta"] == 10000.0
     others = np.linspace(1, 3, 32, dtype=np.float32)
-    rope = rotations(write_model(tmp_path, "llama", besides={"rope_freqs.weight": others}))
+    rope = rotations(write_model(tmp_path, "llama", extra={"rope_freqs.weight": others}))
     assert rope["rope_type"] == "longrope" and rope["long_factor"] == others.tolist() and rope["attention_factor"] == 1
-    assert rotations(write_model(tmp_path, "llama", besides={"rope_freqs.weight": np.ones(32, np.float32)})) == {
+    assert rotations(write_model(tmp_path, "llama", extra={"rope_freqs.weight": np.ones(32, np.float32)})) == {
         "rope_type": "default",
         "rope_theta": 10000.0,
     }
@@ -280,13 +280,13 @@ def test_other_rotations_are_the_files(tmp_path: Path) -> None:
     assert rope["full_attention"]["rope_type"] == "linear" and rope["full_attention"]["factor"] == 8.0  # type: ignore[index]
     assert rope["sliding_attention"]["rope_type"] == "default"  # type: ignore[index]
     factors = np.linspace(1, 2, 24, dtype=np.float32)
-    besides = {"rope_factors_short.weight": factors, "rope_factors_long.weight": 2 * factors}
+    extra = {"rope_factors_short.weight": factors, "rope_factors_long.weight": 2 * factors}
     more = {
         "rope.dimension_count": 48,
         "rope.scaling.attn_factor": 1.5,
         "rope.scaling.original_context_length": 32,
     }
-    rope = rotations(write_model(tmp_path, "phi3", more=more, besides=besides))
+    rope = rotations(write_model(tmp_path, "phi3", more=more, extra=extra))
     assert rope["rope_type"] == "longrope" and rope["partial_rotary_factor"] == 0.75
     assert rope["long_factor"] == (2 * factors).tolist() and rope["short_factor"] == factors.tolist()
     assert rope["attention_factor"] == 1.5 and rope["original_max_position_embeddings"] == 32

@@ -290,11 +290,11 @@ def test_the_same_question_gets_the_same_plan() -> None:
 def test_what_a_process_holds_besides_is_spoken_for_and_said() -> None:
     schedule, _ = llama(4, 64, 128, 32, 256)
     alone = Budget(1, overhead_bytes=1000)
-    beside = Budget(1, overhead_bytes=1000, already_held_bytes=500_000_000)
+    shared = Budget(1, overhead_bytes=1000, already_held_bytes=500_000_000)
     with pytest.raises(BudgetError) as fresh:
         make_plan(schedule, alone)
     with pytest.raises(BudgetError) as full:
-        make_plan(schedule, beside)
+        make_plan(schedule, shared)
     least = fresh.value.minimum_bytes
     assert full.value.minimum_bytes == least + 500_000_000
     assert "already holds" not in str(fresh.value)

@@ -193,7 +193,7 @@ def _mxfp4(folder: Folder) -> Iterator[Found]:
 def _compressed(folder: Folder) -> Iterator[Found]:
     """compressed-tensors, and FP8 by row (fbgemm) or by tensor (modelopt), which name their scales alike."""
     _refuse_sparse(folder)
-    for module, scale in _beside(folder, ".weight_scale"):
+    for module, scale in _ending_in(folder, ".weight_scale"):
         packed = folder.entries.get(f"{module}.weight_packed")
         entry = folder.entries.get(f"{module}.weight")
         if packed is not None and packed.dtype == "I32":
@@ -222,7 +222,7 @@ def _gptq(folder: Folder) -> Iterator[Found]:
     layout = str(config.get("checkpoint_format") or ("marlin" if config.get("is_marlin_format") else "gptq"))
     if layout not in ("gptq", "gptq_v2"):
         raise UnsupportedError(f"{folder.checkpoint.root} is GPTQ in the layout {layout!r}: use one in 'gptq'")
-    for module, words in _beside(folder, ".qweight"):
+    for module, words in _ending_in(folder, ".qweight"):
         zeros, scales = (_part(folder, f"{module}.{part}", words) for part in ("qzeros", "scales"))
         order = folder.entries.get(f"{module}.g_idx")
         columns = order.shape[0] if order is not None else words.shape[0] * 32 // int(config["bits"])
@@ -245,7 +245,7 @@ def _awq(folder: Folder) -> Iterator[Found]:
         raise UnsupportedError(
             f"{folder.checkpoint.root} is AWQ in the layout {layout!r} with {bits} bits: use one in 'gemm' with 4"
         )
-    for module, words in _beside(folder, ".qweight"):
+    for module, words in _ending_in(folder, ".qweight"):
         zeros, scales = (_part(folder, f"{module}.{part}", words) for part in ("qzeros", "scales"))
         columns, rows = words.shape[0], words.shape[1] * 8
         if scales.shape[1:] != (rows,) or zeros.shape != (len_of(scales), words.shape[1]) or columns % len_of(scales):
@@ -268,7 +268,7 @@ def _bitsandbytes(folder: Folder) -> Iterator[Found]:
 # -- what several of them share
 
 
-def _beside(folder: Folder, ending: str) -> Iterator[tuple[str, TensorEntry]]:
+def _ending_in(folder: Folder, ending: str) -> Iterator[tuple[str, TensorEntry]]:
     """The tensors whose names end so, each with what stands before."""
     for name, entry in folder.entries.items():
         if name.endswith(ending):
@@ -383,10 +383,10 @@ def _scheme(folder: Folder, module: str) -> Mapping[str, Any] | None:
     return of_class
 
 
-def _part(folder: Folder, name: str, beside: TensorEntry | None) -> TensorEntry:
+def _part(folder: Folder, name: str, companion: TensorEntry | None) -> TensorEntry:
     entry = folder.entries.get(name)
     if entry is None:
-        wanted = f" beside {beside.name}" if beside is not None else ""
+        wanted = f" beside {companion.name}" if companion is not None else ""
         raise CheckpointError(
             f"{folder.checkpoint.root} has no tensor {name!r}{wanted}: it is incomplete, fetch it again"
         )

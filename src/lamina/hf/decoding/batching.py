@@ -76,8 +76,8 @@ class Need:
         """Bytes of the activations of a pass."""
         return self.traced.activations(max(size.batch_tokens, SHORTEST_CONTEXT))
 
-    def beside(self, size: Size) -> int:
-        """Bytes beside the activations."""
+    def besides_activations(self, size: Size) -> int:
+        """Bytes of everything but the activations."""
         rows, keys = size.batch_tokens, int(self.readable * size.cache_tokens) + size.batch_tokens
         cache = self.cache(size)
         attention = keys * (self.read_bytes + INDEX) + rows * keys * (self.mask_bytes + self.score_bytes)
@@ -91,7 +91,7 @@ class Need:
 
     def of(self, size: Size) -> int:
         """Bytes of all of it."""
-        return self.activations(size) + self.beside(size)
+        return self.activations(size) + self.besides_activations(size)
 
 
 def need_of(
