@@ -462,7 +462,7 @@ def test_a_text_that_outgrows_the_plan(written: Path, answer: list[int]) -> None
     with opened(written, draft="self", context=16) as model:
         engine = model.lamina.engine
         tight = dataclasses.replace(engine.plan.budget, activation_bytes=model.lamina._trace.activations(1))
-        tight = dataclasses.replace(tight, memory_bytes=tight.spoken_for + engine.plan.resident_bytes + 30_000)
+        tight = dataclasses.replace(tight, memory_bytes=tight.reserved_bytes + engine.plan.resident_bytes + 30_000)
         engine.revise(budget=tight)
         before = shared_names(model)
         assert not model.lamina.plan.streams
@@ -485,7 +485,7 @@ def refused_with(kind: type[LaminaError], folder: Path, **options: Any) -> Lamin
     return caught.value
 
 
-def test_too_little_memory_is_told_before_a_copy_is_written(
+def test_too_little_memory_is_reported_before_a_copy_is_written(
     alone: Path, answer: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -509,7 +509,7 @@ def test_memory_is_enough_for_both_stores_or_neither_is_written(alone: Path) -> 
         assert model.lamina.plan.budget.draft_bytes > 0
 
 
-def test_memory_for_another_model_is_told_before_its_store_is_written(
+def test_memory_for_another_model_is_reported_before_its_store_is_written(
     written: Path, tmp_path: Path, answer: list[int]
 ) -> None:
     other = write(tmp_path / "other", seed=2, hidden_size=32)
@@ -521,7 +521,7 @@ def test_memory_for_another_model_is_told_before_its_store_is_written(
         same(model, answer)
 
 
-def test_a_full_disk_is_told_before_a_copy_is_written(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_before_a_copy_is_written(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
     text = str(refused_with(WriteError, alone, draft="self"))
     assert "\n" not in text

@@ -1,4 +1,4 @@
-"""A GGUF file holds the very parameters that transformers decodes from it."""
+"""A GGUF file holds the very parameters that transformers unpacks from it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_every_parameter_is_transformers_own(family: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3moe", "gemma3"])
-def test_quantised_types_that_are_rare_here_are_decoded_too(family: str, tmp_path: Path) -> None:
+def test_quantised_types_that_are_rare_here_are_unpacked_too(family: str, tmp_path: Path) -> None:
     path = write_model(tmp_path, family, ("Q2_K", "IQ4_XS", "Q3_K", "Q5_1", "IQ4_NL", "Q4_1", "IQ2_XS", "Q5_0", "BF16"))
     with streamed_model(path, MEMORY, dtype=torch.bfloat16).lamina as lamina:
         assert_same_parameters(lamina.model, reference(path, lamina.model.config, torch.bfloat16))

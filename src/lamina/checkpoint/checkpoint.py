@@ -109,7 +109,7 @@ class Checkpoint:
             if opened.touched(now) and now.place == opened.place:
                 raise ChangedError(
                     f"{file} was written to, renamed, linked or had its rights changed since it was opened, and which "
-                    f"of these cannot be told: load the model again"
+                    f"of these is unknown: load the model again"
                 )
 
 

@@ -124,7 +124,7 @@ def of_one_answer(before: Mapping[str, Any], after: Mapping[str, Any], clock: An
 
 
 def drafting(stats: Mapping[str, Any]) -> str:
-    """What proposes tokens and why, in one line; nothing where nobody asked and nothing of note was found."""
+    """What proposes tokens and why, in one line; empty where there is nothing to report."""
     if stats.get("draft", "none") == "none":
         return ""
     memory = f", {format_size(stats['draft_bytes'])}" if stats.get("draft_bytes") else ""
@@ -159,12 +159,12 @@ def intention(plan: Mapping[str, Any]) -> str:
 
 
 def _not_paid(plan: Mapping[str, Any]) -> str:
-    """A word of warning where decoding takes longer than reading more would."""
+    """A word of warning where unpacking takes longer than reading more would."""
     plain = plan.get("predicted_seconds_per_token_plain")
     if plain is None or plain >= plan["predicted_seconds_per_token"]:
         return ""
     rate = format_rate(plan["decoding_bytes_per_second"])
-    return f" (decoding at {rate} is slower than this disk: uncompressed about {_number(plain)} s/token)"
+    return f" (unpacking at {rate} is slower than this disk: uncompressed about {_number(plain)} s/token)"
 
 
 def split_summary(result: Mapping[str, Any]) -> str:
@@ -256,7 +256,7 @@ def bench_table(result: Mapping[str, Any]) -> str:
 
 _SPLIT_ROWS = {
     "waiting_for_disk": "waiting for the disk",
-    "decoding": "decoding",
+    "decoding": "unpacking",
     "copying": "copying",
     "computing": "computing",
     "lamina_python": "lamina's Python",

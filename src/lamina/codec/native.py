@@ -75,7 +75,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def available() -> bool:
-    """Whether there are kernels; compiles and loads them where nobody has yet."""
+    """Whether there are kernels; compiles and loads them at the first call."""
     return library() is not None
 
 
@@ -166,7 +166,7 @@ def _keep(built: Path, folder: Path, fingerprint: str) -> None:
 
 
 def _kept(folder: Path, fingerprint: str) -> list[Path]:
-    """What the cache has under this fingerprint: one file, unless somebody tampered with it."""
+    """What the cache has under this fingerprint: one file, unless it was tampered with."""
     try:
         names = sorted(os.listdir(folder))
     except OSError:
@@ -175,7 +175,7 @@ def _kept(folder: Path, fingerprint: str) -> list[Path]:
 
 
 def _is_whole(path: Path) -> bool:
-    """Nobody else can write to it, and it has the bytes that its name says: loading half a library is a crash."""
+    """No other user can write to it, and it has the bytes that its name says: loading half a library is a crash."""
     try:
         return _is_mine(path) and path.stem.endswith(f"-{hashlib.sha256(path.read_bytes()).hexdigest()}")
     except OSError:
@@ -231,7 +231,7 @@ def _cache_folder() -> Path | None:
 
 
 def _is_mine(path: Path, or_root: bool = False) -> bool:
-    """It is there, belongs to this user, and nobody else can write to it: its code will be run."""
+    """It is there, belongs to this user, and no other user can write to it: its code will be run."""
     try:
         known = os.stat(path) if or_root else os.lstat(path)
     except OSError:

@@ -140,17 +140,17 @@ def _work(meter: _Meter, stats: Stats, plan: Plan, prompt_tokens: int, tokens: l
 
 
 def _profile(loaded: PreTrainedModel, ids: Sequence[int], model: str, file: Path, meter: _Meter) -> dict[str, Any]:
-    """Where the time goes, with nobody else watching; the trace is written."""
+    """Where the time goes, without another listener; the trace is written."""
     meter.close()
     figures, trace = profile_model(loaded, ids, f"lamina bench {model}")
-    told = {
+    facts = {
         "file": str(file),
         "bytes": write_trace(file, trace.record),
         "events": len(trace.record["traceEvents"]),
         "operations_dropped": trace.dropped,
         "dropped_below_seconds": trace.dropped_below / 1e9,
     }
-    return {**figures, "trace": told}
+    return {**figures, "trace": facts}
 
 
 def _predicted(plan: Plan, disk: float, meter: _Meter) -> float:
@@ -261,7 +261,7 @@ class _Meter(StoppingCriteria):  # type: ignore[misc]
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     def _between_drafted(self, now: float) -> None:
-        """With a draft a step gives several tokens, and reading goes on while the next ones are drafted: wall time."""
+        """With a draft a step gives several tokens, and reading continues while a draft computes: wall time."""
         passes, read = self.lamina.passes, self.engine.readers.bytes_read
         if passes == self._passes:
             return

@@ -41,7 +41,7 @@ from lamina.weights.schedule import Weights, describe, prepare, without_kernels
 
 LONG = 0.3  # seconds to read the drive for a plan alone
 Encode = Callable[[PreTrainedModel, Checkpoint, Trace, Weights], Checkpoint]
-"""(model, its checkpoint, its trace, its weights) -> the checkpoint that is meant in place of that one"""
+"""(model, its checkpoint, its trace, its weights) -> the checkpoint to describe in place of that one"""
 HEADER_TIMES = 23  # bytes of memory for the tokenizer, for each of a GGUF header, which is mostly vocabulary
 
 
@@ -177,7 +177,7 @@ Reserve = Callable[[Described, torch.device], Callable[[int], int]]
 
 @dataclass(frozen=True)
 class Asked:
-    """The memory that a model is to have, where it computes, and who hears of it; see `lamina.AutoModel`.
+    """The memory that a model is to have, where it computes, and its progress callback; see `lamina.AutoModel`.
 
     Attributes:
         reserve: what else is to have room in the same memory.
@@ -263,7 +263,7 @@ def check_memory(model: str, asked: Asked, options: dict[str, Any], encode: Enco
 
 
 def _found(prepared: Prepared, not_written: bool) -> tuple[Hardware, tuple[str, ...]]:
-    """For a plan that nobody executes: rates, of the weights or of made-up ones where these are not here; fallbacks."""
+    """For a plan that is only shown: rates, of the weights or of made-up ones where these are not here; fallbacks."""
     weights, plan, there = prepared.weights, prepared.plan, prepared.there
     prepare(weights.schedule.weights.values())
     if not_written or any(entry.extent.file.startswith("hf://") for entry in there.tensors.values()):
@@ -276,7 +276,7 @@ def _found(prepared: Prepared, not_written: bool) -> tuple[Hardware, tuple[str, 
 
 
 def _fallbacks(prepared: Described, readers: Readers | None) -> tuple[str, ...]:
-    """Second ways of a model: in its files, in the trace, in decoding, in reading as far as was read."""
+    """Second ways of a model: in its files, in the trace, in unpacking, in reading as far as was read."""
     found = [
         *prepared.there.fallbacks,
         *prepared.trace.fallbacks,
@@ -306,7 +306,7 @@ def plan_described(
     most: int,
     reserve: Callable[[int], int] | None,
 ) -> Plan:
-    """The plan; where nobody said how long the context is, the longest usual one that the memory has room for."""
+    """The plan; where `context` is None, for the longest usual context that the memory has room for."""
     weights, traced, tokenizer = described.weights, described.trace, described.tokenizer_bytes
 
     def budget(tokens: int) -> Budget:

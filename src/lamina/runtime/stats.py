@@ -18,7 +18,7 @@ from lamina.sizes import format_size
 from lamina.stream.experts import Counts
 from lamina.stream.observe import LAMINA, timed
 
-POSITIONS = 64  # of a draft that are told apart
+POSITIONS = 64  # of a draft that are counted apart
 REMEMBERED = 4096  # passes whose times are kept
 
 
@@ -41,7 +41,7 @@ class Stats:
         active_bytes_per_token: of the weights that one token needs, wherever they are.
         experts_routed: experts that calls were routed to, each once a call; 0 where all of them are resident.
         expert_hits: of these, how many were in the cache; `experts_prefetched` were there or on their way because the
-            layer before told so, `expert_misses` had to be read; `expert_bytes_read` in all.
+            router of the layer before predicted them, `expert_misses` had to be read; `expert_bytes_read` in all.
         expert_hit_rate: hits over experts routed; None where there were none, 1 where all experts are resident.
         expert_bytes_per_token: of experts, read in the decode steps, over the tokens they gave.
         expert_tokens: by module, tokens that were routed to each of its experts.
@@ -278,7 +278,7 @@ class Meter:
         self.passes -= 1
 
     def batched(self, tokens: int) -> None:
-        """A pass of a batch that somebody else runs gave tokens."""
+        """A pass of a batch, which transformers runs, gave tokens."""
         self._new_tokens += tokens
         self._passes_in_generate += bool(tokens)
 

@@ -51,7 +51,7 @@ def draft_name(draft: str | None) -> str:
 
 
 def verifying_bytes(config: Any) -> int:
-    """Memory that verifying the longest draft takes beside a pass of one token."""
+    """Memory that verifying the longest draft needs in addition to a pass of one token."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return (MOST + 1) * int(getattr(text, "vocab_size", 0) or 0) * VERIFYING
 
@@ -75,9 +75,9 @@ class Speculator:
     Args:
         model: the target.
         default: the draft of calls that name none; `auto` stands for `chosen`.
-        chosen: the draft that pays, as far as could be told.
+        chosen: the draft that pays, as far as is known.
         reason: why this one.
-        exact: whether a pass over a draft uses the kernels of one row; None: where the draft was nobody's choice.
+        exact: whether a pass over a draft uses the kernels of one row; None: where Lamina chose the draft itself.
         load: builds the model of a draft that a call names; it is not read yet.
     """
 
@@ -138,7 +138,7 @@ class Speculator:
         return uncovered if asked or self._model.dtype != torch.float32 else None, False
 
     def _off(self, wanted: str, why: str) -> None:
-        """A generation goes without its draft: said where the draft was somebody's wish."""
+        """A generation goes without its draft: reported where the user asked for the draft."""
         self.speculation.off(why)
         if wanted != AUTO:
             self._model.lamina.fallbacks.say(f"draft {wanted!r} is off: {why}")

@@ -2,8 +2,8 @@
 
 A cycle drafts k tokens, k >= 0, in k d seconds and verifies them in a pass of T + k m seconds: T is the pass of one
 token, m what each more row adds. If token i is accepted with probability S_i (all before it included), a cycle gives
-1 + S_1 + ... + S_k tokens. What is wanted is the most tokens a second, so drafting goes on while the next token brings
-more of them than its time would bring otherwise:
+1 + S_1 + ... + S_k tokens. What is wanted is the most tokens a second, so drafting continues while the next token
+brings more of them than its time would bring otherwise:
 
     S_(k+1) > rate (d + m)          rate: tokens a second as they come now, at least 1 / T
 
@@ -39,7 +39,7 @@ class Times:
     that were seen, the last ones most, drawn towards the expected slope while their lengths are much the same.
 
     Attributes:
-        expected_single: of a pass of one token, before any was seen; None where nobody knows.
+        expected_single: of a pass of one token, before any was seen; None where it is unknown.
         expected_row: what each more token is expected to add; learned, as long as passes of several lengths come.
         draft: of one drafted token; None while none was.
     """

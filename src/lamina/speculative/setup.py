@@ -125,7 +125,7 @@ class Drafting:
             return lambda tokens: verifying
         return also
 
-    def told(self, plan: Plan) -> Drafted:
+    def drafted(self, plan: Plan) -> Drafted:
         """What was chosen, why, and what it promises under a plan."""
         seconds = None
         if self.chosen == SELF and self._draft_model is not None:
@@ -135,14 +135,14 @@ class Drafting:
 
     def attach(self, model: PreTrainedModel, exact: bool | None) -> None:
         """Give the model its draft."""
-        model.lamina.drafted = self.told(model.lamina.plan)
+        model.lamina.drafted = self.drafted(model.lamina.plan)
         speculator = Speculator(model, self.wanted, self.chosen, self.reason, exact, self._load_later)
         if self._draft_model is not None:
             speculator.add(self.chosen, self._draft_model, self._progress)
         model.lamina.decoder = speculator
 
     def _find_copy(self) -> None:
-        """A copy in 4 bits where there is one already; it is nobody's wish to have one written."""
+        """A copy in 4 bits where there is one already; none is written, because the user did not ask for one."""
         self.chosen = LOOKUP
         self.reason = f"no copy of the model in 4 bits is there: {option('draft', SELF)} writes one"
         if self._is_gguf:  # a store beside it is of other weights

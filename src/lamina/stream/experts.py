@@ -1,8 +1,8 @@
-"""Experts on demand: read when the router has spoken, kept as far as the cache goes.
+"""Experts on demand: read when the router has chosen, kept as far as the cache goes.
 
-The story on one screen: `route` is told which experts a call of a module will use and starts reading all that are
+The story on one screen: `route` gets the experts that a call of a module will use and starts reading all that are
 missing, as far as there are slots; `acquire` waits for the next of them, moves the window on, so that experts
-that were passed make room for those still to come; `leave` ends the call. `prefetch` is told which experts a later
+that were passed make room for those still to come; `leave` ends the call. `prefetch` gets the experts that a later
 call will probably use: they are read while nothing else is, and taken back if the router says otherwise. On an
 accelerator a second cache holds experts on the device, above the one in memory.
 """
@@ -33,7 +33,7 @@ class Expert:
     Attributes:
         layout: what lies where in `memory`.
         memory: uint8 of the layout's bytes, where the model computes.
-        tensors: what the model made of them; whoever asks first writes them here.
+        tensors: what the model made of them; written here at the first use.
     """
 
     layout: Layout
@@ -93,7 +93,7 @@ class ExpertStream:
         idle: Idle | None = None,
     ) -> None:
         self.experts, self.readers, self.device = experts, readers, device
-        self.on_read: Callable[[Layout], None] | None = None  # told of every expert that is read
+        self.on_read: Callable[[Layout], None] | None = None  # called with every expert that is read
         self.counts = Counts(tokens={module.module: [0] * module.count for module in experts})
         self.seconds_waiting = 0.0
         self._number = {module.module: number for number, module in enumerate(experts)}
@@ -137,7 +137,7 @@ class ExpertStream:
             self._pump()
 
     def routed(self, module: str) -> bool:
-        """Whether a call of `module` is under way that was told where its tokens go."""
+        """Whether a call of `module` is under way whose routing is known."""
         return self._module == module
 
     @timed(LAMINA)
@@ -317,7 +317,7 @@ class ExpertStream:
         self._next = max(self._next, place)
 
     def _pass_by(self, key: Key) -> None:
-        """An expert was used, or never will be: if nobody asked for it, it may be under way or have failed."""
+        """An expert was used, or never will be; if it was not asked for, it may be under way or have failed."""
         self._used(key)
         kept = self._kept.get(key)
         if kept is not None and kept.ticket is not None:
@@ -326,7 +326,7 @@ class ExpertStream:
                 self._forget(key)
 
     def _go_back(self, key: Key) -> None:
-        """The call asks again for what it was past."""
+        """The call asks again for an expert that it had passed."""
         for later in self._wanted:
             self._used(later)
         self._next = self._queue.index(key)
@@ -366,7 +366,7 @@ class ExpertStream:
         return True
 
     def _arrived(self, key: Key) -> Expert:
-        """The expert where it is computed with; what is not needed yet gives way, if nothing else does."""
+        """The expert on the computing device; where no slot is free, the expert needed last gives up its slot."""
         if self.device is not None and key in self._above:
             return self._entered(key)
         while not self._start(key):

@@ -1,4 +1,4 @@
-"""The points at which a listener is told what the stream and the runtime do; without one a point costs a test.
+"""The points at which a listener is called; they cover the stream and the runtime. Without one a point costs a test.
 
 A point is a method in `timed`: the listener hears of each call when it has ended, however it did. One listener at a
 time hears of all models of the process, each call in the thread that made it.
@@ -49,12 +49,12 @@ def timed(kind: str, name: str | None = None) -> Callable[[Callable[P, R]], Call
 
     Args:
         kind: `WAIT`, `COPY` or `LAMINA`.
-        name: what the listener is told; else that of the method, with what it is called for.
+        name: passed to the listener; by default that of the method, with what it is called for.
     """
 
     def point(call: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(call)
-        def told(*args: P.args, **kwargs: P.kwargs) -> R:
+        def observed(*args: P.args, **kwargs: P.kwargs) -> R:
             listener = EAR.listener
             if listener is None:
                 return call(*args, **kwargs)
@@ -65,7 +65,7 @@ def timed(kind: str, name: str | None = None) -> Callable[[Callable[P, R]], Call
                 ended = time.perf_counter_ns()
                 listener.span(kind, name or _label(call.__name__.strip("_"), args[1:]), began, ended)
 
-        return told
+        return observed
 
     return point
 

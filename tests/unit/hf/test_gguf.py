@@ -1,4 +1,4 @@
-"""GGUF headers as the `gguf` package reads them, and blocks with the bits that it decodes."""
+"""GGUF headers as the `gguf` package reads them, and blocks with the bits that it unpacks."""
 
 from __future__ import annotations
 
@@ -51,20 +51,20 @@ def test_block_sizes_are_those_of_the_package(number: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.usefixtures("either")
-def test_blocks_are_decoded_to_the_bits_of_the_package(name: str, dtype: torch.dtype) -> None:
+def test_blocks_are_unpacked_to_the_bits_of_the_package(name: str, dtype: torch.dtype) -> None:
     kind = gguf.GGMLQuantizationType[name]
     rows, columns = 37, 3 * gguf.GGML_QUANT_SIZES[kind][0]
     raw = blocks(kind, (rows, columns), 1)
     wanted = torch.from_numpy(gguf.quants.dequantize(raw, kind)).to(dtype)
     out = torch.full((rows, columns), 7.0, dtype=dtype)
-    codec_for(f"gguf.{name}").decode(torch.from_numpy(raw), rows, columns, out)
+    codec_for(f"gguf.{name}").unpack(torch.from_numpy(raw), rows, columns, out)
     assert wanted.isfinite().all() and wanted.unique().numel() > 4
     assert torch.equal(out, wanted)
 
 
 @pytest.mark.parametrize("name", WITH_KERNELS)
 @pytest.mark.usefixtures("either")
-def test_blocks_of_any_bytes_at_any_address_are_decoded(name: str) -> None:
+def test_blocks_of_any_bytes_at_any_address_are_unpacked(name: str) -> None:
     kind = gguf.GGMLQuantizationType[name]
     elements, nbytes = gguf.GGML_QUANT_SIZES[kind]
     memory = torch.randint(0, 256, (1 + 64 * nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
@@ -72,23 +72,23 @@ def test_blocks_of_any_bytes_at_any_address_are_decoded(name: str) -> None:
     with np.errstate(all="ignore"):
         wanted = torch.from_numpy(gguf.quants.dequantize(panels.numpy().copy(), kind))
     out = torch.empty(16, 4 * elements)
-    codec_for(f"gguf.{name}").decode(panels, 16, 4 * elements, out)
+    codec_for(f"gguf.{name}").unpack(panels, 16, 4 * elements, out)
     assert torch.equal(out.nan_to_num(nan=5.0), wanted.nan_to_num(nan=5.0))
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q6_K"])
 @pytest.mark.usefixtures("either")
-def test_more_rows_than_are_decoded_at_once_are_all_decoded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_rows_than_are_unpacked_at_once_are_all_unpacked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lamina.codec.gguf.CHUNK", 512)
     kind = gguf.GGMLQuantizationType[name]
     raw = blocks(kind, (5, 768), 2)
     out = torch.empty(5, 768)
-    codec_for(f"gguf.{name}").decode(torch.from_numpy(raw), 5, 768, out)
+    codec_for(f"gguf.{name}").unpack(torch.from_numpy(raw), 5, 768, out)
     assert torch.equal(out, torch.from_numpy(gguf.quants.dequantize(raw, kind)))
 
 
 @pytest.mark.parametrize("name", WITH_KERNELS)
-def test_products_are_those_of_the_decoded_rows(name: str) -> None:
+def test_products_are_those_of_the_unpacked_rows(name: str) -> None:
     if native.missing():
         pytest.skip(native.missing())
     kind = gguf.GGMLQuantizationType[name]
@@ -118,7 +118,7 @@ def test_many_tokens_are_left_to_torch() -> None:
 @pytest.mark.parametrize("shape", [(3, 34), (4, 33), (4, 68)])
 def test_panels_of_another_size_are_refused(shape: tuple[int, int]) -> None:
     with pytest.raises(CheckpointError, match=r"4 rows of 32 columns in gguf\.Q8_0 are 4 panels of 34 bytes, here are"):
-        codec_for("gguf.Q8_0").decode(torch.zeros(shape, dtype=torch.uint8), 4, 32, torch.empty(4, 32))
+        codec_for("gguf.Q8_0").unpack(torch.zeros(shape, dtype=torch.uint8), 4, 32, torch.empty(4, 32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -127,7 +127,7 @@ def test_plain_elements_come_from_any_address(dtype: torch.dtype) -> None:
     memory = torch.cat([torch.zeros(1, dtype=torch.uint8), values.view(torch.uint8).flatten()])
     out = torch.empty(3, 8, dtype=torch.float32)
     name = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
-    codec_for(f"gguf.{name}").decode(memory[1:].view(3, -1), 3, 8, out)
+    codec_for(f"gguf.{name}").unpack(memory[1:].view(3, -1), 3, 8, out)
     assert torch.equal(out, values.float())
 
 

@@ -151,9 +151,9 @@ def test_another_model_has_a_cache_and_its_share_of_activations() -> None:
     assert draft_model_bytes(draft_model(), "other", 7, 99) == 110 + 14
 
 
-def test_a_drafts_bytes_are_spoken_for_and_told() -> None:
+def test_a_drafts_bytes_are_reserved_and_said() -> None:
     without, with_copy = planned(8), planned(8, COPY)
-    assert with_copy.budget.spoken_for == without.budget.spoken_for + COPY
+    assert with_copy.budget.reserved_bytes == without.budget.reserved_bytes + COPY
     assert with_copy.as_dict()["draft_bytes"] == COPY
     assert with_copy.minimum_memory_bytes == without.minimum_memory_bytes + COPY
     assert with_copy.resident_bytes < without.resident_bytes

@@ -364,7 +364,7 @@ def firsts(rig: Rig) -> list[Part]:
     return [layout.placed[0].part for layout in rig.reads]
 
 
-def test_prefetched_rightly_is_read_before_the_router_has_spoken() -> None:
+def test_prefetched_rightly_is_read_before_the_router_has_chosen() -> None:
     modules, checkpoint = alike(2, 8)
     with Rig(modules, checkpoint, 8) as rig:
         assert not rig.stream.prefetches, "while there is room the drive is what is waited for"

@@ -197,7 +197,7 @@ class _OneRow(TorchFunctionMode):
         """As few rows at a time as the codec multiplies with by itself; what is decoded comes back here in blocks."""
         most = _own_product(weight)
         if weight.dim() != 2 or x.dtype != weight.dtype:
-            return _linear(x, pieces, weight.decode(), bias)
+            return _linear(x, pieces, weight.unpack(), bias)
         flat = x.reshape(-1, x.shape[-1])
 
         def compute() -> torch.Tensor:
