@@ -151,7 +151,7 @@ def test_products_that_are_no_linear() -> None:
     assert torch.equal(at_once, torch.cat(attended, 2))
 
 
-def test_encoded_weights_are_multiplied_in_the_codecs_own_groups() -> None:
+def test_packed_weights_are_multiplied_in_the_codecs_own_groups() -> None:
     torch.manual_seed(0)
     codec = AFFINE["q4"]
     rows, columns = 64, 256

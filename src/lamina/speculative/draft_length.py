@@ -135,7 +135,7 @@ def as_it_says(confidence: float) -> float:
 
 
 def as_a_copy(confidence: float) -> float:
-    """What is expected of a copy of the target: where it wavers, the target mostly wavers to the same side."""
+    """What is expected of a copy of the target: where it is undecided, the target mostly decides for the same token."""
     return float(1 - 0.6 * (1 - confidence) ** 1.5)
 
 

@@ -186,12 +186,12 @@ class _OneRow(TorchFunctionMode):
         if len(pieces) < 2:
             return functional.linear(x, weight, bias)
         if isinstance(weight, PackedTensor):
-            return self._encoded(x, pieces, weight, bias)
+            return self._packed(x, pieces, weight, bias)
         if type(weight) not in (torch.Tensor, torch.nn.Parameter):
             weight = weight.detach()  # reads it
         return _linear(x, pieces, weight, bias)
 
-    def _encoded(
+    def _packed(
         self, x: torch.Tensor, pieces: tuple[torch.Tensor, ...], weight: PackedTensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """As few rows at a time as the codec multiplies with by itself; what is decoded comes back here in blocks."""
