@@ -1,11 +1,11 @@
-"""How fast weights come out of their codecs, beside the memory that they are read from: decoding and one product.
+"""How fast weights come out of their codecs, beside the memory that they are read from: unpacking and one product.
 
     python benchmarks/codecs.py
     python benchmarks/codecs.py --rows 4096 --columns 4096 --tokens 1,16 --rounds 30 --threads 1
 
-The matrix is that of an MLP of 7B, normally distributed. Per codec: bytes to those of bf16; encoding; decoding in
+The matrix is that of an MLP of 7B, normally distributed. Per codec: bytes to those of bf16; encoding; unpacking in
 blocks of 256 rows over and over into the same two megabytes, as a streamed layer is; `linear` of some tokens, the whole
-matrix, and in brackets what decoding block by block and torch's own product take. Everything takes turns, the best of
+matrix, and in brackets what unpacking block by block and torch's own product take. Everything takes turns, the best of
 all rounds counts: a shared machine has slow moments. `plain` is torch's product on bf16, `copy` and `read` the memory
 alone.
 """
@@ -41,14 +41,14 @@ class Matrix:
         self.block = torch.empty(BLOCK_ROWS, self.columns, dtype=torch.bfloat16)
 
     def blocks(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """First rows and decoded blocks, each over the last."""
+        """First rows and unpacked blocks, each over the last."""
         for first in range(0, self.rows, BLOCK_ROWS):
             panels = self.panels[first // BLOCK_ROWS * self.step :][: self.step]
             block = self.block[: min(BLOCK_ROWS, self.rows - first)]
-            self.codec.decode(panels, len(block), self.columns, block)
+            self.codec.unpack(panels, len(block), self.columns, block)
             yield first, block
 
-    def decode(self) -> None:
+    def unpack(self) -> None:
         for _ in self.blocks():
             pass
 
@@ -75,7 +75,7 @@ def tasks_of(matrices: list[Matrix], weight: torch.Tensor, tokens: list[int]) ->
     copied, words = torch.empty_like(weight), weight.view(torch.int64)
     tasks: dict[str, Callable[[], object]] = {"copy": lambda: copied.copy_(weight), "read": lambda: words.amax()}
     for matrix in matrices:
-        tasks[f"{matrix.codec.name} decode"] = matrix.decode
+        tasks[f"{matrix.codec.name} unpack"] = matrix.unpack
     for count in tokens:
         x, out = torch.randn(count, weight.shape[1]).bfloat16(), torch.empty(count, weight.shape[0]).bfloat16()
         tasks[f"plain {count}"] = lambda x=x: F.linear(x, weight)
@@ -108,7 +108,7 @@ def main() -> None:
     rows, results = [], []
     for matrix in matrices:
         name = matrix.codec.name
-        ratio, rate = matrix.panels.numel() / weight.nbytes, weight.nbytes / best[f"{name} decode"]
+        ratio, rate = matrix.panels.numel() / weight.nbytes, weight.nbytes / best[f"{name} unpack"]
         row = [name, f"{ratio:.3f}", f"{matrix.encode_rate / 1e6:.0f}", f"{rate / 1e9:.1f}"]
         for count in given.tokens:
             fused = f"{best[f'{name} {count}'] * 1e3:.1f}" if f"{name} {count}" in best else "-"
@@ -118,7 +118,7 @@ def main() -> None:
     plain = [f"{best[f'plain {count}'] * 1e3:.1f}" for count in given.tokens]
     rows.append(["plain", "1", "", "", *plain])
     heads = [f"linear {count}, ms" for count in given.tokens]
-    print(table(rows, ["", "bytes", "encode MB/s", "decode GB/s of bf16", *heads]))
+    print(table(rows, ["", "bytes", "encode MB/s", "unpack GB/s of bf16", *heads]))
     copy, read = 2 * weight.nbytes / best["copy"], weight.nbytes / best["read"]
     print(f"memory: copy {copy / 1e9:.1f} GB/s there and back, read {read / 1e9:.1f} GB/s; {given.threads} threads")
     line = stamp() | {"rows": given.rows, "columns": given.columns, "threads": given.threads, "codecs": results}

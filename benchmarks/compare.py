@@ -136,8 +136,8 @@ def measured(name: str, case: Case, pythons: dict[str, str], given: argparse.Nam
         record("compare", line | said | asked | {"date": stamp()["date"]}, given.results)  # what was asked counts
         figure = line.get(case.workload.figure)
         cap = "no cap" if case.cap is None else f"{case.cap / 1e9:.2f} GB"
-        told = line["failure"] or f"{seconds(figure)} {tables.HEADS[case.workload.figure]}"
-        say(f"{name} {case.model.name} {cap}, round {turn + 1} of {given.rounds}: {engine} {told}")
+        result = line["failure"] or f"{seconds(figure)} {tables.HEADS[case.workload.figure]}"
+        say(f"{name} {case.model.name} {cap}, round {turn + 1} of {given.rounds}: {engine} {result}")
 
 
 def say(text: str) -> None:

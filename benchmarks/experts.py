@@ -116,14 +116,14 @@ def budget_of(given: argparse.Namespace, sizes: Sizes) -> int:
     least = number(plan_at(None, given), "minimum_memory_bytes")
     budget = int(least + sizes.model - sizes.experts + given.expert_share * sizes.experts)
     for _ in range(SETTLING):
-        told = plan_at(budget, given)
-        if not told.get("expert_slots"):
+        plan = plan_at(budget, given)
+        if not plan.get("expert_slots"):
             break
-        slots = number(told, "expert_slots")
-        missing = math.ceil(given.expert_share * number(told, "experts")) - slots
+        slots = number(plan, "expert_slots")
+        missing = math.ceil(given.expert_share * number(plan, "experts")) - slots
         if not missing:
             break
-        budget += int(missing * number(told, "expert_cache_bytes") / slots)
+        budget += int(missing * number(plan, "expert_cache_bytes") / slots)
     return budget
 
 

@@ -78,10 +78,10 @@ def generate(
 def plan(checkpoint: Path, more: Sequence[object] = ()) -> dict[str, object]:
     """`lamina plan --json` on a folder."""
     asked = command("plan", checkpoint, *more, "--json")
-    told = subprocess.run(asked, capture_output=True, text=True)
-    if told.returncode:
-        raise MeasuringError(f"lamina plan {checkpoint}: {told.stderr.strip()[-200:]}")
-    return dict(json.loads(told.stdout))
+    run = subprocess.run(asked, capture_output=True, text=True)
+    if run.returncode:
+        raise MeasuringError(f"lamina plan {checkpoint}: {run.stderr.strip()[-200:]}")
+    return dict(json.loads(run.stdout))
 
 
 def number(line: dict[str, object], key: str) -> float:

@@ -94,9 +94,9 @@ def minima(given: argparse.Namespace) -> Iterator[dict[str, object]]:
 
 def ladder(given: argparse.Namespace) -> Iterator[dict[str, object]]:
     checkpoint = make_checkpoint(given.small, "3b")
-    told = lamina_cli.plan(checkpoint, ["--context", given.context] if given.context else [])
-    least = int(lamina_cli.number(told, "minimum_memory_bytes"))
-    whole = least + int(lamina_cli.number(told, "model_bytes"))
+    plan = lamina_cli.plan(checkpoint, ["--context", given.context] if given.context else [])
+    least = int(lamina_cli.number(plan, "minimum_memory_bytes"))
+    whole = least + int(lamina_cli.number(plan, "model_bytes"))
     first: object = None
     for rung in range(given.rungs):
         budget = least + (whole - least) * rung // max(1, given.rungs - 1)

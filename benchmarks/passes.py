@@ -79,7 +79,7 @@ MODELS = (
 
 
 class _Disk:
-    """Weights one after another in one file that nobody has."""
+    """Weights one after another in one file that does not exist."""
 
     def __init__(self, codec: str) -> None:
         self.codec, self.at = codec, 0
@@ -100,7 +100,7 @@ class _Disk:
         segments = (Segment(0, rows, codec, panel_rows, panel_bytes, 0),) if codec else ()
         self.weights[name] = Weight(
             name, shape, "bfloat16", 2, (Piece(Extent("model.safetensors", self.at, stored), 0),), 1 if codec else 2,
-            stored, Convert.DECODE if codec else Convert.NONE, cut, gathered, always=plain,
+            stored, Convert.UNPACK if codec else Convert.NONE, cut, gathered, always=plain,
             experts=shape[0] if cut is Cut.EXPERTS else 0, segments=segments,
         )  # fmt: skip
         self.at += stored

@@ -22,7 +22,7 @@ FIGURE = "seconds_per_token"
 INCHES = (8, 4.6)
 UNCAPPED = 1.12  # where the runs without a cap stand: this many times the model's size
 DARK = "#1f2937"
-LOOKS = {  # of each engine: colour, marker; told apart without colours as well
+LOOKS = {  # of each engine: colour, marker; distinct without colours as well
     "lamina": ("#c2410c", "o"),
     "llama_cpp": ("#1d4ed8", "s"),
     "llama_cpp_nommap": ("#60a5fa", "v"),

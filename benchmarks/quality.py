@@ -45,7 +45,7 @@ LOSS_ROWS = 256
 MODULES = ("textwrap", "heapq", "shlex", "queue")
 Weights = Callable[[str], torch.Tensor]
 Format = tuple[Callable[[torch.Tensor], torch.Tensor] | None, Callable[[int], float]]
-"""Decoded from encoded rows of fp32 (None: as they are), and the bits a weight for a number of columns."""
+"""Unpacked from encoded rows of fp32 (None: as they are), and the bits a weight for a number of columns."""
 
 
 @dataclass
@@ -174,7 +174,7 @@ def lamina_codec(bits: int) -> Format:
 
     def again(rows: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(rows)
-        codec.decode(codec.encode(rows), rows.shape[0], rows.shape[1], out)
+        codec.unpack(codec.encode(rows), rows.shape[0], rows.shape[1], out)
         return out
 
     return again, lambda columns: 8 * codec.panel_bytes(columns) / columns
@@ -203,7 +203,7 @@ def format_for(name: str, dims: int, rules: list[str]) -> str:
 
 
 def put(model: Any, names: list[str], weights: Weights, spec: str) -> tuple[float, float]:
-    """Replace every weight by what its format gives back: share of bf16, and seconds of encoding and decoding."""
+    """Replace every weight by what its format gives back: share of bf16, and seconds of encoding and unpacking."""
     parameters, bits, elements, started = dict(model.named_parameters()), 0.0, 0, time.perf_counter()
     for name in names:
         weight = weights(name)
@@ -213,8 +213,8 @@ def put(model: Any, names: list[str], weights: Weights, spec: str) -> tuple[floa
         step = max(1, CHUNK_ELEMENTS // rows.shape[1] // 256) * 256
         for at in range(0, len(rows), step):
             part = rows[at : at + step]
-            decoded = part if again is None else again(part.float()).bfloat16()
-            into.view(rows.shape)[at : at + step].copy_(decoded)
+            unpacked = part if again is None else again(part.float()).bfloat16()
+            into.view(rows.shape)[at : at + step].copy_(unpacked)
     return bits / elements / 16, time.perf_counter() - started
 
 

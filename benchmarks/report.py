@@ -74,8 +74,8 @@ def versions(python: str | None = None) -> dict[str, str]:
     """The versions of the packages that matter, here or in the environment of another interpreter."""
     if python is not None and python != sys.executable:
         code = "import json, report; print(json.dumps(report.versions()))"
-        told = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=HERE)
-        return dict(json.loads(told.stdout)) if told.returncode == 0 else {"error": told.stderr[-200:]}
+        run = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=HERE)
+        return dict(json.loads(run.stdout)) if run.returncode == 0 else {"error": run.stderr[-200:]}
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -37,7 +37,7 @@ from lamina.runtime.rates import PLUMBING, READING_CORES
 PAGE = HERE.parent / "docs" / "scale.md"
 FILES = ("forecast", "compare", "stores", "experts")
 GB = 10**9
-DECODED_BY_A_CORE = {"lossless": 4.2e9, "8bit": 9.5e9, "4bit": 9.5e9}  # B/s of bf16 made and multiplied, stores.jsonl
+UNPACKED_BY_A_CORE = {"lossless": 4.2e9, "8bit": 9.5e9, "4bit": 9.5e9}  # B/s of bf16 made and multiplied, stores.jsonl
 WANTED_ERROR = 0.15  # the error that is wanted
 
 
@@ -56,15 +56,15 @@ class Machine:
     note: str = ""
 
     def hardware(self, form: str, schedule: Schedule) -> Hardware:
-        """Its rates for weights in that form. A product cannot be quicker than memory gives what is decoded."""
+        """Its rates for weights in that form. A product cannot be quicker than memory gives what is unpacked."""
         rate = self.device_rate if self.device_memory else self.memory_rate
-        decoded = rate
-        if form in DECODED_BY_A_CORE:
-            own = [w for w in schedule.weights.values() if w.encoded]
-            share = sum(w.decoded_nbytes for w in own) / sum(w.stored_nbytes for w in own)
-            decoded = rate if self.device_memory else min(DECODED_BY_A_CORE[form] * self.cores, rate * share)
+        unpacked = rate
+        if form in UNPACKED_BY_A_CORE:
+            own = [w for w in schedule.weights.values() if w.packed]
+            share = sum(w.unpacked_nbytes for w in own) / sum(w.stored_nbytes for w in own)
+            unpacked = rate if self.device_memory else min(UNPACKED_BY_A_CORE[form] * self.cores, rate * share)
         cost = 0.0 if self.device_memory else READING_CORES / self.cores
-        return Hardware(self.disk, rate, self.link, decoded, PLUMBING * 1.1e-6, cost)
+        return Hardware(self.disk, rate, self.link, unpacked, PLUMBING * 1.1e-6, cost)
 
 
 MACHINES = (

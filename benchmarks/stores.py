@@ -44,9 +44,9 @@ def store(checkpoint: Path, compression: str) -> Path:
     """The store of a checkpoint, made where it is not there; a finished one is left as it is."""
     folder = checkpoint.with_name(f"{checkpoint.name}-{compression}")
     asked = lamina_cli.command("split", checkpoint, "--to", folder, "--compression", compression, "--quiet")
-    told = subprocess.run(asked, capture_output=True, text=True)
-    if told.returncode:
-        raise MeasuringError(f"lamina split {checkpoint} --compression {compression}: {told.stderr.strip()[-200:]}")
+    run = subprocess.run(asked, capture_output=True, text=True)
+    if run.returncode:
+        raise MeasuringError(f"lamina split {checkpoint} --compression {compression}: {run.stderr.strip()[-200:]}")
     return folder
 
 

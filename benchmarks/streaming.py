@@ -116,9 +116,9 @@ def tiny(given: argparse.Namespace) -> tuple[Part, Rows]:
 
 def wall(command: list[str]) -> float:
     began = time.perf_counter()
-    told = subprocess.run(command, capture_output=True, text=True)
-    if told.returncode:
-        raise MeasuringError(f"{command[-1]}: {told.stderr.strip()[-200:]}")
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        raise MeasuringError(f"{command[-1]}: {run.stderr.strip()[-200:]}")
     return time.perf_counter() - began
 
 

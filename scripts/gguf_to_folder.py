@@ -16,8 +16,8 @@ from transformers.utils import logging
 
 def convert(gguf: Path, folder: Path) -> None:
     """Write `gguf` as `folder`, by way of a folder beside it."""
-    beside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)
+    temporary = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     model = AutoModelForCausalLM.from_pretrained(
@@ -26,9 +26,9 @@ def convert(gguf: Path, folder: Path) -> None:
         # A model that keeps its GGUF blocks cannot be saved as safetensors.
         quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
     )
-    model.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    beside.rename(folder)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    temporary.rename(folder)
 
 
 if __name__ == "__main__":

@@ -76,11 +76,11 @@ class AutoModel:
             draft: what proposes tokens, so that one pass gives several: "self" (a copy of the model in 4 bits, all in
                 memory; written beside the model on first use), "lookup" (what followed the last words before), a
                 smaller model with the same tokens, None, or "auto": what the memory allows and what pays, of what is
-                there. Each token is the model's own choice whatever was proposed. `generate` takes it too.
+                there. Each token is the model's own choice, with any proposal. `generate` takes it too.
             layer_shards_saving_path: the folder that the store is made in. Default: beside the model's own folder,
                 or in the hub's cache. Without a compression the same numbers are written unit by unit.
             hf_token: token of the hub; the same as transformers' `token`.
-            prefetching: read experts that are likely to be routed to before their router has spoken. Reading ahead
+            prefetching: read experts that are likely to be routed to before their router has chosen. Reading ahead
                 of what every pass needs is always on.
             delete_original: delete the weight files that the store was made from, once it was read back and found
                 right. Files in the hub's cache stay.
@@ -89,8 +89,8 @@ class AutoModel:
             exact: verify a draft with the kernels that one token alone would have, which costs more: in 16 bits the
                 others round otherwise, and where two tokens are nearly as likely the second may come. None: only
                 with draft="auto". `generate` takes it too.
-            progress: told ("download", "split", "verify" or "load", bytes done, bytes in all). Before a store is
-                written, the logger "lamina" is told where, how large it will be and about how long it takes (INFO).
+            progress: called with ("download", "split", "verify" or "load", bytes done, bytes in all). Before a store is
+                written, the logger "lamina" gets a line (INFO): its folder, its size and about how long it takes.
             transformers_kwargs: those of transformers' `from_pretrained`, with the meaning that they have there:
                 `dtype`, `revision`, `cache_dir`, `token`, `trust_remote_code`, `attn_implementation`, `config`,
                 `generation_config`, ..., and whatever the model's config takes. What cannot be obeyed is refused.
@@ -110,10 +110,10 @@ class AutoModel:
         asked = Asked(memory, device_memory, device, context, progress)
         stored = compression is not None or layer_shards_saving_path is not None or delete_original
         model, asked, options = _sorted(model, asked, transformers_kwargs, hf_token, compression, stored)
-        told = bool(options.pop("output_loading_info", False))
+        with_info = bool(options.pop("output_loading_info", False))
         source, drafting = _drafting(draft, model, asked, options)
         stored = stored and not is_store_of(model, compression or PLAIN)
-        asked = replace(asked, beside=drafting.beside)
+        asked = replace(asked, reserve=drafting.reserve)
         if drafting.writes:  # not before the memory is known to be enough for all there will be
             folder, encode = _as_it_will_be(model, compression, source, layer_shards_saving_path)
             check_memory(folder, asked, _for(folder, model, options), encode)
@@ -124,7 +124,7 @@ class AutoModel:
         drafting.write()
         loaded = load_model(model, asked, options, prefetching=prefetching)
         _complete(loaded, drafting, exact)
-        return (loaded, dict(loaded.lamina.loading_info)) if told else loaded
+        return (loaded, dict(loaded.lamina.loading_info)) if with_info else loaded
 
 
 def _split(
@@ -193,9 +193,9 @@ def plan_model(
     options.pop("output_loading_info", None)
     source, drafting = _drafting(draft, model, asked, options, weights_wanted=False)
     folder, encode = _as_it_will_be(model, compression, source, layer_shards_saving_path)
-    asked = replace(asked, beside=drafting.beside)
+    asked = replace(asked, reserve=drafting.reserve)
     planned = lamina.runtime.load.plan_model(folder, asked, _for(folder, model, options), encode)
-    return Session.of(planned, drafting.told(planned))
+    return Session.of(planned, drafting.drafted(planned))
 
 
 def bench_model(model: str, *, draft: str | None = None, **request: Any) -> dict[str, Any]:
@@ -260,11 +260,11 @@ class _Undrafted:
         self._drafting = drafting
         self._target: tuple[Described, torch.device] | None = None
 
-    def beside(self, target: Described, device: torch.device) -> Callable[[int], int]:
+    def reserve(self, target: Described, device: torch.device) -> Callable[[int], int]:
         self._target = target, device
         return lambda tokens: 0
 
-    def told(self, plan: Plan) -> Drafted:
+    def drafted(self, plan: Plan) -> Drafted:
         return self.chosen
 
     def check_disk(self) -> None: ...
@@ -272,13 +272,13 @@ class _Undrafted:
     def write(self) -> None: ...
 
     def attach(self, model: PreTrainedModel, exact: bool | None) -> None:
-        model.lamina.drafted, model.lamina.record.reason = self.chosen, self.chosen.draft_reason
+        model.lamina.drafted, model.lamina.speculation.reason = self.chosen, self.chosen.draft_reason
         model.lamina.decode_later(functools.partial(self._attach, model, exact))
 
     def _attach(self, model: PreTrainedModel, exact: bool | None) -> None:
         assert self._target is not None
         drafting = self._drafting()
-        drafting.beside(*self._target)
+        drafting.reserve(*self._target)
         drafting.attach(model, exact)
 
 

@@ -30,7 +30,7 @@ def refusals(path: str) -> Iterator[None]:
     except OSError as error:
         what, advice = error.strerror or str(error), ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            what += "; what is finished is kept: make room and run it again, it goes on where it stopped"
+            what += "; what is finished is kept: make room and run it again, it continues where it stopped"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             advice = another_place()
         raise WriteError(f"cannot write {path}: {what}", advice) from error

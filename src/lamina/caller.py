@@ -1,7 +1,7 @@
-"""Options are named as whoever asked writes them: `memory='4GB'` in Python, `--memory 4GB` on the command line.
+"""Options are named as the user writes them: `memory='4GB'` in Python, `--memory 4GB` on the command line.
 
 A message that names an option does it through `option`, and asks `offers` before it advises one. The command line says
-for how long a command of its is at work, and which options that one has; whoever calls from Python says nothing.
+for how long a command of its is at work, and which options that one has; a call from Python says nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _command: Command | None = None  # of this process, whichever thread meets the e
 
 @contextmanager
 def speaking(command: Command) -> Iterator[None]:
-    """While the block runs, messages are for whoever typed this command."""
+    """While the block runs, messages are for the user of this command."""
     global _command
     before, _command = _command, command
     try:

@@ -1,7 +1,7 @@
 """Second ways: what Lamina does where the first way is closed, said once, with its reason.
 
 A second way gives the same numbers, but costs something: time, memory, drafts. So it is never taken in silence: it
-stands in `lamina plan` and in `model.lamina.stats.fallbacks`, and a `FallbackWarning` tells whoever calls from Python.
+stands in `lamina plan` and in `model.lamina.stats.fallbacks`, and a caller from Python gets a `FallbackWarning`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ class FallbackWarning(UserWarning):
 
 
 class Fallbacks:
-    """The second ways that one model took, each told once.
+    """The second ways that one model took, each reported once.
 
     Args:
-        silent: keep them without a warning: somebody else shows them.
+        silent: keep them without a warning: the caller shows them.
     """
 
     def __init__(self, silent: bool = False) -> None:

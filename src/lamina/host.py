@@ -24,7 +24,7 @@ def resident_bytes() -> int:
 
 
 def release_freed() -> None:
-    """Let the C library give back what it keeps of freed memory: it is resident, and nobody's. No-op without glibc."""
+    """Let the C library give back what it keeps of freed memory: it is resident, and unused. No-op without glibc."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)

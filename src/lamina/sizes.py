@@ -48,7 +48,7 @@ def parse_memory(value: float | str, *, what: str = "memory") -> int:
 
 
 def meant(nbytes: int) -> str:
-    """What somebody may have meant who forgot the unit."""
+    """What may have been meant where the unit was forgotten."""
     return f"{nbytes}GB" if nbytes < 128 else f"{nbytes}MB" if nbytes < 100_000 else f"{nbytes}kB"
 
 

@@ -45,7 +45,7 @@ def test_a_family_at_the_minimum(family: str, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def foreseeable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def predictable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose layers say little: its text runs in circles, and half of its layers would say the same."""
     folder = tmp_path_factory.mktemp("drafts")
     model = tiny_model("llama")
@@ -61,14 +61,14 @@ def foreseeable(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("draft", ["lookup", "self", "smaller"])
-def test_a_draft(draft: str, foreseeable: Path) -> None:
-    plain = plain_model(foreseeable)
+def test_a_draft(draft: str, predictable: Path) -> None:
+    plain = plain_model(predictable)
     ids = input_ids(plain.config, 12)
     asked = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
     wanted = plain.generate(ids, **asked)
-    name = str(foreseeable.with_name(draft)) if draft == "smaller" else draft
-    memory = minimum_of(foreseeable, draft=name)
-    with (model := streamed_model(foreseeable, memory, draft=name)).lamina:
+    name = str(predictable.with_name(draft)) if draft == "smaller" else draft
+    memory = minimum_of(predictable, draft=name)
+    with (model := streamed_model(predictable, memory, draft=name)).lamina:
         assert model.lamina.plan.streams
         made, _ = model.lamina.decoder._draft(name, False)
         model.lamina.decoder._drafts[name] = made, Always(MOST, None, 0.0, must=True)

@@ -14,7 +14,7 @@ import pytest
 from helpers.judge import steady
 from helpers.tiny import write_llama
 from lamina.cli import report
-from lamina.speculative.draft_length import Pace
+from lamina.speculative.draft_length import DraftLength
 from unit.cli.test_commands import Result, Run, one_line
 
 PROMPT = "5,9,23,17,5,9,23,17,5,9"
@@ -56,8 +56,8 @@ def test_help_says_what_there_is(run: Run) -> None:
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is proposed is verified: how quick this machine is decides nothing."""
-    monkeypatch.setattr(Pace, "worth", lambda self, sure: len(sure))
-    monkeypatch.setattr(Pace, "_judge", lambda self: None)
+    monkeypatch.setattr(DraftLength, "worth", lambda self, confidence: len(confidence))
+    monkeypatch.setattr(DraftLength, "_judge", lambda self: None)
 
 
 @pytest.mark.usefixtures("always")

@@ -1,6 +1,6 @@
 """Every kind of draft on models of its own: what is written, shared, refused, counted; the answer is the same.
 
-A tiny random model says what no copy of it in 4 bits would foresee for long; that is enough: what is proposed here is
+A tiny random model says what no copy of it in 4 bits would predict for long; that is enough: what is proposed here is
 verified, and what goes wrong with memory, caches or interruptions shows in the answer.
 """
 
@@ -231,17 +231,17 @@ def test_auto_with_a_copy_takes_it_where_it_pays(
 ) -> None:
     seen: list[tuple[int, int]] = []
 
-    def pays(without: Any, beside: Any, nbytes: int, row: float) -> tuple[bool, str]:
-        seen.append((without.budget.draft_bytes, beside.budget.draft_bytes))
+    def pays(without: Any, with_copy: Any, nbytes: int, row: float) -> tuple[bool, str]:
+        seen.append((without.budget.draft_bytes, with_copy.budget.draft_bytes))
         return paying, "so the forecast says"
 
     monkeypatch.setattr(lamina.speculative.setup, "pays", pays)
     with opened(written) as model:
         assert model.lamina.stats.draft == ("self" if paying else "lookup")
         assert model.lamina.stats.draft_reason == "so the forecast says"
-        ((without, beside),) = seen
-        assert without == 0 < beside
-        assert (model.lamina.plan.budget.draft_bytes == beside) is paying
+        ((without, with_copy),) = seen
+        assert without == 0 < with_copy
+        assert (model.lamina.plan.budget.draft_bytes == with_copy) is paying
         same(model, answer)
 
 
@@ -462,7 +462,7 @@ def test_a_text_that_outgrows_the_plan(written: Path, answer: list[int]) -> None
     with opened(written, draft="self", context=16) as model:
         engine = model.lamina.engine
         tight = dataclasses.replace(engine.plan.budget, activation_bytes=model.lamina._trace.activations(1))
-        tight = dataclasses.replace(tight, memory_bytes=tight.spoken_for + engine.plan.resident_bytes + 30_000)
+        tight = dataclasses.replace(tight, memory_bytes=tight.reserved_bytes + engine.plan.resident_bytes + 30_000)
         engine.revise(budget=tight)
         before = shared_names(model)
         assert not model.lamina.plan.streams
@@ -485,7 +485,7 @@ def refused_with(kind: type[LaminaError], folder: Path, **options: Any) -> Lamin
     return caught.value
 
 
-def test_too_little_memory_is_told_before_a_copy_is_written(
+def test_too_little_memory_is_reported_before_a_copy_is_written(
     alone: Path, answer: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -509,7 +509,7 @@ def test_memory_is_enough_for_both_stores_or_neither_is_written(alone: Path) -> 
         assert model.lamina.plan.budget.draft_bytes > 0
 
 
-def test_memory_for_another_model_is_told_before_its_store_is_written(
+def test_memory_for_another_model_is_reported_before_its_store_is_written(
     written: Path, tmp_path: Path, answer: list[int]
 ) -> None:
     other = write(tmp_path / "other", seed=2, hidden_size=32)
@@ -521,7 +521,7 @@ def test_memory_for_another_model_is_told_before_its_store_is_written(
         same(model, answer)
 
 
-def test_a_full_disk_is_told_before_a_copy_is_written(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_before_a_copy_is_written(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
     text = str(refused_with(WriteError, alone, draft="self"))
     assert "\n" not in text
@@ -584,7 +584,7 @@ def never(*_: object) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt2", "gemma3"])
 @pytest.mark.parametrize("tie", [True, False])
-def test_a_copy_takes_as_much_as_was_foreseen(tmp_path: Path, family: str, tie: bool) -> None:
+def test_a_copy_takes_as_much_as_was_planned(tmp_path: Path, family: str, tie: bool) -> None:
     write_tiny(family, tmp_path / "model", dtype=torch.bfloat16, tie=tie)
     options = {"context": CONTEXT, "device": "cpu", "draft": "self"}
     before = plan_model(str(tmp_path / "model"), **options)

@@ -70,8 +70,8 @@ def test_a_codec_without_a_kernel(folder: Path, tmp_path: Path) -> None:
     store = Path(split(str(folder), to=str(tmp_path / "store"), compression="8bit").folder)
     with native.switched_off():
         (said,) = planned(store)
-        assert "q8" in said and "decoded by torch" in said and "switched off" in said
-        with pytest.warns(FallbackWarning, match="decoded by torch"):
+        assert "q8" in said and "unpacked by torch" in said and "switched off" in said
+        with pytest.warns(FallbackWarning, match="unpacked by torch"):
             model = streamed_model(store, minimum_of(store), draft=None)
         assert model.lamina.stats.fallbacks == (said,)
     if native.available():

@@ -16,7 +16,7 @@ from helpers.tiny import letters, write_llama
 from lamina import AutoModel
 from lamina.hf.decoding import generation
 from lamina.speculative.draft import GoOn, Pick, Proposal
-from lamina.speculative.draft_length import Pace
+from lamina.speculative.draft_length import DraftLength
 
 LETTERS = string.ascii_letters + string.digits + "+/"
 IDS = torch.tensor([[5, 9, 23, 17, 5, 9, 23]])
@@ -132,7 +132,7 @@ def test_a_stop_string_ends_a_text_within_a_draft(model: PreTrainedModel) -> Non
         "tokenizer": model.tokenizer,
     }
     plain = model.generate(IDS, draft=None, **asked)
-    model.lamina.decoder._drafts["known"] = Known(answer), Pace(31, None, 0.0, must=True)
+    model.lamina.decoder._drafts["known"] = Known(answer), DraftLength(31, None, 0.0, must=True)
     before = model.lamina.stats.passes
     streamer = Streamer()
     drafted = model.generate(IDS, draft="known", streamer=streamer, **asked)

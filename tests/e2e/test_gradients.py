@@ -22,7 +22,7 @@ from helpers.judge import minimum_of, plain_model, steady, streamed_model
 from helpers.quantize import fp8, write_quantized
 from lamina import UnsupportedError
 from lamina.hf.decoding.exact_rows import one_row
-from lamina.tensors.packed import Encoded
+from lamina.tensors.packed import PackedTensor
 
 IDS = torch.arange(3, 40)[None]
 WHY = "gradient was asked for that needs weights which stream"
@@ -201,7 +201,7 @@ def test_packed_weights_with_biases_take_a_pass_with_gradients_on(encoding: str,
     packed = WITH_BIAS[encoding](tmp_path)
     model = streamed_model(packed, 2_000_000_000, draft=None)
     assert not model.lamina.plan.streams
-    assert any(isinstance(parameter, Encoded) for parameter in model.parameters())
+    assert any(isinstance(parameter, PackedTensor) for parameter in model.parameters())
     ways = (nullcontext(), IDS), (nullcontext(), IDS[:, :5]), (one_row(5, model.device), IDS[:, :5])
     for around, ids in ways:
         with around:

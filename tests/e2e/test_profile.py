@@ -24,13 +24,13 @@ from lamina.measure.timeline import (
     BETWEEN,
     COMPUTE,
     COPY,
-    DECODE,
     LAMINA,
     LAYER,
     MODEL,
     OP,
     PASS,
     THROUGH,
+    UNPACK,
     WAIT,
     ReadSpan,
     Span,
@@ -42,7 +42,7 @@ from lamina.measure.timeline import (
 )
 from lamina.measure.trace_file import BEGIN, check_trace_file, write_trace
 from lamina.store import split
-from lamina.tensors.packed import Encoded
+from lamina.tensors.packed import PackedTensor
 
 PROMPT = [1, 2, 3, 4]
 
@@ -68,9 +68,9 @@ def test_each_moment_belongs_to_the_innermost() -> None:
 
 def test_torch_inside_of_what_lamina_calls_through_is_computing() -> None:
     found = owners(
-        nested(spans((PASS, 0, 100), (THROUGH, 10, 60), (DECODE, 20, 30), (OP, 30, 50), (COPY, 70, 80))), 0, 100
+        nested(spans((PASS, 0, 100), (THROUGH, 10, 60), (UNPACK, 20, 30), (OP, 30, 50), (COPY, 70, 80))), 0, 100
     )
-    assert found == Counter({MODEL: 40, THROUGH: 20, DECODE: 10, COMPUTE: 20, COPY: 10, BETWEEN: 0})
+    assert found == Counter({MODEL: 40, THROUGH: 20, UNPACK: 10, COMPUTE: 20, COPY: 10, BETWEEN: 0})
 
 
 def test_lamina_s_python_is_told_by_call() -> None:
@@ -85,7 +85,7 @@ def test_what_torch_computes_between_passes_is_between_passes() -> None:
 
 def test_any_spans_add_up_and_nest() -> None:
     torch.manual_seed(3)
-    kinds = (PASS, LAYER, LAMINA, WAIT, OP, THROUGH, DECODE)
+    kinds = (PASS, LAYER, LAMINA, WAIT, OP, THROUGH, UNPACK)
     for _ in range(200):
         ends = torch.randint(0, 60, (12, 2)).sort(-1).values.tolist()
         told = [Span(kinds[number % len(kinds)], "", begin, end) for number, (begin, end) in enumerate(ends)]
@@ -235,7 +235,7 @@ def state(model: PreTrainedModel) -> list[Any]:
     """Everything that recording puts something else in the place of."""
     lamina, engine = model.lamina, model.lamina._engine
     owners = [lamina._passes, lamina._meter, engine, engine.binder, engine.materializer, engine.readers]
-    owners += [engine.stream, engine.stream._ring, Encoded]
+    owners += [engine.stream, engine.stream._ring, PackedTensor]
     hooks = [[*m._forward_hooks.values(), *m._forward_pre_hooks.values()] for m in model.modules()]
     callables = [{name: value for name, value in vars(owner).items() if callable(value)} for owner in owners]
     return [callables, hooks, engine.readers._shared.on_read]

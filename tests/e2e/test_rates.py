@@ -52,7 +52,7 @@ def test_a_model_is_loaded_with_rates_and_its_own_count_of_bytes_alone(folder: P
     assert hardware.memory_bytes_per_second != default.memory_bytes_per_second
     assert hardware.operation_seconds != default.operation_seconds
     assert hardware.reading_cost > 0
-    assert hardware.decoding_bytes_per_second == default.decoding_bytes_per_second, "nothing is decoded"
+    assert hardware.decoding_bytes_per_second == default.decoding_bytes_per_second, "nothing is unpacked"
     assert hardware.disk_bytes_per_second == default.disk_bytes_per_second, "nothing streams"
 
 
@@ -74,8 +74,8 @@ def test_products_are_made_with_the_weights_own_bytes(folder: Path, store: Path)
                 rows = matrix.shape[0]
                 own = plain.get(weight.name)
                 if own is not None:
-                    wanted = own if codec == rates.PLAIN else _bound(model, weight.name).decode()
-                    held = matrix.decode() if hasattr(matrix, "decode") else matrix
+                    wanted = own if codec == rates.PLAIN else _bound(model, weight.name).unpack()
+                    held = matrix.unpack() if hasattr(matrix, "unpack") else matrix
                     assert torch.equal(held, wanted[:rows])
 
 
@@ -120,7 +120,7 @@ def test_what_is_timed_is_chosen_by_bytes(folder: Path, monkeypatch: pytest.Monk
         assert any(matrix is engine.sites.bound(large.name) for matrix in rates._some(engine, [*small, large]))
 
 
-def test_a_store_s_decoding_is_measured(store: Path) -> None:
+def test_a_store_s_unpacking_is_measured(store: Path) -> None:
     with lamina.AutoModel.from_pretrained(str(store), memory="2GB").lamina as handle:
         assert handle.plan.hardware.decoding_bytes_per_second != Hardware().decoding_bytes_per_second
 
@@ -133,13 +133,13 @@ def test_codecs_are_weighed_by_what_a_token_needs(store: Path) -> None:
     schedule = dataclasses.replace(schedule, weights={**schedule.weights, head.name: other})
     kinds = rates._by_codec(schedule)
     assert set(kinds) == {"q4", "q8"} and kinds["q8"] == [other]
-    alike = rates._decoding(schedule, dict.fromkeys(kinds, 3e9))
+    alike = rates._unpacking(schedule, dict.fromkeys(kinds, 3e9))
     assert alike == pytest.approx(3e9)
-    four, eight = (sum(weight.decoded_nbytes for weight in kinds[name]) for name in ("q4", "q8"))
-    assert rates._decoding(schedule, {"q4": 1e9, "q8": 2e9}) == pytest.approx(
+    four, eight = (sum(weight.unpacked_nbytes for weight in kinds[name]) for name in ("q4", "q8"))
+    assert rates._unpacking(schedule, {"q4": 1e9, "q8": 2e9}) == pytest.approx(
         (four + eight) / (four / 1e9 + eight / 2e9)
     )
-    assert rates._decoding(schedule, {}) is None
+    assert rates._unpacking(schedule, {}) is None
 
 
 def test_a_plan_of_what_is_here_and_of_what_is_not_written_has_rates(folder: Path) -> None:

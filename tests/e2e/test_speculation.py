@@ -16,7 +16,7 @@ from helpers.tiny import write_llama
 from lamina import AutoModel
 from lamina.speculative.decoder import MOST, Speculator
 from lamina.speculative.draft import GoOn, Pick, Proposal
-from lamina.speculative.draft_length import TRIAL, Pace
+from lamina.speculative.draft_length import TRIAL, DraftLength
 
 IDS = torch.tensor([[5, 99, 23, 77, 5, 99, 23, 77, 5, 99, 23]])
 NEW = 48
@@ -90,19 +90,19 @@ class Counted(Oracle):
 def test_a_paused_draft_is_tried_again(model: PreTrainedModel) -> None:
     """Passes without a draft, while it is paused, are not held against it."""
     plain = model.generate(IDS, max_new_tokens=90, do_sample=False, draft=None)[0].tolist()
-    draft, pace = Counted(plain, lambda at: True), Pace(MOST, None, 0.0)
-    model.lamina.decoder._drafts["oracle"] = draft, pace
+    draft, length = Counted(plain, lambda at: True), DraftLength(MOST, None, 0.0)
+    model.lamina.decoder._drafts["oracle"] = draft, length
     out = model.generate(IDS, max_new_tokens=90, do_sample=False, draft="oracle")
     assert out[0].tolist() == plain
-    assert pace.pauses >= 2
+    assert length.pauses >= 2
     assert draft.asked > 2 * TRIAL - 1
 
 
 def test_a_draft_with_nothing_to_say_loses_nothing(model: PreTrainedModel) -> None:
-    draft, pace = Counted([], lambda at: True), Pace(MOST, None, 0.0)
-    model.lamina.decoder._drafts["oracle"] = draft, pace
+    draft, length = Counted([], lambda at: True), DraftLength(MOST, None, 0.0)
+    model.lamina.decoder._drafts["oracle"] = draft, length
     model.generate(IDS, max_new_tokens=30, do_sample=False, draft="oracle")
-    assert (pace.pauses, draft.asked) == (0, 28)  # the first token is the prefill's, the last one has no room
+    assert (length.pauses, draft.asked) == (0, 28)  # the first token is the prefill's, the last one has no room
 
 
 class Every(LogitsProcessor):

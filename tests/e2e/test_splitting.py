@@ -37,7 +37,7 @@ def source_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def decoded(entry: TensorEntry, dtype: torch.dtype) -> torch.Tensor:
+def unpacked(entry: TensorEntry, dtype: torch.dtype) -> torch.Tensor:
     """A tensor of a store by its extent and encoding alone, as docs/store-format.md says."""
     raw = Path(entry.extent.file).read_bytes()[entry.extent.offset : entry.extent.offset + entry.extent.length]
     data = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
@@ -47,7 +47,7 @@ def decoded(entry: TensorEntry, dtype: torch.dtype) -> torch.Tensor:
     panels = data.view(-1, -(-rows // entry.encoding.panel_rows), entry.encoding.panel_bytes)
     out = torch.empty(len(panels), rows, columns, dtype=dtype)
     for matrix, own in zip(panels, out, strict=True):
-        codec_for(entry.encoding.codec).decode(matrix.contiguous(), rows, columns, own)
+        codec_for(entry.encoding.codec).unpack(matrix.contiguous(), rows, columns, own)
     return out.view(entry.shape)
 
 
@@ -106,7 +106,7 @@ def test_plain_is_an_ordinary_checkpoint_with_the_same_numbers(make: Make, dtype
 def test_lossless_gives_every_bit_back(make: Make, family: str) -> None:
     source, store = make(family, "lossless")
     wanted = source_of(source)
-    assert all(same_bits(decoded(store.tensors[name], torch.bfloat16), wanted[name]) for name in wanted)
+    assert all(same_bits(unpacked(store.tensors[name], torch.bfloat16), wanted[name]) for name in wanted)
 
 
 @pytest.mark.parametrize("compression", ["8bit", "4bit"])
@@ -115,12 +115,12 @@ def test_coded_tensors_are_what_their_codec_makes_of_them(make: Make, compressio
     for name, tensor in source_of(source).items():
         entry = store.tensors[name]
         if entry.encoding is None:
-            assert same_bits(decoded(entry, torch.bfloat16), tensor)
+            assert same_bits(unpacked(entry, torch.bfloat16), tensor)
             continue
         own = codec_for(entry.encoding.codec)
         expected = torch.empty_like(tensor)
-        own.decode(own.encode(tensor), *tensor.shape, expected)  # type: ignore[attr-defined]
-        assert same_bits(decoded(entry, torch.bfloat16), expected)
+        own.unpack(own.encode(tensor), *tensor.shape, expected)  # type: ignore[attr-defined]
+        assert same_bits(unpacked(entry, torch.bfloat16), expected)
 
 
 def test_linears_experts_and_tables_are_coded_and_nothing_else(make: Make) -> None:
@@ -149,7 +149,7 @@ def test_a_tensor_that_the_model_does_not_use_is_kept_as_it_is(tmp_path: Path) -
     save_file({**tensors, "model.mtp.0.weight": extra}, source / "model.safetensors", {"format": "pt"})
     split(source, to=tmp_path / "store", compression="4bit")
     entry = open_checkpoint(tmp_path / "store").tensors["model.mtp.0.weight"]
-    assert entry.encoding is None and same_bits(decoded(entry, torch.bfloat16), extra)
+    assert entry.encoding is None and same_bits(unpacked(entry, torch.bfloat16), extra)
 
 
 def test_a_file_is_a_layer_and_what_belongs_to_none_comes_last(make: Make) -> None:
@@ -191,7 +191,7 @@ def test_a_layer_that_is_too_large_for_a_file_gets_several(tmp_path: Path, monke
     monkeypatch.setattr(layout, "OWN_FILE_BYTES", 20_000)
     source, store = fresh(tmp_path, "mixtral", None)
     assert len(store.files) > families.LAYERS + 1
-    assert all(same_bits(decoded(store.tensors[n], torch.bfloat16), t) for n, t in source_of(source).items())
+    assert all(same_bits(unpacked(store.tensors[n], torch.bfloat16), t) for n, t in source_of(source).items())
 
 
 @pytest.mark.parametrize("compression", ["8bit", "4bit", "lossless", None])
@@ -348,7 +348,7 @@ def test_pickled_weights_are_written_as_safetensors(tmp_path: Path) -> None:
     (tmp_path / "model" / "model.safetensors").unlink()
     torch.save(tensors, tmp_path / "model" / "pytorch_model.bin")
     store = open_checkpoint(split(tmp_path / "model").folder)
-    assert all(same_bits(decoded(store.tensors[name], torch.bfloat16), tensor) for name, tensor in tensors.items())
+    assert all(same_bits(unpacked(store.tensors[name], torch.bfloat16), tensor) for name, tensor in tensors.items())
 
 
 def test_a_tied_tensor_under_a_second_name_is_coded_like_the_first(tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ def test_a_resident_weight_that_was_written_to_is_never_given_up(folder: Path) -
             if "q_proj" in name:
                 parameter.data.mul_(1.5)  # torch does not count what is written through .data
     budget = model.lamina.plan.budget
-    longer = budget.kv_cache_bytes + budget.memory_bytes - budget.spoken_for - whole * 7 // 10
+    longer = budget.kv_cache_bytes + budget.memory_bytes - budget.reserved_bytes - whole * 7 // 10
     model.lamina.engine.replan(replace(budget, kv_cache_bytes=longer))
     assert len(model.lamina.plan.resident) < len(resident)
     assert torch.equal(logits(model), logits(plain))

@@ -28,7 +28,7 @@ from lamina.codec import Codec, register
 from lamina.errors import LaminaError, StorageError
 from lamina.plan.schedule import PanelSpan
 from lamina.tensors.disk import DiskTensor
-from lamina.tensors.packed import Encoded, Scratch
+from lamina.tensors.packed import PackedTensor, Scratch
 from lamina.tensors.row_blocks import Blocks
 
 DATA = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
@@ -88,7 +88,7 @@ class Raw(Codec):
 
     name = "raw"
 
-    def decode(self, panels: torch.Tensor, rows: int, columns: int, out: torch.Tensor) -> None:
+    def unpack(self, panels: torch.Tensor, rows: int, columns: int, out: torch.Tensor) -> None:
         out.copy_(panels.reshape(-1).clone().view(torch.float32).view(rows, columns))
 
 
@@ -98,8 +98,8 @@ def on_disk() -> DiskTensor:
     return made
 
 
-def encoded() -> Encoded:
-    made = Encoded(
+def packed() -> PackedTensor:
+    made = PackedTensor(
         DATA.shape,
         DATA.dtype,
         DATA.clone().view(torch.uint8).view(-1),
@@ -110,7 +110,7 @@ def encoded() -> Encoded:
     return made
 
 
-KINDS: dict[str, Callable[[], Any]] = {"disk": on_disk, "blocks": lambda: Blocks(on_disk()), "encoded": encoded}
+KINDS: dict[str, Callable[[], Any]] = {"disk": on_disk, "blocks": lambda: Blocks(on_disk()), "packed": packed}
 
 
 def plainly(value: Any) -> Any:
@@ -161,7 +161,7 @@ def wrong(kind: str, name: str, call: Callable[[Any], Any]) -> str | None:
         return "was not refused"
     if refused is not None or name == "new" or name.startswith(RANDOM) or name.endswith("_like"):
         return None
-    if kind == "encoded" and weight_is_written(name):  # to what its home gives
+    if kind == "packed" and weight_is_written(name):  # to what its home gives
         return None
     if got != wanted:
         return f"gives {str(got)[:80]} for {str(wanted)[:80]}"

@@ -38,17 +38,17 @@ DAMAGED: dict[str, tuple[bytes, type[LaminaError], str]] = {
     "big-endian": (header(version=3 << 24), UnsupportedError, "big-endian"),
     "no tensors": (header(), CheckpointError, "holds no tensors"),
     "too many fields": (header(counts=(0, 9)) + DATA, HeaderError, "has the key '' twice"),
-    "endless fields": (header([field("k", 1)], counts=(0, 2**63)), LaminaError, "goes on to byte|twice|of the unknown"),
-    "endless tensors": (header(counts=(2**63, 0)), TruncatedError, "goes on to byte"),
+    "endless fields": (header([field("k", 1)], counts=(0, 2**63)), LaminaError, "continues to byte|twice|unknown"),
+    "endless tensors": (header(counts=(2**63, 0)), TruncatedError, "continues to byte"),
     "endless key": (header([struct.pack("<Q", HUGE)]), HeaderError, f"a key of {HUGE} bytes, at most 65535"),
     "endless text": (
         header([text("k") + struct.pack("<IQ", 8, HUGE)]), TruncatedError, "the download is incomplete, fetch it again"
     ),
     "endless array": (
-        header([text("k") + struct.pack("<IIQ", 9, 4, 2**64 - 1)]), TruncatedError, "goes on to byte 73786976"
+        header([text("k") + struct.pack("<IIQ", 9, 4, 2**64 - 1)]), TruncatedError, "continues to byte 73786976"
     ),
     "endless words": (
-        header([text("k") + struct.pack("<IIQ", 9, 8, HUGE)]) + bytes(256), TruncatedError, "goes on to byte"
+        header([text("k") + struct.pack("<IIQ", 9, 8, HUGE)]) + bytes(256), TruncatedError, "continues to byte"
     ),
     "nested array": (header([NESTED]), HeaderError, "an array of the unknown type 9 under 'k'"),
     "unknown value": (header([text("k") + struct.pack("<II", 13, 0)]), HeaderError, "unknown type 13 under 'k'"),

@@ -154,5 +154,5 @@ def test_a_draft_whose_table_is_shorter_proposes_nothing_of_what_it_lacks() -> N
     assert "has no token 256" in str(draft.begin([5, VOCAB], None))
     assert draft.begin([5, 6], None) is None
     pick = lambda position, logits: (int(logits.argmax()), 1.0)  # noqa: E731
-    assert not draft.propose([5, 6, VOCAB], 4, lambda sure: True, pick).tokens
-    assert draft.propose([5, 6, 7], 4, lambda sure: True, pick).tokens
+    assert not draft.propose([5, 6, VOCAB], 4, lambda confidence: True, pick).tokens
+    assert draft.propose([5, 6, 7], 4, lambda confidence: True, pick).tokens

@@ -53,11 +53,11 @@ def calls(rounds: int, *kinds: str) -> None:
 
 
 def test_every_method_of_a_tensor_on_weights_without_memory() -> None:
-    calls(0, "disk", "blocks", "encoded")
+    calls(0, "disk", "blocks", "packed")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["disk", "blocks", "encoded"])
+@pytest.mark.parametrize("kind", ["disk", "blocks", "packed"])
 def test_every_method_with_many_arguments(kind: str) -> None:
     calls(40, kind)
 

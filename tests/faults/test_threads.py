@@ -122,7 +122,7 @@ def test_models_are_loaded_while_another_one_runs(folder: Path, wanted: torch.Te
 
 def test_a_draft_computes_in_its_turn(folder: Path, wanted: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside a pass of another thread each of torch's products would wait for a core that the other one has."""
-    beside: list[bool] = []
+    overlapped: list[bool] = []
     propose = CopyDraft.propose
 
     with streamed_model(folder, minimum_of(folder, draft="self"), draft="self") as model:
@@ -130,14 +130,14 @@ def test_a_draft_computes_in_its_turn(folder: Path, wanted: torch.Tensor, monkey
 
         def watched(draft: CopyDraft, *args: Any) -> Any:
             def look() -> None:
-                beside.append(lock.acquire(blocking=False))
+                overlapped.append(lock.acquire(blocking=False))
 
             together(look)
             return propose(draft, *args)
 
         monkeypatch.setattr(CopyDraft, "propose", watched)
         assert torch.equal(answer(model, draft="self"), wanted)
-    assert beside and not any(beside)
+    assert overlapped and not any(overlapped)
 
 
 def test_a_pass_in_another_thread_and_in_asyncio(folder: Path, wanted: torch.Tensor) -> None:

@@ -1,20 +1,20 @@
-"""A pace for tests: how quick this machine is decides nothing."""
+"""A draft length for tests: how quick this machine is decides nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lamina.speculative.draft_length import Pace
+from lamina.speculative.draft_length import DraftLength
 
 
-class Always(Pace):
+class Always(DraftLength):
     """Drafts as much as may be, and verifies whatever is proposed."""
 
     def begins(self) -> int:
         return self.most
 
-    def go_on(self, sure: float) -> bool:
+    def go_on(self, confidence: float) -> bool:
         return True
 
-    def worth(self, sure: Sequence[float]) -> int:
-        return len(sure)
+    def worth(self, confidence: Sequence[float]) -> int:
+        return len(confidence)

@@ -129,14 +129,14 @@ def write_model(
     kinds: Sequence[str] = ("Q8_0",),
     *,
     more: Mapping[str, Any] | None = None,
-    besides: Mapping[str, np.ndarray[Any, Any]] | None = None,
+    extra: Mapping[str, np.ndarray[Any, Any]] | None = None,
 ) -> Path:
     """A tiny random model of a GGUF architecture.
 
     Args:
         kinds: types of the matrices, taken in turn. Others are F32.
         more: metadata in place of the usual, without the architecture before its key.
-        besides: tensors that no parameter is.
+        extra: tensors that no parameter is.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.gguf"
@@ -149,7 +149,7 @@ def write_model(
     for index, (tensor_name, shape) in enumerate(sorted(shapes.items())):
         kind = gguf.GGMLQuantizationType[kinds[index % len(kinds)]]
         tensors[tensor_name] = _values(tensor_name, shape, kind, index)
-    write_tensors(path, family, values, {**tensors, **(besides or {})})
+    write_tensors(path, family, values, {**tensors, **(extra or {})})
     return path
 
 

@@ -30,15 +30,15 @@ def write_quantized(
 
     Args:
         plain: a folder with one `model.safetensors`.
-        folder: where the quantised checkpoint goes; beside it, in `decoded`, goes what it must mean.
+        folder: where the quantised checkpoint goes; beside it, in `unpacked`, goes what it must mean.
         method: what is stored for a weight, by full names, and the numbers that it stands for.
         config: the `quantization_config`.
         wanted: which names.
 
     Returns:
-        The folder of the decoded checkpoint.
+        The folder of the unpacked checkpoint.
     """
-    decoded = folder.parent / "decoded"
+    unpacked = folder.parent / "unpacked"
     tensors = load_file(plain / "model.safetensors")
     stored, meant = {}, {}
     for name, tensor in tensors.items():
@@ -50,14 +50,14 @@ def write_quantized(
         else:
             stored[name] = meant[name] = tensor
     assert len(stored) > len(tensors), "nothing was quantised"
-    for where, content in ((folder, stored), (decoded, meant)):
+    for where, content in ((folder, stored), (unpacked, meant)):
         shutil.copytree(plain, where)
         save_file(
             {k: v.contiguous().clone() for k, v in content.items()}, where / "model.safetensors", {"format": "pt"}
         )
     written = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**written, "quantization_config": dict(config)}))
-    return decoded
+    return unpacked
 
 
 def fp8(block: tuple[int, int], suffix: str = "weight_scale_inv", exponents: bool = False) -> Method:

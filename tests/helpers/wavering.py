@@ -1,4 +1,4 @@
-"""A draft for tests: how well it foresees the answer is known beforehand."""
+"""A draft for tests: how well it predicts the answer is fixed beforehand."""
 
 from __future__ import annotations
 

@@ -294,27 +294,27 @@ def test_an_interrupt_in_the_middle_leaves_the_cache_right(tmp_path: Path) -> No
         assert torch.equal(model(verdict.ids).logits, verdict.logits)
 
 
-# -- foreseen
+# -- prefetched
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "phimoe", "olmoe"])
-def test_what_is_foreseen_changes_no_answer(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_prefetched_changes_no_answer(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Idle, "nbytes", 1 << 40)  # whatever the time
     write_tiny(family, tmp_path, dtype=torch.float32)
     verdict = judge(tmp_path, family)
     plain = plain_model(tmp_path, family)
     options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": PAD, "eos_token_id": -1}
     wanted = plain.generate(verdict.ids, **options)
-    foreseen = {}
+    prefetched = {}
     for prefetching in (True, False):
         model = streamed_model(tmp_path, verdict.budget("half"), prefetching=prefetching)
         with model.lamina:
             assert torch.equal(model.generate(verdict.ids, **options), wanted)
             stats = model.lamina.stats
-            foreseen[prefetching] = stats.experts_foreseen
-            assert stats.expert_hits + stats.experts_foreseen + stats.expert_misses == stats.experts_routed
-    assert foreseen[True] > 0
-    assert foreseen[False] == 0
+            prefetched[prefetching] = stats.experts_prefetched
+            assert stats.expert_hits + stats.experts_prefetched + stats.expert_misses == stats.experts_routed
+    assert prefetched[True] > 0
+    assert prefetched[False] == 0
 
 
 def test_a_router_that_cannot_be_asked_early_is_not_asked_again(tmp_path: Path) -> None:

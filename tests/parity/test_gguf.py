@@ -1,4 +1,4 @@
-"""A GGUF file holds the very parameters that transformers decodes from it."""
+"""A GGUF file holds the very parameters that transformers unpacks from it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_every_parameter_is_transformers_own(family: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3moe", "gemma3"])
-def test_quantised_types_that_are_rare_here_are_decoded_too(family: str, tmp_path: Path) -> None:
+def test_quantised_types_that_are_rare_here_are_unpacked_too(family: str, tmp_path: Path) -> None:
     path = write_model(tmp_path, family, ("Q2_K", "IQ4_XS", "Q3_K", "Q5_1", "IQ4_NL", "Q4_1", "IQ2_XS", "Q5_0", "BF16"))
     with streamed_model(path, MEMORY, dtype=torch.bfloat16).lamina as lamina:
         assert_same_parameters(lamina.model, reference(path, lamina.model.config, torch.bfloat16))
@@ -125,7 +125,7 @@ def as_llama_cpp(state: dict[str, torch.Tensor], config: MixtralConfig) -> dict[
 @pytest.mark.parametrize("others", [False, True])
 def test_divided_frequencies_are_those_of_llama_cpp(others: bool, tmp_path: Path) -> None:
     divisors = np.linspace(1, 3, 32, dtype=np.float32) if others else llama3_divisors(8.0)
-    path = write_model(tmp_path, "llama", besides={"rope_freqs.weight": divisors})
+    path = write_model(tmp_path, "llama", extra={"rope_freqs.weight": divisors})
     with AutoModel.from_pretrained(str(path), memory=MEMORY, device="cpu").lamina as lamina:
         plain = 10000.0 ** -(torch.arange(32) / 32)
         found = lamina.model.model.rotary_emb.inv_freq

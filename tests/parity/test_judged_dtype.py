@@ -94,7 +94,7 @@ def test_a_store_keeps_what_the_checkpoint_was_judged_by(compression: str | None
         assert _dtypes(AutoModelForCausalLM.from_pretrained(store)) == wanted
 
 
-def test_quantised_weights_are_decoded_to_it(tmp_path: Path) -> None:
+def test_quantised_weights_are_unpacked_to_it(tmp_path: Path) -> None:
     plain = _folder(tmp_path / "plain", _single, torch.bfloat16, OLD)
     quantize.write_quantized(
         plain, tmp_path / "fp8", quantize.fp8((32, 32)), {"quant_method": "fp8", "weight_block_size": [32, 32]}

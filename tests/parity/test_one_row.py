@@ -21,7 +21,7 @@ from lamina.hf.decoding import exact_rows as module
 from lamina.hf.decoding.exact_rows import covers, one_row
 from lamina.plan import planner
 from lamina.plan.schedule import PanelSpan
-from lamina.tensors.packed import Encoded, Scratch
+from lamina.tensors.packed import PackedTensor, Scratch
 from lamina.tensors.padded_rows import even_rows
 
 FAMILIES = """
@@ -151,14 +151,14 @@ def test_products_that_are_no_linear() -> None:
     assert torch.equal(at_once, torch.cat(attended, 2))
 
 
-def test_encoded_weights_are_multiplied_in_the_codecs_own_groups() -> None:
+def test_packed_weights_are_multiplied_in_the_codecs_own_groups() -> None:
     torch.manual_seed(0)
     codec = AFFINE["q4"]
     rows, columns = 64, 256
     panels = codec.encode(torch.randn(rows, columns).bfloat16())
     memory = panels.reshape(-1).view(torch.uint8)
     span = PanelSpan("q4", 0, rows, 1, memory.numel() // rows, rows, 0, rows)
-    weight = Encoded((rows, columns), torch.bfloat16, memory, (span,), Scratch())
+    weight = PackedTensor((rows, columns), torch.bfloat16, memory, (span,), Scratch())
     x = torch.randn(1, 20, columns).bfloat16()
     singly = torch.cat([functional.linear(one, weight) for one in x.split(1, 1)], 1)
     with one_row(20, CPU):

@@ -1,4 +1,4 @@
-"""Checkpoints that were quantised before: what is streamed packed gives what plain transformers gives decoded."""
+"""Checkpoints that were quantised before: what is streamed packed gives what plain transformers gives unpacked."""
 
 from __future__ import annotations
 
@@ -99,9 +99,9 @@ def _quantized(tmp_path: Path, family: str, method: str, dtype: torch.dtype = to
     return folder, write_quantized(tmp_path / "plain", folder, *METHODS[method])
 
 
-def _judge(folder: Path, family: str, decoding: Any) -> Judge:
-    """What transformers says that decodes the checkpoint itself."""
-    plain = plain_model(folder, family, quantization_config=decoding)
+def _judge(folder: Path, family: str, unpacking: Any) -> Judge:
+    """What transformers says that unpacks the checkpoint itself."""
+    plain = plain_model(folder, family, quantization_config=unpacking)
     ids = input_ids(plain.config)
     nbytes = sum(parameter.numel() * parameter.element_size() for parameter in plain.parameters())
     return Judge(folder, ids, *answers(plain, ids), nbytes, minimum_of(folder))
@@ -109,18 +109,18 @@ def _judge(folder: Path, family: str, decoding: Any) -> Judge:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method(method: str, tmp_path: Path) -> None:
-    folder, decoded = _quantized(tmp_path, "llama", method)
-    said = judge(decoded)
+    folder, unpacked = _quantized(tmp_path, "llama", method)
+    said = judge(unpacked)
     said = replace(said, folder=folder, minimum=minimum_of(folder))
     for budget in ("resident", "minimum"):
         model = assert_equal(said, said.budget(budget))
-    packed = [weight for weight in model.lamina._engine.schedule.values() if weight.convert is Convert.DECODE]
+    packed = [weight for weight in model.lamina._engine.schedule.values() if weight.convert is Convert.UNPACK]
     assert len(packed) == 4 * 7
-    assert sum(weight.stored_nbytes for weight in packed) < 0.8 * sum(weight.decoded_nbytes for weight in packed)
+    assert sum(weight.stored_nbytes for weight in packed) < 0.8 * sum(weight.unpacked_nbytes for weight in packed)
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe", "mixtral", "phi3"])
-def test_block_fp8_is_what_transformers_decodes(family: str, tmp_path: Path) -> None:
+def test_block_fp8_is_what_transformers_unpacks(family: str, tmp_path: Path) -> None:
     folder, _ = _quantized(tmp_path, family, "fp8")
     said = _judge(folder, family, FineGrainedFP8Config(dequantize=True, weight_block_size=(32, 32)))
     for budget in BUDGETS:
@@ -139,28 +139,28 @@ def test_block_fp8_is_what_transformers_decodes(family: str, tmp_path: Path) -> 
     ],
 )
 def test_families_that_merge_and_split(family: str, method: str, tmp_path: Path) -> None:
-    folder, decoded = _quantized(tmp_path, family, method)
-    said = replace(judge(decoded, family), folder=folder, minimum=minimum_of(folder))
+    folder, unpacked = _quantized(tmp_path, family, method)
+    said = replace(judge(unpacked, family), folder=folder, minimum=minimum_of(folder))
     for budget in BUDGETS:
         assert_equal(said, said.budget(budget))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_decoded_to_the_dtype_that_is_asked_for(dtype: torch.dtype, tmp_path: Path) -> None:
-    folder, decoded = _quantized(tmp_path, "llama", "fp8", torch.float32)
-    said = replace(judge(decoded, dtype=dtype), folder=folder, minimum=minimum_of(folder, dtype=dtype))
+def test_unpacked_to_the_dtype_that_is_asked_for(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder, unpacked = _quantized(tmp_path, "llama", "fp8", torch.float32)
+    said = replace(judge(unpacked, dtype=dtype), folder=folder, minimum=minimum_of(folder, dtype=dtype))
     assert said.logits.dtype == dtype
     assert_equal(said, said.minimum, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_experts_in_mxfp4_are_what_transformers_decodes(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_experts_in_mxfp4_are_what_transformers_unpacks(dtype: torch.dtype, tmp_path: Path) -> None:
     write_tiny("gpt_oss", tmp_path / "plain", dtype=dtype)
     folder = tmp_path / "quantized"
-    decoded = write_quantized(
+    unpacked = write_quantized(
         tmp_path / "plain", folder, quantize.mxfp4_experts, {"quant_method": "mxfp4"}, r".*experts\.(gate_up|down)_proj"
     )
     said = _judge(folder, "gpt_oss", Mxfp4Config(dequantize=True))
-    assert torch.equal(answers(plain_model(decoded, "gpt_oss"), said.ids)[0], said.logits)
+    assert torch.equal(answers(plain_model(unpacked, "gpt_oss"), said.ids)[0], said.logits)
     for budget in BUDGETS:
         assert_equal(said, said.budget(budget))

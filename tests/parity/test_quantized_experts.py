@@ -32,8 +32,8 @@ def steadily() -> Iterator[None]:
 )
 def test_experts_are_on_demand(family: str, method: str, tmp_path: Path) -> None:
     write_tiny(family, tmp_path / "plain")
-    decoded = quantize.write_quantized(tmp_path / "plain", tmp_path / "quantized", *METHODS[method])
-    said = judge(decoded, family)
+    unpacked = quantize.write_quantized(tmp_path / "plain", tmp_path / "quantized", *METHODS[method])
+    said = judge(unpacked, family)
     said = replace(said, folder=tmp_path / "quantized", minimum=minimum_of(tmp_path / "quantized"))
     model = streamed_model(said.folder, said.minimum)
     with model.lamina:
@@ -41,9 +41,9 @@ def test_experts_are_on_demand(family: str, method: str, tmp_path: Path) -> None
         plan, stats = model.lamina.plan, model.lamina.stats
     assert (logits == said.logits).all() and (tokens == said.tokens).all()
     weights = [weight for module in plan.experts for weight in module.weights if len(weight.shape) == 3]
-    assert weights and all(weight.convert is Convert.DECODE for weight in weights)
+    assert weights and all(weight.convert is Convert.UNPACK for weight in weights)
     assert stats.expert_misses and stats.expert_bytes_read < stats.expert_misses * plan.expert_slot_bytes
     assert plan.expert_slot_bytes < 0.8 * max(
-        sum(weight.decoded_nbytes // weight.experts for weight in module.weights) + 8192 * len(module.weights)
+        sum(weight.unpacked_nbytes // weight.experts for weight in module.weights) + 8192 * len(module.weights)
         for module in plan.experts
     )

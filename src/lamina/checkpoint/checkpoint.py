@@ -109,7 +109,7 @@ class Checkpoint:
             if opened.touched(now) and now.place == opened.place:
                 raise ChangedError(
                     f"{file} was written to, renamed, linked or had its rights changed since it was opened, and which "
-                    f"of these cannot be told: load the model again"
+                    f"of these is unknown: load the model again"
                 )
 
 
@@ -195,12 +195,12 @@ def _open_file(path: str, read_pickled: FileReader | None) -> Checkpoint:
         raise UnsupportedError(f"{path} is a GGUF file: lamina.checkpoint.gguf.open_gguf reads it")
     if is_archive(name):
         raise UnsupportedError(f"{path} is an archive: unpack it, and give the folder that comes out")
-    if (known := in_parts([name, *_beside(root, name)], root)) is not None:
+    if (known := in_parts([name, *_possible_parts(root, name)], root)) is not None:
         raise known
     raise UnsupportedError(f"{path} is no weights file: give the folder of a model, or a .safetensors file")
 
 
-def _beside(root: str, name: str) -> list[str]:
+def _possible_parts(root: str, name: str) -> list[str]:
     """The files that may be parts of the same one."""
     stem = re.split(r"\.(?:part|split)|[.-]\d+$", name)[0]
     return [each for each in _list_folder(root) if each.startswith(stem)]

@@ -222,7 +222,7 @@ def check_subfolder(subfolder: str) -> str:
 def split_name(model: str | os.PathLike[str]) -> tuple[str, str | None]:
     """A model and which GGUF file of it, as in `org/model:file.gguf` and `folder:Q4_K_M`; None where none is named.
 
-    What exists is a path, whatever colons it has; so is what begins like a drive of Windows, or like an address.
+    What exists is a path, even with colons in it; so is what begins like a drive of Windows, or like an address.
     """
     name = os.fspath(model)
     head, colon, choice = name.rpartition(":")
@@ -288,7 +288,7 @@ def _tagged(models: Iterable[str], tag: str) -> list[str]:
 
 
 def gguf_alone(names: Iterable[str], where: str) -> LaminaError:
-    """The error for a place that has GGUF models only, and nobody said which."""
+    """The error for a place that has GGUF models only, where none is chosen."""
     models = gguf_models(names)
     if not models:
         return UnsupportedError(f"{where} holds a projector of images in GGUF and no model: give the model's own file")
@@ -318,7 +318,7 @@ def find_gguf(path: str | os.PathLike[str]) -> str | None:
     try:
         names = sorted(os.listdir(root))
     except OSError:
-        return None  # whoever opens the folder says why
+        return None  # opening the folder raises the reason
     if any(name.endswith((".safetensors", INDEX_ENDING)) or name in _PICKLES for name in names):
         return None
     models = gguf_models(names)

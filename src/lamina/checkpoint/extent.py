@@ -54,7 +54,7 @@ class Encoding:
     """How bytes hold the elements of a tensor, where they are not simply one after another.
 
     The tensor is seen as a matrix: its last dimension are the columns, all others together the rows. Rows are
-    cut into panels, each of which can be read and decoded alone; a panel never straddles two matrices of a
+    cut into panels, each of which can be read and unpacked alone; a panel never straddles two matrices of a
     tensor of three dimensions. Panels lie one after another, all with the same number of bytes.
 
     Attributes:
@@ -74,8 +74,8 @@ class TensorEntry:
 
     Attributes:
         name: the name in the checkpoint, which transformers may rename when it loads.
-        dtype: of its elements once decoded: safetensors' name, a key of `DTYPE_BITS`.
-        shape: in elements, once decoded; `()` is one element.
+        dtype: of its elements once unpacked: safetensors' name, a key of `DTYPE_BITS`.
+        shape: in elements, once unpacked; `()` is one element.
         extent: where its bytes lie; row-major and little-endian where there is no encoding.
         encoding: what its bytes are; None for plain elements.
     """

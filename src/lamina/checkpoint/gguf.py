@@ -1,7 +1,7 @@
 """A GGUF header, checked once at the door and trusted from then on.
 
 Knows where the tensors lie and which blocks they are made of, and the metadata as the file has it. Does not
-know what a key means to a model, nor how a block is decoded: an `Encoding` names the codec that does.
+know what a key means to a model, nor how a block is unpacked: an `Encoding` names the codec that does.
 
 The checks follow gguf.cpp's own (`gguf_init_from_file` in ggml/src/gguf.cpp), which the `gguf` package leaves
 out: tensors lie one behind the other, each padded to the file's alignment. Arrays, such as a vocabulary of
@@ -125,7 +125,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
         TruncatedError: the file ends before its header or its tensors do.
         HeaderError: the header says something that cannot be true.
         CheckpointError: not a regular file, not readable, a Git LFS pointer or a web page, parts of two models.
-        UnsupportedError: another version or byte order, or a type of blocks that nobody decodes here.
+        UnsupportedError: another version or byte order, or a type of blocks without a codec here.
     """
     first = os.path.abspath(os.path.expanduser(os.fspath(path)))
     files = _parts(first)
@@ -215,7 +215,7 @@ class _Cursor:
     def _fetch(self, end: int) -> None:
         if end > self.file_size:
             raise TruncatedError(
-                f"the header of {self.where} goes on to byte {end}, the file ends at {self.file_size}: "
+                f"the header of {self.where} continues to byte {end}, the file ends at {self.file_size}: "
                 "the download is incomplete, fetch it again"
             )
         if end > MAX_HEADER_BYTES:
@@ -333,7 +333,7 @@ def _entry(where: str, name: str, shape: tuple[int, ...], kind: int, at: Extent)
         return TensorEntry(name, plain, shape, Extent(at.file, at.offset, elements * DTYPE_BYTES[plain]))
     if kind not in BLOCK_TYPES:
         raise UnsupportedError(
-            f"tensor {quote(name)} in {where} is of GGUF type {kind}, which cannot be decoded here: "
+            f"tensor {quote(name)} in {where} is of GGUF type {kind}, which cannot be unpacked here: "
             "use a file of another quantisation, such as Q4_K_M or Q8_0"
         )
     codec, block, nbytes = BLOCK_TYPES[kind]

@@ -77,7 +77,7 @@ class ManifestFile:
 
 @dataclass(frozen=True, slots=True)
 class ManifestTensor:
-    """One tensor once it is decoded, and how it is stored. `panel_rows` is 0 where it is plain."""
+    """One tensor once it is unpacked, and how it is stored. `panel_rows` is 0 where it is plain."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -159,7 +159,7 @@ def _own_checksum(content: Mapping[str, Any]) -> str:
 def partial_store(root: str) -> CheckpointError:
     """The error for a folder with a journal and no manifest."""
     return CheckpointError(
-        f"{root} holds a store that is not finished: run the same `lamina split` again, it goes on where it stopped"
+        f"{root} holds a store that is not finished: run the same `lamina split` again, it continues where it stopped"
     )
 
 
@@ -264,10 +264,10 @@ def apply_manifest(manifest: Manifest, headers: Mapping[str, TensorEntry]) -> di
                 f"tensor {quote(missing)} is {'named by' if one is manifest.tensors else 'beside'} {manifest.path} "
                 f"and {where}: split the model again"
             )
-    return {name: _decoded(manifest, manifest.tensors[name], entry) for name, entry in found.items()}
+    return {name: _unpacked(manifest, manifest.tensors[name], entry) for name, entry in found.items()}
 
 
-def _decoded(manifest: Manifest, tensor: ManifestTensor, entry: TensorEntry) -> TensorEntry:
+def _unpacked(manifest: Manifest, tensor: ManifestTensor, entry: TensorEntry) -> TensorEntry:
     if tensor.codec == PLAIN:
         if (tensor.dtype, tensor.shape) != (entry.dtype, entry.shape):
             raise _disagree(manifest, entry, f"{tensor.dtype} of shape {tensor.shape}")

@@ -83,7 +83,7 @@ class Conversation:
 
     Args:
         context: the most tokens of conversation and answer; None: as many as the model and the memory take.
-        note: is told in a line what was dropped.
+        note: is called with a line that says what was dropped.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class Conversation:
         Raises:
             RequestError: the question cannot be answered, such as one longer than the context; it is forgotten.
         """
-        before, told = self.messages, False
+        before, noted = self.messages, False
         pieces: list[str] = []
         tokens = 0
 
@@ -141,10 +141,10 @@ class Conversation:
             write(piece)
 
         def tell() -> None:
-            nonlocal told
-            if not told:
+            nonlocal noted
+            if not noted:
                 self._say_dropped((len(before) - len(self.messages)) // 2)
-            told = True
+            noted = True
 
         def counted(new: int) -> None:
             nonlocal tokens
@@ -223,7 +223,7 @@ def _said(role: str, content: str) -> dict[str, str]:
 
 
 def _next(messages: Messages) -> str | None:
-    """The next message; one that is not text is refused in a line, and the chat goes on."""
+    """The next message; one that is not text is refused in a line, and the chat continues."""
     while True:
         try:
             return messages.next()

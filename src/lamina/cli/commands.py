@@ -173,7 +173,7 @@ def _profile(wanted: bool, trace: str | None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _stdout_for_the_result(alone: bool) -> Iterator[None]:
-    """Whatever a library prints meanwhile goes to stderr, so that stdout holds the result and nothing else."""
+    """What a library prints meanwhile goes to stderr, so that stdout holds the result and nothing else."""
     with contextlib.redirect_stdout(sys.stderr) if alone else contextlib.nullcontext():
         yield
 

@@ -82,7 +82,7 @@ class Notes:
     """Tells what the user should know about a model, each thing once.
 
     Args:
-        note: writes a line beside the text; None where nobody wants to know.
+        note: writes a line beside the text; None: it is not written.
     """
 
     def __init__(self, note: Callable[[str], None] | None) -> None:

@@ -28,7 +28,7 @@ before_leaving: Callable[[], None] | None = None  # takes the status line away
 
 
 def leave(signum: int = signal.SIGINT, frame: FrameType | None = None) -> NoReturn:
-    """Say the line and end the process, whatever it is doing."""
+    """Say the line and end the process at once."""
     if before_leaving is not None:
         before_leaving()
     try:

@@ -52,7 +52,7 @@ def _imported(name: str, options: ModelOptions | SourceOptions) -> Any:
 
 @contextmanager
 def opened(model: str, options: ModelOptions, report: Progress | None = None) -> Iterator[Any]:
-    """The model, ready to generate; its stream is closed at the end, whatever happens."""
+    """The model, ready to generate; its stream is closed at the end, after an error too."""
     if options.verify:
         verify(model, report)
     loaded = library(options).AutoModel.from_pretrained(model, progress=report, **options.as_kwargs())

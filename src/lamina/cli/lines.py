@@ -119,7 +119,7 @@ class Messages:
             return self._waiting.pop(0)
         if self._terminal and sys.stdout.isatty():
             return _typed(lambda: input(prompt))
-        if self._terminal:  # what goes on does not belong to the text, which goes elsewhere
+        if self._terminal:  # progress does not belong to the text, which is written elsewhere
             output.tell(prompt, end="")
         raw = getattr(sys.stdin, "buffer", sys.stdin).readline() if sys.stdin is not None else ""
         return text_of(raw, "a line on standard input").rstrip("\r\n") if raw else None
@@ -135,14 +135,14 @@ def _heard() -> Iterator[None]:
     if not hasattr(signal, "SIGWINCH"):
         yield
         return
-    waiting, told = threading.get_ident(), threading.Event()
+    waiting, ended = threading.get_ident(), threading.Event()
     read, write = os.pipe()
     os.set_blocking(write, False)
 
     def nudge() -> None:
-        while os.read(read, 1) and not told.is_set():
+        while os.read(read, 1) and not ended.is_set():
             for _ in range(NUDGES):
-                if told.wait(NUDGE_S):
+                if ended.wait(NUDGE_S):
                     return
                 signal.pthread_kill(waiting, signal.SIGWINCH)
 
@@ -153,7 +153,7 @@ def _heard() -> Iterator[None]:
         yield
     finally:
         signal.set_wakeup_fd(before)
-        told.set()
+        ended.set()
         os.close(write)  # which ends the thread's wait
         nudging.join()
         os.close(read)

@@ -53,7 +53,7 @@ class Terminal:
                 self._column = cell_len(line) + (0 if "\n" in piece else self._column)
 
     def note(self, line: str) -> None:
-        """A whole line about what goes on, beside the text."""
+        """A whole line of progress or a note, beside the text."""
         with self._lock:
             self._clear()
             if self._shared and self._column:

@@ -249,7 +249,7 @@ def check_prompt_ids(ids: list[int], vocabulary: int | None) -> None:
 
 
 def vocabulary_of(model: str) -> int | None:
-    """How many tokens a local model has, as far as its config says so in so many words; nothing is imported for it."""
+    """How many tokens a local model has, where its config gives the number itself; nothing is imported for it."""
     try:
         with open(os.path.join(os.path.expanduser(model), "config.json"), encoding="utf-8") as opened:
             config = json.load(opened)

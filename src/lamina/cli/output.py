@@ -11,7 +11,7 @@ from lamina.errors import WriteError
 
 
 class OutputClosed(Exception):
-    """Whoever read what is written (`lamina run ... | head -1`) wants no more: the command is done."""
+    """The reader of the output has closed it (`lamina run ... | head -1`): the command is done."""
 
 
 def ready() -> None:
@@ -32,7 +32,7 @@ def write(stream: IO[str], text: str, *, now: bool = False) -> None:
     """Write a part of the result; at once where `now`.
 
     Raises:
-        OutputClosed: nobody reads it any more.
+        OutputClosed: its reader has closed it.
         WriteError: the system refused it.
     """
     try:
@@ -51,7 +51,7 @@ def put(text: str) -> None:
 
 
 def tell(line: str, stream: IO[str] | None = None, *, end: str = "\n") -> None:
-    """A line about what goes on, on stderr; where nobody reads that, the result matters still."""
+    """A line about progress, on stderr; an error in writing it is ignored."""
     stream = stream or sys.stderr
     with suppress(OSError):
         stream.write(f"{line}{end}")
@@ -59,7 +59,7 @@ def tell(line: str, stream: IO[str] | None = None, *, end: str = "\n") -> None:
 
 
 def finish() -> None:
-    """Flush the result now: at the exit nobody could answer for it.
+    """Flush the result now: at the exit an error could not be reported.
 
     Raises:
         OutputClosed, WriteError: as `write`.

@@ -66,8 +66,9 @@ def _reading_of(stats: Mapping[str, Any]) -> Iterator[str]:
 
 def _experts_of(stats: Mapping[str, Any]) -> Iterator[str]:
     if routed := stats.get("experts_routed"):
-        foreseen = f", {stats['experts_foreseen'] / routed:.0%} foreseen" if stats.get("experts_foreseen") else ""
-        yield f"{stats['expert_hits'] / routed:.0%} of the experts were there{foreseen}"
+        share = stats.get("experts_prefetched", 0) / routed
+        prefetched = f", {share:.0%} prefetched" if share else ""
+        yield f"{stats['expert_hits'] / routed:.0%} of the experts were there{prefetched}"
 
 
 def _memory_of(stats: Mapping[str, Any]) -> Iterator[str]:
@@ -104,7 +105,7 @@ _COUNTED = (
     "accepted_tokens",
     "experts_routed",
     "expert_hits",
-    "experts_foreseen",
+    "experts_prefetched",
 )
 
 
@@ -123,7 +124,7 @@ def of_one_answer(before: Mapping[str, Any], after: Mapping[str, Any], clock: An
 
 
 def drafting(stats: Mapping[str, Any]) -> str:
-    """What proposes tokens and why, in one line; nothing where nobody asked and nothing of note was found."""
+    """What proposes tokens and why, in one line; empty where there is nothing to report."""
     if stats.get("draft", "none") == "none":
         return ""
     memory = f", {format_size(stats['draft_bytes'])}" if stats.get("draft_bytes") else ""
@@ -158,12 +159,12 @@ def intention(plan: Mapping[str, Any]) -> str:
 
 
 def _not_paid(plan: Mapping[str, Any]) -> str:
-    """A word of warning where decoding takes longer than reading more would."""
+    """A word of warning where unpacking takes longer than reading more would."""
     plain = plan.get("predicted_seconds_per_token_plain")
     if plain is None or plain >= plan["predicted_seconds_per_token"]:
         return ""
     rate = format_rate(plan["decoding_bytes_per_second"])
-    return f" (decoding at {rate} is slower than this disk: uncompressed about {_number(plain)} s/token)"
+    return f" (unpacking at {rate} is slower than this disk: uncompressed about {_number(plain)} s/token)"
 
 
 def split_summary(result: Mapping[str, Any]) -> str:
@@ -223,7 +224,7 @@ _BENCH_ROWS = {
     "active_bytes_per_token": "weights a token needs",
     "expert_bytes_per_token": "of experts, read a token",
     "expert_hit_rate": "experts that were there",
-    "expert_foreseen_rate": "experts that were foreseen",
+    "expert_prefetched_rate": "experts that were prefetched",
     "read_bytes_per_second": "read at",
     "disk_bytes_per_second": "the disk alone gives",
     "disk_fraction": "share of the disk reached",
@@ -255,7 +256,7 @@ def bench_table(result: Mapping[str, Any]) -> str:
 
 _SPLIT_ROWS = {
     "waiting_for_disk": "waiting for the disk",
-    "decoding": "decoding",
+    "decoding": "unpacking",
     "copying": "copying",
     "computing": "computing",
     "lamina_python": "lamina's Python",
@@ -321,7 +322,7 @@ def _show(key: str, value: Any) -> str:
         return str(len(value))
     if key.endswith(("bytes_per_second", "bytes_per_second_busy")):
         return format_rate(value)
-    if key.endswith(("share_of_time", "fraction", "hit_rate", "foreseen_rate", "share")):
+    if key.endswith(("share_of_time", "fraction", "hit_rate", "prefetched_rate", "share")):
         return f"{value:.0%}"
     if "seconds" in key:
         return f"{_number(value)} s"

@@ -36,7 +36,7 @@ def split(
 ) -> None:
     """Write a model again, unit by unit, smaller if wanted.
 
-    What is stopped goes on where it was when the same command is run again. The folder is then a model as any other.
+    A split that was stopped continues when the same command is run again. The folder is then a model as any other.
 
     \b
     Examples:
@@ -49,14 +49,14 @@ def split(
         check_compression(compression)
     check_folder("to", to)
     terminal, progress = stdio(json=True, quiet=verbosity.quiet), StatusLine(1)
-    told = _Waiting(terminal, progress)
-    with contextlib.redirect_stdout(sys.stderr), terminal.showing(progress.describe), _told_of_what_is_kept(terminal):
+    waiting = _Waiting(terminal, progress)
+    with contextlib.redirect_stdout(sys.stderr), terminal.showing(progress.describe), _saying_what_is_kept(terminal):
         made = library.store_library(source).split(
             model,
             to=to,
             compression=compression,
             delete_original=delete_original,
-            progress=told.report,
+            progress=waiting.report,
             **source.as_kwargs(),
         )
     result = library.as_dict(made)
@@ -68,12 +68,12 @@ def split(
 
 
 @contextlib.contextmanager
-def _told_of_what_is_kept(terminal: Terminal) -> Iterator[None]:
-    """Say, to whoever stops a split, how it goes on."""
+def _saying_what_is_kept(terminal: Terminal) -> Iterator[None]:
+    """Where the user stops a split, say how to continue it."""
     try:
         yield
     except KeyboardInterrupt:
-        terminal.note("what is finished is kept: run the same command again, and it goes on from there")
+        terminal.note("what is finished is kept: run the same command again, and it continues from there")
         raise
 
 

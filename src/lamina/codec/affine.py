@@ -31,8 +31,8 @@ from lamina.codec.codec import Codec
 from lamina.codec.fitting import BLOCK, GROUP
 from lamina.errors import CheckpointError
 
-LINEAR_TOKENS = 16  # beyond, decoding a block of rows and torch's own product are quicker: see docs
-FALLBACK_ELEMENTS = 1 << 20  # decoded at a time without kernels: bounds what that takes besides
+LINEAR_TOKENS = 16  # beyond, unpacking a block of rows and torch's own product are quicker: see docs
+FALLBACK_ELEMENTS = 1 << 20  # unpacked at a time without kernels: bounds what that takes besides
 
 
 class Affine(Codec):
@@ -66,12 +66,12 @@ class Affine(Codec):
         """
         return fitting.encode(block, self.bits, self.panel_bytes(block.shape[1]))
 
-    def decode(self, panels: torch.Tensor, rows: int, columns: int, out: torch.Tensor) -> None:
+    def unpack(self, panels: torch.Tensor, rows: int, columns: int, out: torch.Tensor) -> None:
         """See `Codec`."""
         self._check(panels, rows, columns)
         kernels, type_code = native.library(), native.type_code(out.dtype)
         if kernels is None or type_code is None or out.device.type != "cpu":
-            self._decode_in_torch(panels, rows, columns, out)
+            self._unpack_in_torch(panels, rows, columns, out)
             return
         kernels.lamina_affine_decode(
             panels.data_ptr(), rows, columns, self.bits, type_code, out.data_ptr(), torch.get_num_threads()
@@ -112,7 +112,7 @@ class Affine(Codec):
                 f"{panels.shape[0]} of {panels.shape[1]}: the checkpoint's encoding is not that of its tensors"
             )
 
-    def _decode_in_torch(self, panels: torch.Tensor, rows: int, columns: int, out: torch.Tensor) -> None:
+    def _unpack_in_torch(self, panels: torch.Tensor, rows: int, columns: int, out: torch.Tensor) -> None:
         step = max(1, FALLBACK_ELEMENTS // max(columns, 1))
         of_rows = self._rows_of_blocks if self.bits == 8 else self._rows_of_groups
         for row in range(0, rows, step):

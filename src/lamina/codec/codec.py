@@ -15,7 +15,7 @@ class Codec:
     Attributes:
         name: as an `Encoding` names it.
         linear_tokens: tokens up to which `linear` may have a quicker way; 0 where it has none.
-        has_rows: there is a `decode_rows`, for panels that may be as large as a weight.
+        has_rows: there is a `unpack_rows`, for panels that may be as large as a weight.
         has_quick: there is a `linear_quick`.
     """
 
@@ -24,28 +24,28 @@ class Codec:
     has_rows: bool = False
     has_quick: bool = False
 
-    def decode(self, panels: torch.Tensor, rows: int, columns: int, out: torch.Tensor) -> None:
-        """Decode whole panels.
+    def unpack(self, panels: torch.Tensor, rows: int, columns: int, out: torch.Tensor) -> None:
+        """Unpack whole panels.
 
         Args:
             panels: uint8 of shape (count, panel_bytes), contiguous, at any address.
             rows: of all these panels together; the last panel may hold fewer than the others.
             columns: of a row.
-            out: shape (rows, columns), contiguous, in any floating dtype: what is decoded is rounded to it.
+            out: shape (rows, columns), contiguous, in any floating dtype: what is unpacked is rounded to it.
         """
         raise NotImplementedError
 
-    def decode_rows(self, panels: torch.Tensor, first: int, rows: int, columns: int, out: torch.Tensor) -> None:
-        """Decode rows `first` to `first + rows` of these panels alone; the other arguments are those of `decode`."""
+    def unpack_rows(self, panels: torch.Tensor, first: int, rows: int, columns: int, out: torch.Tensor) -> None:
+        """Unpack rows `first` to `first + rows` of these panels alone; the other arguments are those of `unpack`."""
         raise NotImplementedError
 
     def linear(self, x: torch.Tensor, panels: torch.Tensor, rows: int, out: torch.Tensor) -> bool:
-        """Compute `x @ decoded.T` without decoding to memory, where that is quicker.
+        """Compute `x @ unpacked.T` without unpacking to memory, where that is quicker.
 
         Args:
             x: shape (tokens, columns), contiguous, floating.
-            panels: as for `decode`.
-            rows: as for `decode`.
+            panels: as for `unpack`.
+            rows: as for `unpack`.
             out: shape (tokens, rows), of x's dtype; rows of it may be strided, its last dimension is contiguous.
 
         Returns:
@@ -55,7 +55,7 @@ class Codec:
         return False
 
     def linear_quick(self, x: torch.Tensor, panels: torch.Tensor, rows: int, out: torch.Tensor) -> bool:
-        """Compute about `x @ decoded.T`, quicker and less exactly than `linear`: for drafts, which are checked anyway.
+        """Compute about `x @ unpacked.T`, quicker and less exactly than `linear`: for drafts, which are checked anyway.
 
         Arguments and answer are those of `linear`. x may be rounded to 8 bits, in groups of columns; a row of `out`
         does not depend on the other rows of x.
@@ -64,7 +64,7 @@ class Codec:
 
 
 class LentName(str):
-    """The name of a codec that one checkpoint brought: whoever keeps the name keeps the codec.
+    """The name of a codec that one checkpoint brought: the codec is kept as long as the name.
 
     Attributes:
         codec: that codec.
@@ -83,7 +83,7 @@ def register(codec: Codec) -> None:
 
 
 def lend(codec: Codec, name: str) -> LentName:
-    """A name by which a codec is known for as long as somebody keeps that name."""
+    """A name by which a codec is known for as long as that name is kept."""
     lent = LentName(name)
     lent.codec = _lent.setdefault(name, codec)
     return lent
@@ -97,5 +97,5 @@ def codec_for(name: str) -> Codec:
     """
     codec = _codecs.get(name) or _lent.get(name)
     if codec is None:
-        raise UnsupportedError(f"weights are stored as {name!r}, which this version cannot decode: upgrade lamina")
+        raise UnsupportedError(f"weights are stored as {name!r}, which this version cannot unpack: upgrade lamina")
     return codec

@@ -1,4 +1,4 @@
-"""How the integers of `q4`, `q5`, `q6` and `q8` are found: slower than decoding them, and apart from it.
+"""How the integers of `q4`, `q5`, `q6` and `q8` are found: slower than unpacking them, and apart from it.
 
 For a group of weights several ranges are tried, a little wider and narrower than its own and shifted by up to half a
 step: where a range lies matters more than its width, because the mean of a group is what must be right. Each gives

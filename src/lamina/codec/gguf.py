@@ -1,12 +1,12 @@
 """The blocks of GGUF files as codecs: `gguf.Q4_K` and the others that `lamina.checkpoint.gguf` names.
 
 A panel is one row, a row is a run of blocks. A block holds small whole numbers (*levels*), scales for groups of
-them and, in some types, what is taken off afterwards; layouts as in ggml-quants.c. What is decoded has the very
+them and, in some types, what is taken off afterwards; layouts as in ggml-quants.c. What is unpacked has the very
 bits that `gguf.quants.dequantize` gives in fp32, rounded once where `out` has fewer.
 
-Kernels in C (gguf_kernels.c) decode and multiply; without a compiler torch decodes the usual types, a few rows at a
+Kernels in C (gguf_kernels.c) unpack and multiply; without a compiler torch unpacks the usual types, a few rows at a
 time, so that levels and fp32 values stay in the processor's cache. The code books of the IQ1, IQ2 and IQ3 types are the
-`gguf` package's, which also decodes what nobody else does.
+`gguf` package's, which also unpacks the other types.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from lamina.codec.codec import Codec, register
 from lamina.errors import CheckpointError, UnsupportedError
 
 CHUNK = 1 << 18
-"""Elements decoded at once by torch: one megabyte of fp32."""
+"""Elements unpacked at once by torch: one megabyte of fp32."""
 
 LINEAR_TOKENS = 8
-"""Beyond, decoding a block of rows and torch's own product are quicker."""
+"""Beyond, unpacking a block of rows and torch's own product are quicker."""
 
 _IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _FP4_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice those of e2m1
@@ -50,7 +50,7 @@ class Parts(NamedTuple):
 
 
 class GgufBlocks(Codec):
-    """A type of blocks, decoded by the kernels in C; without them by torch or the `gguf` package, to the same bits.
+    """A type of blocks, unpacked by the kernels in C; without them by torch or the `gguf` package, to the same bits.
 
     Attributes:
         number: of the type in a GGUF file.
@@ -64,8 +64,8 @@ class GgufBlocks(Codec):
         self.kind, self.block, self.nbytes = BLOCK_TYPES[number]
         self.name, self.number, self._parts = CODEC_PREFIX + self.kind, number, parts
 
-    def decode(self, panels: Tensor, rows: int, columns: int, out: Tensor) -> None:
-        """See `Codec.decode`."""
+    def unpack(self, panels: Tensor, rows: int, columns: int, out: Tensor) -> None:
+        """See `Codec.unpack`."""
         self._check(panels, rows, columns)
         kernels = self._kernels(out)
         if kernels is not None:
@@ -75,7 +75,7 @@ class GgufBlocks(Codec):
         blocks, values = panels.reshape(-1, self.nbytes), out.view(-1, self.block)
         step = CHUNK // self.block
         for at in range(0, len(blocks), step):
-            self._decode(blocks[at : at + step], values[at : at + step])
+            self._unpack(blocks[at : at + step], values[at : at + step])
 
     def linear(self, x: Tensor, panels: Tensor, rows: int, out: Tensor) -> bool:
         """See `Codec.linear`. Sums are in fp32, of weights that are not rounded to x's type."""
@@ -96,7 +96,7 @@ class GgufBlocks(Codec):
             return None
         return kernels if self.kind not in _BOOKS or _give_book(kernels, *_BOOKS[self.kind]) else None
 
-    def _decode(self, blocks: Tensor, out: Tensor) -> None:
+    def _unpack(self, blocks: Tensor, out: Tensor) -> None:
         if self._parts is None:
             quants, kind = _gguf_package(self.kind)
             with numpy.errstate(all="ignore"):
@@ -128,8 +128,8 @@ class PlainCodec(Codec):
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         self.name, self.dtype = name, dtype
 
-    def decode(self, panels: Tensor, rows: int, columns: int, out: Tensor) -> None:
-        """See `Codec.decode`."""
+    def unpack(self, panels: Tensor, rows: int, columns: int, out: Tensor) -> None:
+        """See `Codec.unpack`."""
         if panels.data_ptr() % self.dtype.itemsize or panels.storage_offset() % self.dtype.itemsize:
             panels = panels.clone()
         out.copy_(panels.view(self.dtype).view(rows, columns))
@@ -288,7 +288,7 @@ def _mxfp4(blocks: Tensor) -> Parts:
     return Parts(_looked_up(_FP4_LEVELS, blocks[:, 1:]), bits.view(torch.float32))
 
 
-_DECODED: dict[str, Callable[[Tensor], Parts]] = {
+_UNPACKED: dict[str, Callable[[Tensor], Parts]] = {
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
     "Q5_0": _q5_0,
@@ -323,4 +323,4 @@ def register_all() -> None:
     for kind, dtype in _PLAIN.items():
         register(PlainCodec(CODEC_PREFIX + kind, dtype))
     for number, (kind, _, _) in BLOCK_TYPES.items():
-        register(GgufBlocks(number, _DECODED.get(kind)))
+        register(GgufBlocks(number, _UNPACKED.get(kind)))

@@ -44,7 +44,7 @@ WORTH = 0.95  # of the plain bytes: a tensor that does not become smaller than t
 class Lossless(Codec):
     """The codec `bf16z`; see the head of this file.
 
-    It never multiplies: decoded, a weight is as it was, and torch's own product gives the bits it always gave.
+    It never multiplies: unpacked, a weight is as it was, and torch's own product gives the bits it always gave.
     """
 
     name = "bf16z"
@@ -97,7 +97,7 @@ class Lossless(Codec):
             )
         return panels
 
-    def decode(self, panels: torch.Tensor, rows: int, columns: int, out: torch.Tensor) -> None:
+    def unpack(self, panels: torch.Tensor, rows: int, columns: int, out: torch.Tensor) -> None:
         """See `Codec`.
 
         Raises:
@@ -107,12 +107,12 @@ class Lossless(Codec):
             return
         panel_rows = self._panel_rows(panels, rows, columns)
         if out.dtype != torch.bfloat16:
-            self._decode_and_convert(panels, rows, columns, panel_rows, out)
+            self._unpack_and_convert(panels, rows, columns, panel_rows, out)
             return
         kernels = _kernels(out)
         if kernels is None:
             parts = zip(panels, torch.split(out, panel_rows), strict=True)
-            wrong = sum(_decode(panel, some) for panel, some in parts)
+            wrong = sum(_unpack(panel, some) for panel, some in parts)
         else:
             sizes = (*panels.shape, panel_rows * columns, rows * columns)
             wrong = kernels.lamina_bf16z_decode(panels.data_ptr(), *sizes, out.data_ptr(), torch.get_num_threads())
@@ -136,12 +136,12 @@ class Lossless(Codec):
             )
         return panel_rows
 
-    def _decode_and_convert(
+    def _unpack_and_convert(
         self, panels: torch.Tensor, rows: int, columns: int, panel_rows: int, out: torch.Tensor
     ) -> None:
         scratch = torch.empty(min(panel_rows, rows), columns, dtype=torch.bfloat16, device=out.device)
         for index, some in enumerate(torch.split(out, panel_rows)):
-            self.decode(panels[index : index + 1], len(some), columns, scratch[: len(some)])
+            self.unpack(panels[index : index + 1], len(some), columns, scratch[: len(some)])
             some.copy_(scratch[: len(some)])
 
 
@@ -230,7 +230,7 @@ def _pack_seconds(codes: torch.Tensor) -> torch.Tensor:
     return torch.cat([lower, upper], dim=1).flatten()
 
 
-def _decode(panel: torch.Tensor, out: torch.Tensor) -> int:
+def _unpack(panel: torch.Tensor, out: torch.Tensor) -> int:
     """One panel in torch alone; how many of its chunks are damaged."""
     elements = out.numel()
     chunks, runs = math.ceil(elements / CHUNK), math.ceil(elements / RUN)

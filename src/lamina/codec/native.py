@@ -75,7 +75,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def available() -> bool:
-    """Whether there are kernels; compiles and loads them where nobody has yet."""
+    """Whether there are kernels; compiles and loads them at the first call."""
     return library() is not None
 
 
@@ -149,24 +149,24 @@ def _keep(built: Path, folder: Path, fingerprint: str) -> None:
     """Copy a library to the cache under the checksum of its bytes: they are on the disk before the name is."""
     content = built.read_bytes()
     target = folder / f"{fingerprint}-{hashlib.sha256(content).hexdigest()}.so"
-    beside = folder / f"{target.stem}.{secrets.token_hex(8)}.tmp"
+    temporary = folder / f"{target.stem}.{secrets.token_hex(8)}.tmp"
     try:
-        with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o700), "wb") as file:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o700), "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(target)
+        temporary.replace(target)
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _kept(folder: Path, fingerprint: str) -> list[Path]:
-    """What the cache has under this fingerprint: one file, unless somebody tampered with it."""
+    """What the cache has under this fingerprint: one file, unless it was tampered with."""
     try:
         names = sorted(os.listdir(folder))
     except OSError:
@@ -175,7 +175,7 @@ def _kept(folder: Path, fingerprint: str) -> list[Path]:
 
 
 def _is_whole(path: Path) -> bool:
-    """Nobody else can write to it, and it has the bytes that its name says: loading half a library is a crash."""
+    """No other user can write to it, and it has the bytes that its name says: loading half a library is a crash."""
     try:
         return _is_mine(path) and path.stem.endswith(f"-{hashlib.sha256(path.read_bytes()).hexdigest()}")
     except OSError:
@@ -231,7 +231,7 @@ def _cache_folder() -> Path | None:
 
 
 def _is_mine(path: Path, or_root: bool = False) -> bool:
-    """It is there, belongs to this user, and nobody else can write to it: its code will be run."""
+    """It is there, belongs to this user, and no other user can write to it: its code will be run."""
     try:
         known = os.stat(path) if or_root else os.lstat(path)
     except OSError:

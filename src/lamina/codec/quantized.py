@@ -35,7 +35,7 @@ class PanelField:
 
 
 class PackedCodec(Codec):
-    """Decodes matrices, or some rows of them. It belongs to the checkpoint whose layout it is.
+    """Unpacks matrices, or some rows of them. It belongs to the checkpoint whose layout it is.
 
     Args:
         packed: what the stored tensors of one matrix mean.
@@ -60,12 +60,12 @@ class PackedCodec(Codec):
         end = self.fields[-1].at + self.fields[-1].nbytes
         return align(end, PACKING) if len(self.fields) > 1 else end
 
-    def decode(self, panels: torch.Tensor, rows: int, columns: int, out: torch.Tensor) -> None:
+    def unpack(self, panels: torch.Tensor, rows: int, columns: int, out: torch.Tensor) -> None:
         """See `Codec`."""
         for panel, part in zip(panels, torch.split(out, self.rows), strict=True):
             part.copy_(self.packed(*(field.of(panel) for field in self.fields)).view(-1, columns))
 
-    def decode_rows(self, panels: torch.Tensor, first: int, rows: int, columns: int, out: torch.Tensor) -> None:
+    def unpack_rows(self, panels: torch.Tensor, first: int, rows: int, columns: int, out: torch.Tensor) -> None:
         """See `Codec`."""
         done = 0
         while done < rows:
@@ -74,9 +74,9 @@ class PackedCodec(Codec):
             stored = [field.of(panels[panel]) for field in self.fields]
             skip = row % ROWS_AT_ONCE
             for begin, part in blocks(skip + count, columns):
-                decoded = self.packed.rows(row - skip + begin, part, *stored)
+                unpacked = self.packed.rows(row - skip + begin, part, *stored)
                 low = max(begin, skip)
-                out[done + low - skip : done + begin + part - skip] = decoded[low - begin :]
+                out[done + low - skip : done + begin + part - skip] = unpacked[low - begin :]
             done += count
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-CHUNK = 1 << 18  # elements decoded at once: in float32 they stay in a processor's cache
+CHUNK = 1 << 18  # elements unpacked at once: in float32 they stay in a processor's cache
 ROWS_AT_ONCE = 32  # rows of a block come in multiples of this many: no packed word is cut in two
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight columns each nibble of a word holds
@@ -263,7 +263,7 @@ class Lookup4(Packed):
 
 
 def blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """First row and number of rows of what is decoded at once."""
+    """First row and number of rows of what is unpacked at once."""
     step = max(CHUNK // max(columns, 1) // ROWS_AT_ONCE, 1) * ROWS_AT_ONCE
     for first in range(0, rows, step):
         yield first, min(step, rows - first)

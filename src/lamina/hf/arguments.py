@@ -1,7 +1,7 @@
 """The keyword arguments of `PreTrainedModel.from_pretrained`: what each means for a model that streams.
 
 Each is obeyed, or refused in one line that names what to use instead, or said to have no meaning here. Those that no
-table here names go on to transformers, which takes them for the config or the model, or refuses them.
+table here names are passed on to transformers, which takes them for the config or the model, or refuses them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ REFUSED: Mapping[str, str] = {
     "ignore_mismatched_sizes": "weights that do not fit the config would be random: pass the config= that they fit",
     "force_download": "delete the model in the hub's cache (hf cache rm), it is then downloaded again",
     "proxies": "set the environment variable HTTPS_PROXY",
-    "tqdm_class": "use progress=, which is told the bytes",
+    "tqdm_class": "use progress=, which is called with the bytes",
     "use_auth_token": "use token=",
     "adapter_kwargs": "load the model, then model.load_adapter(...)",
     "adapter_name": "load the model, then model.load_adapter(..., adapter_name=...)",
@@ -178,7 +178,7 @@ def _placed(placed: Any, device: str | torch.device) -> str | torch.device:
 
 
 def _in_context(device: str | torch.device) -> str | torch.device:
-    """The device of the `torch.device` context or of `torch.set_default_device`, where nobody asked for another."""
+    """The device of the `torch.device` context or of `torch.set_default_device`, where no other is asked for."""
     modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     contexts = [mode.device for mode in modes if isinstance(mode, DeviceContext)]
     if not contexts:

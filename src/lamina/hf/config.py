@@ -28,9 +28,9 @@ MOST_COUNTED = 10_000  # beams, answers to a prompt, tokens of a draft
 HUGE = 1 << 31
 
 MOST_ITEMS = 100_000  # of layers, experts, heads, labels, ..., where no checkpoint has more tensors
-MODULES = 1_000  # that a model may have whatever its checkpoint is
+MODULES = 1_000  # that a model may have with any checkpoint
 MODULES_PER_TENSOR = 16
-UNSTORED = 256_000_000  # bytes of tensors that no file holds, whatever the checkpoint is: tables of positions, masks
+UNSTORED = 256_000_000  # bytes of tensors that no file holds, with any checkpoint: tables of positions, masks
 
 _COUNTERS = re.compile(
     r"(^|_)(num|n)_([a-z0-9]+_)*(layer|label|expert|head|block|group|stage|level|codebook)s?($|_)"
@@ -91,7 +91,7 @@ def read_json(path: str) -> dict[str, Any]:
 
 @contextmanager
 def blaming(where: str, fields: Mapping[str, Any], step: str) -> Iterator[None]:
-    """Whatever transformers or torch fail with in this block is said of a config, with the fields that look wrong.
+    """Any error of transformers or torch in this block is raised as one of the config, with the fields that look wrong.
 
     Raises:
         CheckpointError: in place of any other exception, from it; running out of memory and Ctrl-C are themselves.
@@ -154,7 +154,7 @@ def _hint(fields: Mapping[str, Any]) -> str:
 def _makes(fields: Mapping[str, Any]) -> bool:
     try:
         AutoConfig.for_model(**fields).to_dict()
-    except Exception:  # of whatever class: what is asked is whether there is one
+    except Exception:  # of any class: the question is only whether it fails
         return False
     return True
 
@@ -198,7 +198,7 @@ def fields_of(config: PreTrainedConfig) -> Mapping[str, Any]:
 
 
 # -- what a config may ask for: no more modules and no more memory than its checkpoint can be the reason of. A number in
-# it is a loop or an allocation in somebody's constructor. What is bounded is the same for every family: numbers that
+# it is a loop or an allocation in a model's constructor. What is bounded is the same for every family: numbers that
 # count something, against the number of tensors that are there; modules while they are made; and memory for what no
 # file holds, which transformers would make up.
 

@@ -64,7 +64,7 @@ def silent() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-# -- the cache of a call, whatever its name
+# -- the cache of a call, under any of its names
 
 
 @cache
@@ -109,7 +109,7 @@ def refuse_alone(
         manager: of the batch, not started.
         wrong: (tokens of a prompt) -> what is wrong with them, if anything is.
         too_long: (tokens of a prompt, tokens that the cache holds) -> what the request's error says.
-        shortened: told (tokens of a prompt, tokens that were asked for, tokens that there is room for).
+        shortened: called with (tokens of a prompt, tokens that were asked for, tokens that there is room for).
     """
     from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens  # 15 ms
 

@@ -24,7 +24,7 @@ TIMES_ITS_FILE = 15
 
 
 class LazyTokenizer:
-    """Stands for a tokenizer until somebody uses it; then the model's attribute is the real one."""
+    """Stands for a tokenizer until it is used; then the model's attribute is the real one."""
 
     def __init__(self, model: PreTrainedModel, load: Callable[[], PreTrainedTokenizerBase]) -> None:
         object.__setattr__(self, "_owner", weakref.ref(model))

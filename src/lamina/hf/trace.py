@@ -125,7 +125,7 @@ def trace(model: PreTrainedModel) -> Trace:
         if failure is not None and not excused and (guarded or answering):
             raise failure  # as generation calls it, and no value was asked for: it will fail with values, too
         try:
-            passes = {tokens: _run(model, tokens, inputs, guarded, answering) for tokens in LENGTHS}
+            passes = {tokens: _run(model, tokens, inputs, guarded, answering) for tokens in _lengths(model)}
         except Exception as error:  # any family may refuse meta tensors in its own way
             failure = failure or error
             excused = excused or _excuses(error, model, kind)
@@ -134,6 +134,14 @@ def trace(model: PreTrainedModel) -> Trace:
         return _with_encoder(model, found) if _decodes(model) else found
     assert failure is not None
     return _by_definition(model, failure)
+
+
+def _lengths(model: PreTrainedModel) -> tuple[int, ...]:
+    """Tokens of the traced prefills: fewer where a model takes no more."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(most, int) or not 4 <= most < LENGTHS[-1]:
+        return LENGTHS
+    return most // 4, most // 2, most
 
 
 def _made_of(
@@ -149,8 +157,8 @@ def _made_of(
     caches = {tokens: cache_bytes for tokens, (_, cache_bytes) in passes.items()}
     uncounted = kind is _Cache.NONE or (model.can_generate() and not any(caches.values()))
     if uncounted and cache_argument(model) is not None:
-        caches = {tokens: cache_by_config(model.config, tokens) for tokens in LENGTHS}
-    last, _ = passes[LENGTHS[-1]]
+        caches = {tokens: cache_by_config(model.config, tokens) for tokens in passes}
+    last, _ = passes[max(passes)]
     return Trace(
         last.root.freeze(), *_uses(last.kinds), activations, caches, last.experts, last.routed, last.routers,
         operations=last.operations, fallbacks=fallbacks, moments=_moments(alive),
@@ -312,7 +320,7 @@ def _with_encoder(model: PreTrainedModel, found: Trace) -> Trace:
     """The trace of a decoder, with the activations of a pass that goes through its encoder as well."""
     for kind, inputs in list(_ways_into_two(model))[2 if model.can_generate() else 0 :]:
         try:
-            passes = {tokens: _run(model, tokens, inputs, answering=True) for tokens in LENGTHS}
+            passes = {tokens: _run(model, tokens, inputs, answering=True) for tokens in _lengths(model)}
         except Exception:  # it is then counted when such a pass comes
             continue
         whole = _made_of(model, passes, kind, ())
@@ -391,18 +399,19 @@ def _tensors_of(value: Any, depth: int = 4) -> Iterator[torch.Tensor]:
 
 def _moments(alive: Mapping[int, Sequence[int]]) -> tuple[tuple[int, ...], ...]:
     """The moments that no other exceeds in value, slope and curve; none where the lengths took other steps each."""
-    if len(alive) != len(LENGTHS) or len({len(each) for each in alive.values()}) > 1:
+    if len({len(each) for each in alive.values()}) > 1:
         return ()
-    kept: list[tuple[int, ...]] = []
-    for moment in sorted(set(zip(*(alive[tokens] for tokens in LENGTHS), strict=True)), key=lambda each: -each[2]):
-        if not any(all(a >= b for a, b in zip(_shape(other), _shape(moment), strict=True)) for other in kept):
+    lengths, kept = sorted(alive), list[tuple[int, ...]]()
+    for moment in sorted(set(zip(*(alive[tokens] for tokens in lengths), strict=True)), key=lambda each: -each[2]):
+        shape = _shape(lengths, moment)
+        if not any(all(a >= b for a, b in zip(_shape(lengths, other), shape, strict=True)) for other in kept):
             kept.append(moment)
     return tuple(kept)
 
 
-def _shape(moment: tuple[int, ...]) -> tuple[float, float, float]:
+def _shape(lengths: Sequence[int], moment: tuple[int, ...]) -> tuple[float, float, float]:
     """Value at the longest traced length, slope there, curve."""
-    (x0, x1, x2), (y0, y1, y2) = LENGTHS, moment
+    (x0, x1, x2), (y0, y1, y2) = lengths, moment
     slope01, slope12 = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
     return y2, slope12, (slope12 - slope01) / (x2 - x0)
 

@@ -1,6 +1,6 @@
 """The hub: from an id to what it says of a repository, and to files in huggingface_hub's own cache.
 
-Whoever has a local folder needs none of it.
+A model in a local folder needs none of it.
 """
 
 from __future__ import annotations

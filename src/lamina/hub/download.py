@@ -74,7 +74,7 @@ def locate(
         subfolder: where in the repository the model is; the folder of the whole repository is given back.
         variant: as transformers has it, such as `"fp16"`.
         trust_remote_code: fetch the repository's Python files as well.
-        progress: told about the bytes.
+        progress: called with the bytes.
 
     Raises:
         ModelNotFoundError: neither a path nor a repository.

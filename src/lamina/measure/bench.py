@@ -127,7 +127,7 @@ def _work(meter: _Meter, stats: Stats, plan: Plan, prompt_tokens: int, tokens: l
         "seconds_waiting_for_disk": stats.seconds_waiting_for_disk,
         "active_bytes_per_token": plan.active_bytes_per_token,
         "expert_hit_rate": meter.expert_hit_rate,
-        "expert_foreseen_rate": meter.expert_foreseen_rate,
+        "expert_prefetched_rate": meter.expert_prefetched_rate,
         "expert_bytes_per_token": meter.expert_bytes_per_step,
         "expert_cache_bytes": plan.expert_cache_bytes,
         "expert_slots": plan.expert_slots,
@@ -140,17 +140,17 @@ def _work(meter: _Meter, stats: Stats, plan: Plan, prompt_tokens: int, tokens: l
 
 
 def _profile(loaded: PreTrainedModel, ids: Sequence[int], model: str, file: Path, meter: _Meter) -> dict[str, Any]:
-    """Where the time goes, with nobody else watching; the trace is written."""
+    """Where the time goes, without another listener; the trace is written."""
     meter.close()
     figures, trace = profile_model(loaded, ids, f"lamina bench {model}")
-    told = {
+    facts = {
         "file": str(file),
         "bytes": write_trace(file, trace.record),
         "events": len(trace.record["traceEvents"]),
         "operations_dropped": trace.dropped,
         "dropped_below_seconds": trace.dropped_below / 1e9,
     }
-    return {**figures, "trace": told}
+    return {**figures, "trace": facts}
 
 
 def _predicted(plan: Plan, disk: float, meter: _Meter) -> float:
@@ -173,7 +173,7 @@ class _Meter(StoppingCriteria):  # type: ignore[misc]
         self.lamina = model.lamina
         self.engine: Engine = self.lamina.engine
         plan = self.lamina.plan
-        self.drafts = self.lamina.record.draft != "none"
+        self.drafts = self.lamina.speculation.draft != "none"
         self._passes = 0
         self.per_pass = plan.bytes_streamed_per_pass
         self.extents = [
@@ -217,10 +217,10 @@ class _Meter(StoppingCriteria):  # type: ignore[misc]
         return (self._counts.hits - self._at_first.hits) / routed
 
     @property
-    def expert_foreseen_rate(self) -> float | None:
-        """The share that was there, or on its way, because it was foreseen."""
+    def expert_prefetched_rate(self) -> float | None:
+        """The share that was there, or on its way, because it was prefetched."""
         routed = self._counts.routed - self._at_first.routed
-        return (self._counts.foreseen - self._at_first.foreseen) / routed if routed else None
+        return (self._counts.prefetched - self._at_first.prefetched) / routed if routed else None
 
     def seconds_per_token(self, tokens: int) -> float:
         """Of a decode step: the median; with a draft the time of all steps over their tokens."""
@@ -251,7 +251,7 @@ class _Meter(StoppingCriteria):  # type: ignore[misc]
             seconds, nbytes = now - self._resumed[0], read - self._resumed[1]
             self.read_seconds += seconds
             self.read_bytes += nbytes
-            # without a ring nothing was read before the step began, and what was foreseen may have been taken back
+            # without a ring nothing was read before the step began, and what was prefetched may have been taken back
             streams = self.engine.stream is not None and nbytes
             self.steps.append(seconds * (self.per_pass + missed) / nbytes if streams else computed - self._resumed[0])
         self._disk_alone()
@@ -261,7 +261,7 @@ class _Meter(StoppingCriteria):  # type: ignore[misc]
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     def _between_drafted(self, now: float) -> None:
-        """With a draft a step gives several tokens, and reading goes on while the next ones are drafted: wall time."""
+        """With a draft a step gives several tokens, and reading continues while a draft computes: wall time."""
         passes, read = self.lamina.passes, self.engine.readers.bytes_read
         if passes == self._passes:
             return

@@ -2,7 +2,7 @@
 
 Two kinds of steps, so that no figure is the profiler's own. In the *timed* ones a pair of clock readings surrounds each
 thing that Lamina does: their wall time is what the split adds up to. In the *profiled* ones torch's profiler tells
-besides when an operation runs. What is left of a timed step after waiting, decoding, copying and Lamina's hooks is
+besides when an operation runs. What is left of a timed step after waiting, unpacking, copying and Lamina's hooks is
 torch's arithmetic and the Python between its calls, divided as in the profiled steps.
 
 What the runtime and the stream do is heard at their points (`lamina.stream.observe`).
@@ -29,13 +29,13 @@ from lamina.host import peak_resident_bytes
 from lamina.measure.timeline import (
     BETWEEN,
     COMPUTE,
-    DECODE,
     LAYER,
     MODEL,
     OP,
     PASS,
     STEP,
     THROUGH,
+    UNPACK,
     ChromeTrace,
     ReadSpan,
     Span,
@@ -47,7 +47,7 @@ from lamina.measure.timeline import (
 )
 from lamina.runtime.engine import Engine
 from lamina.stream.observe import COPY, LAMINA, WAIT, listen
-from lamina.tensors.packed import Encoded
+from lamina.tensors.packed import PackedTensor
 
 STEPS = 3  # of each kind
 TOKENS = 2 * STEPS + 3  # of the prompt's pass, one that nothing is measured in, the steps, one to count operations in
@@ -56,8 +56,8 @@ MOST_OPERATIONS = 30_000  # the same for torch's profiler, which takes 2.4 kB fo
 MARKS = 5  # readings of both clocks, of which the closest pair counts
 MARK = "lamina: both clocks"
 WARMING, TIMED, COUNTED, PROFILED = "warming", "timed", "counted", "profiled"
-DECODING = dict.fromkeys(("_decode", "_product", "decode"), DECODE)  # what of `Encoded` is timed
-DECODING |= dict.fromkeys(("linear", "gather", "expert"), THROUGH)
+UNPACKING = dict.fromkeys(("_unpack", "_product", "unpack"), UNPACK)  # what of `PackedTensor` is timed
+UNPACKING |= dict.fromkeys(("linear", "gather", "expert"), THROUGH)
 Function = Callable[..., Any]
 
 
@@ -83,11 +83,11 @@ class Recording:
         self._undo: list[Callable[[], None]] = []
 
     def start(self) -> None:
-        """Listen to the runtime, the readers, the model's modules and what decodes its weights."""
+        """Listen to the runtime, the readers, the model's modules and what unpacks its weights."""
         self._thread = threading.get_ident()
         self._undo.append(listen(self))
-        for name, kind in DECODING.items():
-            self._replace(Encoded, name, self._timed(getattr(Encoded, name), kind, name.strip("_")))
+        for name, kind in UNPACKING.items():
+            self._replace(PackedTensor, name, self._timed(getattr(PackedTensor, name), kind, name.strip("_")))
         self._watch_modules({id(module): name for name, module in self.model.named_modules()})
         self.engine.readers.tell(self._on_read)
 
@@ -280,7 +280,7 @@ def _recorded(recording: Recording, stages: _Stages) -> Iterator[None]:
 def generate_greedily(
     model: PreTrainedModel, ids: Sequence[int], new_tokens: int, between: StoppingCriteria
 ) -> list[int]:
-    """The tokens after a prompt, so many of them whatever they are; `between` is called after each."""
+    """The tokens after a prompt, as many as asked for, even past an end of the text; `between` is called after each."""
     prompt = torch.tensor([list(ids)], device=model.device)
     out = model.generate(
         prompt,
@@ -320,14 +320,14 @@ def _split(recording: Recording, stages: _Stages, timed: list[Step], profiled: l
     sums, under = _sums(spans, timed), _sums(with_operations, profiled)
     calls = by_call([span for span in spans if timed[0].begin <= span.begin < timed[-1].end])
     count = len(timed) * 1e9
-    # in a timed step torch's own time and Python's are one; in a profiled one they are told apart
+    # in a timed step torch's own time and Python's are one; in a profiled one they are measured apart
     unknown = sums[MODEL] + sums[THROUGH]
     known = under[MODEL] + under[THROUGH] + under[COMPUTE]
     parts = {owner: unknown * under[owner] / known if known else 0.0 for owner in (MODEL, THROUGH, COMPUTE)}
     wall = sum(step.end - step.begin for step in timed) / count
     seconds = {
         "waiting_for_disk": sums[WAIT] / count,
-        "decoding": sums[DECODE] / count,
+        "decoding": sums[UNPACK] / count,
         "copying": sums[COPY] / count,
         "computing": parts[COMPUTE] / count,
         "lamina_python": (sums[LAMINA] + parts[THROUGH]) / count,

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 from lamina.stream.observe import COPY, LAMINA, WAIT
 
-DECODE = "decode"
+UNPACK = "unpack"
 STEP, PASS, LAYER, OP = "step", "pass", "layer", "op"  # a decode step, one forward, a decoder layer, a call of torch
 THROUGH = "through"  # Lamina's code that calls torch to compute: only what is no `OP` within is its own
 MODEL, COMPUTE, BETWEEN = "model", "compute", "between"  # owners: the model's Python, torch, what surrounds the passes
-OWN = frozenset({WAIT, DECODE, COPY, LAMINA})  # all that happens within is theirs
+OWN = frozenset({WAIT, UNPACK, COPY, LAMINA})  # all that happens within is theirs
 MOST_EVENTS = 200_000  # in a file: what Perfetto still opens at once
 STEPS_OF_DROPPING = 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000, 500_000, 1_000_000  # ns
 PROCESS, MODEL_TRACK = 1, 1
@@ -114,7 +114,7 @@ def by_call(spans: Sequence[Span]) -> Counter[str]:
     """Nanoseconds of Lamina's Python by the call they were spent in, without what was called from there.
 
     Args:
-        spans: nested, in order; a name begins with the call and goes on with what it was for.
+        spans: nested, in order; a name is the call, followed by what it was for.
     """
     sums: Counter[str] = Counter()
     stack: list[Span] = []
@@ -213,9 +213,9 @@ def chrome_trace(
     events += [_read_slice(read, tracks[read.thread], zero) for read in reads]
     events += [_counted("ring", "bytes", at - zero, level) for at, level in levels]
     events += [_counted("reads in flight", "reads", at - zero, flying) for at, flying in _flying(reads)]
-    told = {"made by": "lamina", "dropped operations": dropped, "dropped below microseconds": below / 1000}
+    facts = {"made by": "lamina", "dropped operations": dropped, "dropped below microseconds": below / 1000}
     return ChromeTrace(
-        {"otherData": told, "displayTimeUnit": "ms", "traceEvents": events}, dropped, below if dropped else 0
+        {"otherData": facts, "displayTimeUnit": "ms", "traceEvents": events}, dropped, below if dropped else 0
     )
 
 
@@ -238,13 +238,13 @@ def _flying(reads: Sequence[ReadSpan]) -> Iterator[tuple[int, int]]:
 
 
 def _read_slice(read: ReadSpan, track: int, zero: int) -> dict[str, Any]:
-    told = {"file": read.file, "offset": read.offset, "bytes": read.nbytes}
-    return _slice(f"read {os.path.basename(read.file)}", "read", track, read.begin - zero, read.end - zero, told)
+    facts = {"file": read.file, "offset": read.offset, "bytes": read.nbytes}
+    return _slice(f"read {os.path.basename(read.file)}", "read", track, read.begin - zero, read.end - zero, facts)
 
 
-def _slice(name: str, kind: str, track: int, begin: int, end: int, told: Any = None) -> dict[str, Any]:
+def _slice(name: str, kind: str, track: int, begin: int, end: int, args: Any = None) -> dict[str, Any]:
     event = {"name": name, "cat": kind, "ph": "X", "ts": begin / 1000, "dur": (end - begin) / 1000}
-    return {**event, "pid": PROCESS, "tid": track, **({"args": told} if told else {})}
+    return {**event, "pid": PROCESS, "tid": track, **({"args": args} if args else {})}
 
 
 def _counted(name: str, unit: str, at: int, value: int) -> dict[str, Any]:

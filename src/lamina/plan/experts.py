@@ -1,7 +1,7 @@
 """Experts that are read when a token is routed to them, and how much memory to keep some of them in.
 
 Of a mixture-of-experts layer a token needs a few experts, so they are no part of what streams by in every pass:
-each is read as one when the router has spoken, into a slot of an expert cache that keeps those likely to be
+each is read as one when the router has chosen, into a slot of an expert cache that keeps those likely to be
 needed again. All slots have one size, that of the largest expert.
 """
 
@@ -57,14 +57,14 @@ class Experts:
 
 
 def _most(weight: Weight) -> int:
-    """Bytes that one expert's part of a weight may take, with whatever alignment its place on disk asks for."""
+    """Bytes that one expert's part of a weight may take, with the worst alignment of its place on disk."""
     rows = weight.rows // weight.experts
     stored = weight.stored_nbytes // weight.experts
     if weight.segments:
         ranges = (weight.stored_range(expert * rows, rows) for expert in range(weight.experts))
         stored = max(end - begin for begin, end in ranges)
     stored = align(stored) + ALIGNMENT
-    return stored + align(weight.decoded_nbytes // weight.experts) if weight.converted else stored
+    return stored + align(weight.unpacked_nbytes // weight.experts) if weight.converted else stored
 
 
 def experts_of(schedule: Schedule, movable: Iterable[Weight]) -> tuple[Experts, ...]:
@@ -82,7 +82,7 @@ def experts_of(schedule: Schedule, movable: Iterable[Weight]) -> tuple[Experts, 
 
 
 def _module(module: str, weights: Sequence[Weight], routed: int) -> Experts:
-    """The experts of one module; where nobody knows how many a token is sent to, it is all of them."""
+    """The experts of one module; where the number that a token is sent to is unknown, it is all of them."""
     count = max(weight.experts for weight in weights)
     return Experts(module, tuple(weights), count, min(routed or count, count))
 

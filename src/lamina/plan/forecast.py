@@ -5,10 +5,10 @@ accelerator), and takes about as long as the one that is busy longest:
 
     drive      streamed bytes / (`stream_share` of what the drive gives alone)
     link       bytes that cross to the accelerator / link
-    compute    plain bytes / memory + decoded bytes / (`DECODED_SHARE` of decoding) + operations x seconds of one
+    compute    plain bytes / memory + unpacked bytes / (`UNPACKED_SHARE` of unpacking) + operations x seconds of one
                + `reading_cost` x the drive's seconds
 
-*Compute* is bound by memory in the products of one row, by the codec where weights are decoded, and by Python and
+*Compute* is bound by memory in the products of one row, by the codec where weights are unpacked, and by Python and
 torch's dispatch in a small model: the trace counts what a pass calls. The last term is what reading takes from a
 processor that multiplies at the same time, cores and memory bus both.
 
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 WINDOW_LOST = 18e6  # bytes of the window that the drive has nothing of: the model is at them, or they wait to be read
 EXPERT_SHARE = 0.67  # of the bare drive, where a layer's experts are read and everybody waits for them
-DECODED_SHARE = 0.88  # of the rate of encoded products in a row: between those of a model threads fall asleep
+UNPACKED_SHARE = 0.88  # of the rate of packed products in a row: between those of a model threads fall asleep
 OVERLAP = 6.0  # order of the norm
 CALL_OPERATIONS = 7  # a call of a module costs as much as so many operations of torch
 EXPERT_OPERATIONS = 24  # of one expert that a token is routed to; the trace sees a stand-in
@@ -44,7 +44,7 @@ class Hardware:
         disk_bytes_per_second: of the drive, nothing else going on.
         memory_bytes_per_second: at which products of one row go through plain weights.
         link_bytes_per_second: from memory to the accelerator.
-        decoding_bytes_per_second: of the weights that a codec makes and multiplies, as they are once decoded.
+        decoding_bytes_per_second: of the weights that a codec makes and multiplies, as they are once unpacked.
         operation_seconds: of one small operation of torch within a model.
         reading_cost: seconds that computing takes longer for each second that the drive is read meanwhile.
     """
@@ -62,11 +62,11 @@ class Work:
     """What a decode step of one token has to move and to compute.
 
     Attributes:
-        streamed_bytes: that every pass reads, whatever the tokens are.
+        streamed_bytes: that every pass reads, for any tokens.
         expert_bytes: that are read when a token is routed to them.
         linked_bytes: that cross to the accelerator.
         plain_bytes: of weights that are multiplied as they are.
-        decoded_bytes: of weights that a codec decodes, once decoded.
+        unpacked_bytes: of weights that a codec unpacks, once unpacked.
         operations: of torch, with what modules and experts cost beside them counted as such.
         window_bytes: of the ring that the stream flows through.
     """
@@ -75,7 +75,7 @@ class Work:
     expert_bytes: float = 0.0
     linked_bytes: float = 0.0
     plain_bytes: float = 0.0
-    decoded_bytes: float = 0.0
+    unpacked_bytes: float = 0.0
     operations: float = 0.0
     window_bytes: float = 0.0
 
@@ -96,7 +96,7 @@ def compute_seconds(work: Work, hardware: Hardware) -> float:
     """How long the processor is busy with a step, with nothing read meanwhile."""
     return (
         work.plain_bytes / hardware.memory_bytes_per_second
-        + work.decoded_bytes / (hardware.decoding_bytes_per_second * DECODED_SHARE)
+        + work.unpacked_bytes / (hardware.decoding_bytes_per_second * UNPACKED_SHARE)
         + work.operations * hardware.operation_seconds
     )
 

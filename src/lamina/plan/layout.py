@@ -96,7 +96,7 @@ def lay_out(parts: Sequence[tuple[Weight, Part]], gap: int | None = None) -> Lay
             end += stored[i]
     placed = []
     for i, (weight, part) in enumerate(parts):
-        at, nbytes = stored_at[i], stored[i] if weight.encoded else _decoded(weight, part)
+        at, nbytes = stored_at[i], stored[i] if weight.packed else _unpacked(weight, part)
         if weight.converted:
             at = align(end, PACKING)
             end = at + nbytes
@@ -130,9 +130,9 @@ def _stored(weight: Weight, part: Part, pieces: Sequence[Piece]) -> int:
     return max((piece.at + piece.extent.length for piece in pieces), default=0)
 
 
-def _decoded(weight: Weight, part: Part) -> int:
+def _unpacked(weight: Weight, part: Part) -> int:
     """Bytes of a part as the module sees it."""
-    return weight.decoded_nbytes // max(weight.rows, 1) * part.count
+    return weight.unpacked_nbytes // max(weight.rows, 1) * part.count
 
 
 def _viewable(weight: Weight, piece: Piece) -> bool:
@@ -227,7 +227,7 @@ def cut_up(schedule: Schedule, streaming: Mapping[str, Weight], size: int) -> tu
 
 
 def _shared(root: Call) -> frozenset[str]:
-    """Modules with weights that have several callers: each is bound by its own hook, whoever calls it."""
+    """Modules with weights that have several callers: each is bound by its own hook."""
     callers: dict[str, set[str]] = {}
     for call in root.walk():
         for inner in call.calls:

@@ -11,26 +11,26 @@ from lamina.plan.forecast import READ_OPERATIONS, Hardware, Work, seconds_per_to
 from lamina.plan.layout import Item
 from lamina.sizes import format_size
 
-SHORTEST_CONTEXT = 256  # tokens, where nobody says how many and the memory is short
+SHORTEST_CONTEXT = 256  # tokens, where the user gives no number and the memory is short
 
 
-PLAIN_WINDOW = 192e6  # of the plan that is not made, where nothing would be encoded
+PLAIN_WINDOW = 192e6  # of the plan that is not made, where nothing would be packed
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Bytes that may be used and bytes that are spoken for.
+    """Bytes that may be used and bytes that are reserved.
 
     Attributes:
         memory_bytes: peak resident memory of the process.
-        overhead_bytes: Python, torch, buffers: what is there whatever the model.
+        overhead_bytes: Python, torch, buffers: what is there with any model.
         already_held_bytes: what the process holds besides, for other libraries or data; none in a fresh one.
         activation_bytes: the largest set of activations alive at once, for `context_tokens`.
         kv_cache_bytes: the cache after `context_tokens`.
         context_tokens: prompt and answer together.
-        scratch_bytes: what decoding weights takes beside them.
+        scratch_bytes: what unpacking weights takes beside them.
         draft_bytes: of a draft that proposes tokens: its weights, its cache, and what verifying many tokens takes.
-        override_bytes: of weights that somebody wrote to, which stay in memory from then on.
+        override_bytes: of weights that were written to, which stay in memory from then on.
         device_memory_bytes: of the accelerator; None where the processor computes.
     """
 
@@ -51,17 +51,17 @@ class Budget:
         return self.device_memory_bytes is not None
 
     @property
-    def spoken_for(self) -> int:
+    def reserved_bytes(self) -> int:
         """Bytes of `memory_bytes` that no weight may have."""
-        return self.of_the_process + (0 if self.on_device else self.spoken_for_on_device)
+        return self.of_the_process + (0 if self.on_device else self.reserved_bytes_on_device)
 
     @property
     def of_the_process(self) -> int:
-        """Bytes that are taken whatever the model is."""
+        """Bytes that are taken with any model."""
         return self.overhead_bytes + self.already_held_bytes
 
     @property
-    def spoken_for_on_device(self) -> int:
+    def reserved_bytes_on_device(self) -> int:
         """Bytes that computing takes where it is done, and that no weight may have there."""
         working = self.activation_bytes + self.kv_cache_bytes + self.scratch_bytes
         return working + self.draft_bytes + self.override_bytes
@@ -79,7 +79,7 @@ class Plan:
         ring_bytes: the window on the host; `device_ring_bytes` the one on the device.
         minimum_memory_bytes: the smallest budget that holds this model with this context.
         active_bytes_per_token: of the weights that one token needs; less than `model_bytes` where it is routed.
-        encoded_bytes_per_token: of these, what is decoded where it is used; `decoded_bytes_per_token` once decoded.
+        encoded_bytes_per_token: of these, what is unpacked where it is used; `decoded_bytes_per_token` once unpacked.
         operations_per_token: what the calls of a pass cost, in small operations of torch.
         expert_count: experts of the model, wherever they are; `expert_bytes` is what they have on disk.
         experts: those that are read when they are routed to; empty where all of them are resident.
@@ -146,7 +146,7 @@ class Plan:
 
     @cached_property
     def bytes_streamed_per_pass(self) -> int:
-        """Bytes that every pass reads, whatever the tokens are."""
+        """Bytes that every pass reads, for any tokens."""
         return sum(self.items[i].layout.read_bytes for i in self.steps if not self.items[i].cached)
 
     @cached_property
@@ -176,9 +176,9 @@ class Plan:
         """Whether another budget is kept by the same plan."""
         if budget.device_memory_bytes is None:
             held = self.resident_bytes + self.ring_bytes + self.expert_cache_bytes
-            return budget.spoken_for + held <= budget.memory_bytes
+            return budget.reserved_bytes + held <= budget.memory_bytes
         held = self.resident_bytes + self.device_ring_bytes + self.device_expert_slots * self.expert_slot_bytes
-        return budget.spoken_for_on_device + held <= budget.device_memory_bytes
+        return budget.reserved_bytes_on_device + held <= budget.device_memory_bytes
 
     @property
     def units(self) -> int:
@@ -193,7 +193,7 @@ class Plan:
             expert_bytes=self.expert_bytes_per_token,
             linked_bytes=sum(self.items[i].nbytes for i in self.steps) if self.budget.on_device else 0,
             plain_bytes=self.active_bytes_per_token - self.encoded_bytes_per_token,
-            decoded_bytes=self.decoded_bytes_per_token,
+            unpacked_bytes=self.decoded_bytes_per_token,
             operations=self.operations_per_token + READ_OPERATIONS * len(self.steps),
             window_bytes=self.device_ring_bytes or self.ring_bytes,
         )
@@ -205,13 +205,13 @@ class Plan:
 
     @property
     def predicted_seconds_per_token_plain(self) -> float | None:
-        """The same if no weight were encoded; None where none is, or where it is read only when routed to."""
+        """The same if no weight were packed; None where none is, or where it is read only when routed to."""
         if not self.encoded_bytes_per_token or self.experts:
             return None
         needed = self.active_bytes_per_token - self.encoded_bytes_per_token + self.decoded_bytes_per_token
         streamed = max(needed - self.resident_bytes, 0)
         work = replace(
-            self.work, streamed_bytes=streamed, plain_bytes=needed, decoded_bytes=0, window_bytes=PLAIN_WINDOW
+            self.work, streamed_bytes=streamed, plain_bytes=needed, unpacked_bytes=0, window_bytes=PLAIN_WINDOW
         )
         return seconds_per_token(work, self.hardware)
 

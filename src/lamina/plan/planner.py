@@ -6,7 +6,8 @@ reading, while a cache that evicts the least recently used would save nothing. T
 1. the size of a unit: as large as the budget allows, at most a decoder layer, at least one linear or a
    block of its rows, so that the window stays small and the reads stay long;
 2. the ring: enough for reads to run ahead while the model computes;
-3. the resident units: whatever memory is left, spread evenly through the pass, so that the disk never idles.
+3. the resident units: as many as the rest of the memory holds, spread evenly through the pass, so that the disk
+   never idles.
 
 Experts are no part of the scan: they are read when a token is routed to them, and have what the dense weights
 leave as a cache (`lamina.plan.experts`).
@@ -69,7 +70,7 @@ def make_plan(
 
     Args:
         schedule: the pass, from a traced model.
-        budget: bytes given and bytes spoken for.
+        budget: bytes given and bytes reserved.
         hardware: rates for the forecast.
         keep: where given, nothing else becomes resident: what a running model has in memory already.
 
@@ -100,20 +101,21 @@ class _Kinds:
         weights = schedule.weights
         self.always = [w for w in weights.values() if w.always]
         self.gathered = [w for w in weights.values() if w.gathered and not w.always]
-        passing = [w for name in schedule.root.touched() if not ((w := weights[name]).always or w.gathered)]
+        touched = [weights[name] for name in schedule.root.touched()]
+        passing = [w for w in touched if not (w.always or w.gathered)]
         self.experts = experts_of(schedule, passing)
         routed = names_of(self.experts)
         self.movable = [w for w in passing if w.name not in routed]
         self.aside = [weights[name] for branch in schedule.branches for name in branch.touched()]
 
     def bytes_per_token(self) -> tuple[int, int, int]:
-        """What one token needs of them, wherever it is: all of it, of that the encoded weights, and those decoded."""
+        """What one token needs of them, wherever it is: all of it, of that the packed weights, and those unpacked."""
         dense = [(w, 1, 1) for w in (*self.always, *self.movable)]
         routed = [(w, w.experts, module.routed) for module in self.experts for w in module.weights]
-        needed = [(w, w.stored_nbytes // of * some, w.decoded_nbytes // of * some) for w, of, some in dense + routed]
+        needed = [(w, w.stored_nbytes // of * some, w.unpacked_nbytes // of * some) for w, of, some in dense + routed]
         active = sum(stored for _, stored, _ in needed)
-        encoded = [(stored, decoded) for w, stored, decoded in needed if w.encoded]
-        return active, sum(stored for stored, _ in encoded), sum(decoded for _, decoded in encoded)
+        packed = [(stored, unpacked) for w, stored, unpacked in needed if w.packed]
+        return active, sum(stored for stored, _ in packed), sum(unpacked for _, unpacked in packed)
 
 
 class _Planner:
@@ -140,23 +142,23 @@ class _Planner:
         least = self.least_ring + self.slot
         weights = min(self.always_bytes + least, self.whole)
         if not budget.on_device:
-            return budget.spoken_for + min(self.always_bytes + least + self.known, self.whole), 0
+            return budget.reserved_bytes + min(self.always_bytes + least + self.known, self.whole), 0
         host = least + self.known if self.always_bytes + least < self.whole else min(least + self.known, self.whole)
-        return budget.spoken_for + host, budget.spoken_for_on_device + weights
+        return budget.reserved_bytes + host, budget.reserved_bytes_on_device + weights
 
     def plan(self) -> Plan:
         budget = self.budget
         self._check(*self.minimum())
-        compute_room = budget.memory_bytes - budget.spoken_for
+        compute_room = budget.memory_bytes - budget.reserved_bytes
         if budget.device_memory_bytes is not None:
-            compute_room = budget.device_memory_bytes - budget.spoken_for_on_device
+            compute_room = budget.device_memory_bytes - budget.reserved_bytes_on_device
         names = frozenset(self.schedule.weights)
         if self.whole <= compute_room and (self.keep is None or self.keep >= names):
             return self._finished(names)
         if not self.movable and not self.experts and not self.aside:
             return self._finished(self.always_names)
         room = compute_room - self.always_bytes - (0 if budget.on_device else self.known)
-        host_room = budget.memory_bytes - budget.spoken_for - self.known if budget.on_device else room
+        host_room = budget.memory_bytes - budget.reserved_bytes - self.known if budget.on_device else room
         return self._divided(room, host_room)
 
     def _divided(self, room: int, host_room: int) -> Plan:
@@ -335,7 +337,7 @@ class _Planner:
     ) -> Plan:
         weights = self.schedule.weights
         minimum, minimum_device = self.minimum()
-        active, encoded, decoded = self.kinds.bytes_per_token()
+        active, packed, unpacked = self.kinds.bytes_per_token()
         return Plan(
             budget=self.budget,
             hardware=self.hardware,
@@ -352,8 +354,8 @@ class _Planner:
             minimum_device_memory_bytes=minimum_device,
             traced=self.schedule.traced,
             active_bytes_per_token=active,
-            encoded_bytes_per_token=encoded,
-            decoded_bytes_per_token=decoded,
+            encoded_bytes_per_token=packed,
+            decoded_bytes_per_token=unpacked,
             operations_per_token=self._operations(),
             expert_count=sum(module.count for module in self.experts),
             expert_bytes=sum(module.stored_bytes for module in self.experts),
@@ -361,7 +363,7 @@ class _Planner:
 
 
 def _given(name: str, nbytes: int) -> str:
-    """The memory that was given; where it is too little to be meant, with what may have been."""
+    """The memory that was given; where it is implausibly little, with the size that may have been meant."""
     given = option(name, short_size(nbytes))
     return given if nbytes >= LEAST_MEANT else f"{given} (did you mean {meant(nbytes)}?)"
 

@@ -26,7 +26,7 @@ class Convert(Enum):
     NONE = "none"
     CAST = "cast"  # same elements in the same order, another dtype
     REPLAY = "replay"  # the recorded expression is computed on the source tensors
-    DECODE = "decode"  # it stays in memory as it is on disk, and is decoded where it is used
+    UNPACK = "unpack"  # it stays in memory as it is on disk, and is unpacked where it is used
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ class Weight:
         gathered: every use looks rows up; only those rows need to be read.
         always: small or special enough to be resident in every plan.
         experts: how many experts dimension 0 holds, where it is cut by experts.
-        segments: the panels of a weight that is decoded where it is used, in order; none where only the recorded
+        segments: the panels of a weight that is unpacked where it is used, in order; none where only the recorded
             expression tells what its bytes are.
     """
 
@@ -145,14 +145,14 @@ class Weight:
         return count
 
     @property
-    def decoded_nbytes(self) -> int:
+    def unpacked_nbytes(self) -> int:
         """Bytes of all its elements, as the module sees them."""
         return self.elements * self.itemsize
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes in memory: a weight that is decoded where it is used stays as it is stored."""
-        return self.stored_nbytes if self.convert is Convert.DECODE else self.decoded_nbytes
+        """Bytes that it takes in memory: a weight that is unpacked where it is used stays as it is stored."""
+        return self.stored_nbytes if self.convert is Convert.UNPACK else self.unpacked_nbytes
 
     @property
     def converted(self) -> bool:
@@ -160,14 +160,14 @@ class Weight:
         return self.convert in (Convert.CAST, Convert.REPLAY)
 
     @property
-    def encoded(self) -> bool:
-        """Whether it stays in memory as it is stored, and is decoded where it is used."""
-        return self.convert is Convert.DECODE
+    def packed(self) -> bool:
+        """Whether it stays in memory as it is stored, and is unpacked where it is used."""
+        return self.convert is Convert.UNPACK
 
     @property
     def by_rows(self) -> bool:
         """Whether some of its rows can be read and finished without the others."""
-        if self.convert is Convert.DECODE:
+        if self.convert is Convert.UNPACK:
             return len(self.segments) > 1 or any(s.nbytes > s.panel_bytes or s.rows == 1 for s in self.segments)
         return self.convert is not Convert.REPLAY
 
@@ -244,10 +244,10 @@ class Schedule:
         weights: every weight by name.
         layers: names of the decoder layer modules; a unit is never larger than one of them.
         routed: by module, how many of its experts a token is sent to, where the trace could tell.
-        scratch_bytes: memory that decoding takes beside the weights.
+        scratch_bytes: memory that unpacking takes beside the weights.
         traced: False where the order is the order of definition, because the model could not be traced.
-        operations: of torch in a pass; 0 where nobody counted.
         branches: calls that such a pass does not make and others do: towers for images and sound, encoders.
+        operations: of torch in a pass; 0 where they were not counted.
     """
 
     root: Call
@@ -260,7 +260,7 @@ class Schedule:
     branches: tuple[Call, ...] = ()
 
     def without(self, names: Collection[str]) -> Schedule:
-        """The same pass where these weights are somebody else's to hold."""
+        """The same pass without these weights, which are held elsewhere."""
         if not names:
             return self
 

@@ -72,18 +72,18 @@ def seconds_with_draft(plan: Plan, nbytes: int, operations: int, row: float = 0.
     return (plan.predicted_seconds_per_token + DRAFTED * one) / GIVEN
 
 
-def pays(without: Plan, beside: Plan, nbytes: int, row: float = 0.0) -> tuple[bool, str]:
+def pays(without: Plan, with_copy: Plan, nbytes: int, row: float = 0.0) -> tuple[bool, str]:
     """Whether a copy in 4 bits is worth its memory, and why.
 
     Args:
         without: the plan that has all the memory.
-        beside: the plan that leaves room for the copy.
+        with_copy: the plan that leaves room for the copy.
         nbytes: of the copy.
         row: as for `seconds_with_draft`.
     """
     plain = without.predicted_seconds_per_token
-    drafted = seconds_with_draft(beside, nbytes, without.operations_per_token, row)
-    read = beside.bytes_read_per_pass - without.bytes_read_per_pass
+    drafted = seconds_with_draft(with_copy, nbytes, without.operations_per_token, row)
+    read = with_copy.bytes_read_per_pass - without.bytes_read_per_pass
     figures = (
         f"the copy in 4 bits takes {format_size(nbytes)}, so {format_size(max(read, 0))} more are read for each pass: "
         f"{plain / drafted:.1f} times as fast by forecast"

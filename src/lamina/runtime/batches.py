@@ -78,7 +78,7 @@ class Batches:
             size = size_of(chosen)
             manager = type(model).init_continuous_batching(model, generation_config, chosen, *args, **kwargs)
             key = id(manager)
-            self._sizes[key] = need.beside(size)
+            self._sizes[key] = need.besides_activations(size)
         sizes = self._sizes
 
         def forget() -> None:

@@ -43,7 +43,7 @@ class Binder:
         materializer: makes tensors of what the streams give.
         overrides: the weights that are held in place of what is on disk.
         check: raises where the model may not run in this process.
-        foresee: read experts before their router has spoken, where the one before it tells which ones are likely.
+        prefetch: read likely experts before their router has chosen, as the router before it predicts them.
 
     Attributes:
         stream: of dense weights; None while none streams.
@@ -60,10 +60,10 @@ class Binder:
         materializer: Materializer,
         overrides: Overrides,
         check: Callable[[], None],
-        foresee: bool,
+        prefetch: bool,
     ) -> None:
         self._weights, self._readers, self._sites, self._overrides = weights, readers, sites, overrides
-        self._materializer, self._check, self._foresee = materializer, check, foresee
+        self._materializer, self._check, self._prefetch = materializer, check, prefetch
         self.stream: Stream | None = None
         self.experts: ExpertStream | None = None
         self.expert_hooks: ExpertHooks | None = None
@@ -128,7 +128,7 @@ class Binder:
         self.stream.pump()
 
     def detach(self) -> None:
-        """Take the hooks out, and give the stream up; that of experts goes on with the next plan."""
+        """Take the hooks out, and give the stream up; that of experts stays for the next plan."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
@@ -144,7 +144,7 @@ class Binder:
         return self._waited + sum(stream.seconds_waiting for stream in streams if stream is not None)
 
     def progress(self, plan: Plan) -> tuple[int, int]:
-        """Bytes read for the pass under way, and those that it will come to, as far as can be told."""
+        """Bytes read for the pass under way, and the estimated bytes of the whole pass."""
         done = self.stream.bytes_done if self.stream is not None else 0
         total = plan.bytes_streamed_per_pass
         if self.experts is None:
@@ -246,9 +246,9 @@ class Binder:
         if self.experts is None:
             return
         hooks = self.expert_hooks = ExpertHooks(self.experts, self._materializer.finish)
-        if self._foresee and not plan.steps:  # where dense weights stream the drive is never idle
+        if self._prefetch and not plan.steps:  # where dense weights stream the drive is never idle
             streamed = [name for name in self._weights.schedule.weights if name not in plan.resident]
-            self.handles += hooks.foresee(model, plan.experts, self._weights.routers, streamed)
+            self.handles += hooks.prefetch(model, plan.experts, self._weights.routers, streamed)
         self.handles += hooks.attach(model, plan.experts)
         for experts in plan.experts:
             for weight in experts.weights:

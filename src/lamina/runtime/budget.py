@@ -1,4 +1,4 @@
-"""What is asked for, looked at and counted before any weight is read: wrong values, the device, the bytes spoken for.
+"""What is asked for, looked at and counted before any weight is read: wrong values, the device, the reserved bytes.
 
 The process itself, activations and the cache have their share of the memory before any weight has.
 """
@@ -26,8 +26,8 @@ BASE = 440 * MB  # Python, torch and transformers (360 to 385 when the plan is m
 WORKSPACE = 32 * MB  # of BASE: code that oneDNN makes, stacks of threads, what the allocator keeps
 STEP = 32 * MB
 LEFT = 40 * MB  # what a model that was here before leaves, and the next one uses again (kernels' code, free memory)
-DEFAULT_CONTEXT = 2048  # tokens, where nobody says how many
-SHARE_OF_FREE = 0.9  # of free memory, where nobody says how much
+DEFAULT_CONTEXT = 2048  # tokens, where the user gives no number
+SHARE_OF_FREE = 0.9  # of free memory, where the user gives no amount
 
 _last_held: int | None = None
 
@@ -64,7 +64,7 @@ def make_budget(
         device: where the model computes.
         trace: gives activations and cache for the context.
         context: tokens of prompt and answer together.
-        scratch_bytes: what decoding weights takes.
+        scratch_bytes: what unpacking weights takes.
         tokenizer_bytes: what the tokenizer takes.
         draft_bytes: what a draft takes.
     """
@@ -95,7 +95,7 @@ def _device_bytes(device_memory: float | str | None, device: torch.device) -> in
 
 
 def default_context(config: Any) -> int:
-    """Tokens to make room for where nobody says: what the model takes, up to `DEFAULT_CONTEXT`."""
+    """Tokens to make room for by default: what the model takes, up to `DEFAULT_CONTEXT`."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     most = getattr(text, "max_position_embeddings", None)
     return min(DEFAULT_CONTEXT, most) if isinstance(most, int) and most > 0 else DEFAULT_CONTEXT

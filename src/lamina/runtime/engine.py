@@ -1,7 +1,7 @@
-"""One model under one plan: what is resident, what streams, and how to go over to another plan.
+"""One model under one plan: what is resident, what streams, and how to change to another plan.
 
 Resident weights are ordinary parameters and cost nothing. What streams is bound by `lamina.runtime.binder`. What the
-plan did not foresee (a weight touched out of order, by the user, or by a branch that the trace did not take) is read on
+plan did not expect (a weight touched out of order, by the user, or by a branch that the trace did not take) is read on
 demand: slow, but right.
 """
 
@@ -29,7 +29,7 @@ from lamina.stream.experts import ExpertStream
 from lamina.stream.observe import LAMINA, timed
 from lamina.stream.readers import Readers
 from lamina.stream.stream import Stream
-from lamina.tensors.packed import Encoded
+from lamina.tensors.packed import PackedTensor
 from lamina.weights.materialize import Materializer, is_differentiable, load_residents
 from lamina.weights.schedule import Weights
 from lamina.weights.sites import Site, WeightSites, move_buffers
@@ -45,14 +45,14 @@ class Engine:
         plan: what lives where.
         device: where the model computes.
         readers: the reader threads; closed with the engine.
-        foresee: read experts before their router has spoken, where the one before it tells which ones are likely.
+        prefetch: read likely experts before their router has chosen, as the router before it predicts them.
 
     Attributes:
         sites: where the weights stand in the model.
         materializer: makes tensors of stored bytes.
         values: the weights as they are now.
         binder: binds what streams.
-        overrides: the weights that somebody wrote to.
+        overrides: the weights that were written to.
         lock: one thread at a time runs the model.
         followers: called when the plan is another one: weights are no longer where they were.
     """
@@ -64,7 +64,7 @@ class Engine:
         plan: Plan,
         device: torch.device,
         readers: Readers,
-        foresee: bool = True,
+        prefetch: bool = True,
     ) -> None:
         self._plan, self.weights, self.device, self.readers = plan, weights, device, readers
         self.lock = Turn()
@@ -74,7 +74,7 @@ class Engine:
         self.overrides = Overrides(self)
         self.materializer = Materializer(weights, readers, device, self.overrides.arrived, self.sites.asked)
         self.values = Values(model, self.schedule, self.sites, self.materializer, self.overrides.held)
-        self.binder = Binder(weights, readers, self.sites, self.materializer, self.overrides, self.lock.check, foresee)
+        self.binder = Binder(weights, readers, self.sites, self.materializer, self.overrides, self.lock.check, prefetch)
 
     def start(self, model: PreTrainedModel, progress: Progress | None = None) -> None:
         """Read the resident weights, bind them, and let the stream run ahead."""
@@ -84,7 +84,7 @@ class Engine:
         found = load_residents(resident, self.readers, self.materializer.finish, self.device, progress)
         for name, tensor in found.items():
             parameter = tensor
-            if isinstance(tensor, Encoded):
+            if isinstance(tensor, PackedTensor):
                 tensor.home = self.sites.placeholder(name).home
             else:
                 parameter = nn.Parameter(tensor, requires_grad=is_differentiable(tensor))
@@ -99,7 +99,7 @@ class Engine:
         return self._plan
 
     def revise(self, **facts: Any) -> None:
-        """Let the plan say something else where nothing moves for it.
+        """Change facts in the plan for which nothing has to move.
 
         Args:
             facts: fields of `Plan`: what was measured or chosen, or a budget that the same plan keeps.
@@ -117,7 +117,7 @@ class Engine:
         """Called when the model is entered.
 
         Raises:
-            BudgetError: what somebody put in place of streamed weights has no room.
+            BudgetError: what the user put in place of streamed weights has no room.
         """
         if not self.plan.streams:
             return
@@ -161,13 +161,13 @@ class Engine:
         return self.binder.seconds_waiting
 
     def progress(self) -> tuple[int, int]:
-        """Bytes read for the pass under way, and those that it will come to, as far as can be told."""
+        """Bytes read for the pass under way, and the estimated bytes of the whole pass."""
         return self.binder.progress(self.plan)
 
     # -- another plan
 
     def foreign(self) -> Iterator[tuple[str, Site, torch.Tensor | None]]:
-        """Places of streamed weights where somebody put another tensor, or took the parameter away."""
+        """Places of streamed weights where the user put another tensor, or took the parameter away."""
         return self.sites.foreign(self.plan.resident, self.overrides.held)
 
     def plan_for(self, budget: Budget, without: Collection[str] = ()) -> Plan:
@@ -248,7 +248,7 @@ class Turn:
 
     `os.fork` copies memory and locks, but of the threads only the one that forked. A child that was forked between two
     passes, or by the thread that is in one, has all that it needs. One that was forked while another thread was in a
-    pass has a pass that nobody will end, and weights bound for it: the model is of no use there, and says so.
+    pass has a pass that never ends, and weights bound for it: the model cannot be used there, and raises an error.
 
     Raises, when it is entered:
         UnsupportedError: in a child that was forked while another thread had it.

@@ -22,7 +22,7 @@ from lamina.stream.observe import LAMINA, timed
 from lamina.tensors.disk import DiskTensor
 from lamina.tensors.row_blocks import Blocks
 
-FORESEEN_TOKENS = 16  # of a pass, up to which experts are foreseen: many tokens need nearly all of them
+PREFETCH_TOKENS = 16  # of a pass, up to which experts are prefetched: many tokens need nearly all of them
 
 
 class ExpertHooks:
@@ -46,7 +46,7 @@ class ExpertHooks:
             handles.append(module.register_forward_hook(self._leaving(each.module), always_call=True))
         return handles
 
-    def foresee(
+    def prefetch(
         self, model: nn.Module, experts: Sequence[Experts], routers: Mapping[str, str], streamed: Collection[str]
     ) -> list[Any]:
         """Hooks on the routers, where the next one is all in memory; their handles.
@@ -60,7 +60,7 @@ class ExpertHooks:
             router, next_router = routers.get(each.module), routers.get(following.module)
             if router is None or next_router is None or any(name.startswith(f"{next_router}.") for name in streamed):
                 continue
-            asked = _Foresight(self, model.get_submodule(next_router), following.module)
+            asked = _Prefetch(self, model.get_submodule(next_router), following.module)
             handles.append(model.get_submodule(router).register_forward_hook(asked, with_kwargs=True))
         return handles
 
@@ -86,7 +86,7 @@ class ExpertHooks:
             if found is not None:
                 self.stream.route(experts.module, *found)
                 if self.likely is not None:
-                    self.stream.foresee(*self.likely)
+                    self.stream.prefetch(*self.likely)
             self.likely = None
 
         return enter
@@ -125,7 +125,7 @@ class ExpertHooks:
         return batched
 
 
-class _Foresight:
+class _Prefetch:
     """Asks a router where the tokens would go, with the states that the router of the layer before was given.
 
     The states change little from layer to layer: of the experts of a token 64-83% are named rightly (docs/log.md).
@@ -138,7 +138,7 @@ class _Foresight:
     @timed(LAMINA, "hook of a router")
     def __call__(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         ids = picks(output)
-        if not self.able or ids is None or ids.shape[0] > FORESEEN_TOKENS or not self.hooks.stream.foresees:
+        if not self.able or ids is None or ids.shape[0] > PREFETCH_TOKENS or not self.hooks.stream.prefetches:
             return
         try:
             likely = picks(self.router.forward(*args, **kwargs))

@@ -21,7 +21,7 @@ from lamina.plan.speculation import NONE, Drafted, Session
 from lamina.runtime.batches import Batches
 from lamina.runtime.engine import Engine
 from lamina.runtime.passes import Passes
-from lamina.runtime.stats import Meter, Record, Stats
+from lamina.runtime.stats import Meter, SpeculationStats, Stats
 
 NO_GRAPH = "weights that stream, or may come to it, are other tensors in each pass"
 Decoder = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -34,7 +34,7 @@ class Lamina:
     Attributes:
         model: the model this belongs to.
         fallbacks: second ways that were taken, each with its reason.
-        drafted: which draft was chosen at load, and why; `record` what came of it.
+        drafted: which draft was chosen at load, and why; `speculation` what came of it.
         loading_info: what `output_loading_info=True` gives.
 
     A context manager, as the model is: `with model.lamina: ...` closes the stream at the end.
@@ -45,7 +45,7 @@ class Lamina:
         self.fallbacks = Fallbacks()
         self.loading_info: Mapping[str, Any] = {}
         self.drafted = Drafted()
-        self.record = Record()
+        self.speculation = SpeculationStats()
         self._decoder: Decoder | None = None
         self._decode_later: Callable[[], None] | None = None
         self._engine = engine
@@ -63,7 +63,7 @@ class Lamina:
     @property
     def stats(self) -> Stats:
         """Counts and times so far."""
-        return self._meter.stats(self._engine, self.record, self.fallbacks)
+        return self._meter.stats(self._engine, self.speculation, self.fallbacks)
 
     def __repr__(self) -> str:
         model, engine = self.model, self._engine

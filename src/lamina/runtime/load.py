@@ -41,7 +41,7 @@ from lamina.weights.schedule import Weights, describe, prepare, without_kernels
 
 LONG = 0.3  # seconds to read the drive for a plan alone
 Encode = Callable[[PreTrainedModel, Checkpoint, Trace, Weights], Checkpoint]
-"""(model, its checkpoint, its trace, its weights) -> the checkpoint that is meant in place of that one"""
+"""(model, its checkpoint, its trace, its weights) -> the checkpoint to describe in place of that one"""
 HEADER_TIMES = 23  # bytes of memory for the tokenizer, for each of a GGUF header, which is mostly vocabulary
 
 
@@ -171,16 +171,16 @@ def _is_local(model: str) -> bool:
     return os.path.exists(os.path.expanduser(model))
 
 
-Beside = Callable[[Described, torch.device], Callable[[int], int]]
+Reserve = Callable[[Described, torch.device], Callable[[int], int]]
 """(what is about to be planned, its device) -> (tokens of context -> bytes that something else has of its memory)"""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The memory that a model is to have, where it computes, and who hears of it; see `lamina.AutoModel`.
+    """The memory that a model is to have, where it computes, and its progress callback; see `lamina.AutoModel`.
 
     Attributes:
-        beside: what else is to have room in the same memory.
+        reserve: what else is to have room in the same memory.
     """
 
     memory: float | str | None = None
@@ -188,7 +188,7 @@ class Asked:
     device: str | torch.device = "auto"
     context: int | None = None
     progress: Progress | None = None
-    beside: Beside | None = None
+    reserve: Reserve | None = None
 
 
 def load_model(model: str, asked: Asked, options: dict[str, Any], *, prefetching: bool = True) -> PreTrainedModel:
@@ -263,7 +263,7 @@ def check_memory(model: str, asked: Asked, options: dict[str, Any], encode: Enco
 
 
 def _found(prepared: Prepared, not_written: bool) -> tuple[Hardware, tuple[str, ...]]:
-    """For a plan that nobody executes: rates, of the weights or of made-up ones where these are not here; fallbacks."""
+    """For a plan that is only shown: rates, of the weights or of made-up ones where these are not here; fallbacks."""
     weights, plan, there = prepared.weights, prepared.plan, prepared.there
     prepare(weights.schedule.weights.values())
     if not_written or any(entry.extent.file.startswith("hf://") for entry in there.tensors.values()):
@@ -276,7 +276,7 @@ def _found(prepared: Prepared, not_written: bool) -> tuple[Hardware, tuple[str, 
 
 
 def _fallbacks(prepared: Described, readers: Readers | None) -> tuple[str, ...]:
-    """Second ways of a model: in its files, in the trace, in decoding, in reading as far as was read."""
+    """Second ways of a model: in its files, in the trace, in unpacking, in reading as far as was read."""
     found = [
         *prepared.there.fallbacks,
         *prepared.trace.fallbacks,
@@ -291,7 +291,7 @@ def _prepare(
     device = choose_device(asked.device)
     described = describe_model(model, options, asked.progress, weights_wanted, encode)
     gc.collect()  # what transformers' loader left behind must not count as overhead
-    also = asked.beside(described, device) if asked.beside is not None else None
+    also = asked.reserve(described, device) if asked.reserve is not None else None
     most = default_context(described.model.config)
     plan = plan_described(described, asked.memory, asked.device_memory, device, asked.context, most, also)
     return Prepared(plan=plan, device=device, **{f.name: getattr(described, f.name) for f in fields(described)})
@@ -304,13 +304,13 @@ def plan_described(
     device: torch.device,
     context: int | None,
     most: int,
-    beside: Callable[[int], int] | None,
+    reserve: Callable[[int], int] | None,
 ) -> Plan:
-    """The plan; where nobody said how long the context is, the longest usual one that the memory has room for."""
+    """The plan; where `context` is None, for the longest usual context that the memory has room for."""
     weights, traced, tokenizer = described.weights, described.trace, described.tokenizer_bytes
 
     def budget(tokens: int) -> Budget:
-        scratch, also = weights.schedule.scratch_bytes, beside(tokens) if beside is not None else 0
+        scratch, also = weights.schedule.scratch_bytes, reserve(tokens) if reserve is not None else 0
         return make_budget(memory, device_memory, device, traced, tokens, scratch, tokenizer, also)
 
     if context is not None:

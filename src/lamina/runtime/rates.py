@@ -27,7 +27,7 @@ from lamina.runtime.engine import Engine
 from lamina.stream.direct_io import Area
 from lamina.stream.probe import measure_disk
 from lamina.stream.readers import Readers
-from lamina.tensors.packed import Encoded, Scratch
+from lamina.tensors.packed import PackedTensor, Scratch
 
 SAMPLE = 96 << 20  # bytes of weights that are multiplied, as they are stored: several times a large cache
 LARGEST_PART = 16 << 20  # of one weight
@@ -66,7 +66,7 @@ def measure(engine: Engine, checkpoint: Checkpoint, seconds: float = DRIVE_SECON
 
 
 def assume(schedule: Schedule, checkpoint: Checkpoint, streams: bool, device: torch.device) -> Hardware:
-    """The same for weights that nobody can read yet: made-up ones of the same kinds, and the drive of `checkpoint`."""
+    """The same for weights that cannot be read yet: made-up ones of the same kinds, and the drive of `checkpoint`."""
     rates = {}
     for codec, weights in _by_codec(schedule).items():
         made = _made_up(weights[len(weights) // 2], device)
@@ -85,12 +85,12 @@ def _computing(hardware: Hardware, schedule: Schedule, rates: Mapping[str, float
     """`hardware` with the rates of products, by codec, that were measured."""
     if PLAIN in rates:
         hardware = replace(hardware, memory_bytes_per_second=rates[PLAIN])
-    decoding = _decoding(schedule, rates)
-    return hardware if decoding is None else replace(hardware, decoding_bytes_per_second=decoding)
+    unpacking = _unpacking(schedule, rates)
+    return hardware if unpacking is None else replace(hardware, decoding_bytes_per_second=unpacking)
 
 
 def machine(device: torch.device) -> Hardware:
-    """What can be told without weights or a drive."""
+    """What is known without weights or a drive."""
     cost = READING_CORES / torch.get_num_threads() if device.type == "cpu" else 0.0
     return Hardware(operation_seconds=PLUMBING * _probe(), reading_cost=cost)
 
@@ -171,7 +171,7 @@ def _by_codec(schedule: Schedule) -> dict[str, list[Weight]]:
             continue
         if weight.convert in (Convert.NONE, Convert.CAST):
             kinds[PLAIN].append(weight)
-        elif weight.convert is Convert.DECODE and weight.segments:
+        elif weight.convert is Convert.UNPACK and weight.segments:
             kinds[weight.segments[0].codec].append(weight)
     return kinds
 
@@ -202,7 +202,7 @@ def _rows(weight: Weight, most: int) -> int:
 def _made_up(weight: Weight, device: torch.device) -> list[torch.Tensor] | None:
     """Matrices stored like `weight` that hold no weights; None where no codec of ours would write them."""
     columns, dtype = weight.shape[-1], getattr(torch, weight.dtype)
-    if weight.convert is not Convert.DECODE:
+    if weight.convert is not Convert.UNPACK:
         rows = max(LARGEST_PART // (columns * dtype.itemsize), 1)
         one = torch.full((1, columns), 0.5, dtype=dtype).view(torch.uint8).expand(rows, -1)
         return [_apart(one).view(dtype).view(rows, columns).to(device) for _ in range(SAMPLE // LARGEST_PART)]
@@ -217,7 +217,7 @@ def _made_up(weight: Weight, device: torch.device) -> list[torch.Tensor] | None:
         return None
     copies, scratch = max(SAMPLE // panels.numel(), 1), Scratch()
     span = PanelSpan(segment.codec, 0, len(panels), segment.panel_rows, panels.shape[1], len(block), 0, len(block))
-    return [Encoded((len(block), columns), dtype, _apart(panels).to(device), (span,), scratch)
+    return [PackedTensor((len(block), columns), dtype, _apart(panels).to(device), (span,), scratch)
             for _ in range(copies)]  # fmt: skip
 
 
@@ -243,7 +243,7 @@ def _rate(matrices: Sequence[torch.Tensor], most: float = PRODUCT_SECONDS) -> fl
 
 
 def _nbytes(matrices: Iterable[torch.Tensor]) -> int:
-    """Of all their elements, decoded."""
+    """Of all their elements, unpacked."""
     return sum(matrix.numel() * matrix.dtype.itemsize for matrix in matrices)
 
 
@@ -257,14 +257,14 @@ def _product(row: torch.Tensor, matrix: torch.Tensor) -> float:
     return time.perf_counter() - began
 
 
-def _decoding(schedule: Schedule, rates: Mapping[str, float]) -> float | None:
-    """The rate over all codecs, each weighed by what a token needs of it; None where nothing is decoded."""
+def _unpacking(schedule: Schedule, rates: Mapping[str, float]) -> float | None:
+    """The rate over all codecs, each weighed by what a token needs of it; None where nothing is unpacked."""
     experts = experts_of(schedule, schedule.weights.values())
     routed = {weight.name: module.routed / module.count for module in experts for weight in module.weights}
     nbytes = seconds = 0.0
     for codec, weights in _by_codec(schedule).items():
         if codec != PLAIN and codec in rates:
-            needed = sum(weight.decoded_nbytes * routed.get(weight.name, 1.0) for weight in weights)
+            needed = sum(weight.unpacked_nbytes * routed.get(weight.name, 1.0) for weight in weights)
             nbytes, seconds = nbytes + needed, seconds + needed / rates[codec]
     return nbytes / seconds if seconds else None
 

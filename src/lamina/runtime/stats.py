@@ -18,7 +18,7 @@ from lamina.sizes import format_size
 from lamina.stream.experts import Counts
 from lamina.stream.observe import LAMINA, timed
 
-POSITIONS = 64  # of a draft that are told apart
+POSITIONS = 64  # of a draft that are counted apart
 REMEMBERED = 4096  # passes whose times are kept
 
 
@@ -40,8 +40,8 @@ class Stats:
         in_pass: a pass is under way.
         active_bytes_per_token: of the weights that one token needs, wherever they are.
         experts_routed: experts that calls were routed to, each once a call; 0 where all of them are resident.
-        expert_hits: of these, how many were in the cache; `experts_foreseen` were there or on their way because the
-            layer before told so, `expert_misses` had to be read; `expert_bytes_read` in all.
+        expert_hits: of these, how many were in the cache; `experts_prefetched` were there or on their way because the
+            router of the layer before predicted them, `expert_misses` had to be read; `expert_bytes_read` in all.
         expert_hit_rate: hits over experts routed; None where there were none, 1 where all experts are resident.
         expert_bytes_per_token: of experts, read in the decode steps, over the tokens they gave.
         expert_tokens: by module, tokens that were routed to each of its experts.
@@ -75,7 +75,7 @@ class Stats:
     active_bytes_per_token: int
     experts_routed: int
     expert_hits: int
-    experts_foreseen: int
+    experts_prefetched: int
     expert_misses: int
     expert_bytes_read: int
     expert_hit_rate: float | None
@@ -114,7 +114,7 @@ class Stats:
 
 
 @dataclass
-class Record:
+class SpeculationStats:
     """Counts and seconds over all generations of a model.
 
     Attributes:
@@ -278,7 +278,7 @@ class Meter:
         self.passes -= 1
 
     def batched(self, tokens: int) -> None:
-        """A pass of a batch that somebody else runs gave tokens."""
+        """A pass of a batch, which transformers runs, gave tokens."""
         self._new_tokens += tokens
         self._passes_in_generate += bool(tokens)
 
@@ -301,15 +301,15 @@ class Meter:
                 if not self._generating_now:
                     self._generate_began = self._last_end = None
 
-    def stats(self, engine: Engine, record: Record, fallbacks: Fallbacks) -> Stats:
+    def stats(self, engine: Engine, speculation: SpeculationStats, fallbacks: Fallbacks) -> Stats:
         """A snapshot: the counts here, with those of the engine, of speculation and of second ways."""
         plan = engine.plan
         counts = engine.experts.counts if engine.experts is not None else Counts()
         per_pass = self._new_tokens / self._passes_in_generate if self._passes_in_generate else 0.0
         step = statistics.median(self._steps) if self._steps else 0.0
         per_step = max(per_pass, 1.0)
-        if record.verified and self._steps:  # steps are no longer alike: some give many tokens
-            step, per_step = statistics.fmean(self._steps), record.tokens / record.cycles
+        if speculation.verified and self._steps:  # steps are no longer alike: some give many tokens
+            step, per_step = statistics.fmean(self._steps), speculation.tokens / speculation.cycles
         expert_bytes = self._expert_bytes / len(self._steps) if self._steps else 0.0
         in_pass = self._pass_began is not None
         done, expected = engine.progress() if in_pass else (0, plan.bytes_read_per_pass)
@@ -339,7 +339,7 @@ class Meter:
             fallbacks=tuple(fallbacks),
             read_retries=engine.readers.retries,
             **_of_experts(counts),
-            **_of_drafts(record),
+            **_of_drafts(speculation),
         )
 
 
@@ -348,20 +348,20 @@ def _of_experts(counts: Counts) -> dict[str, Any]:
     return {
         "experts_routed": counts.routed,
         "expert_hits": counts.hits,
-        "experts_foreseen": counts.foreseen,
+        "experts_prefetched": counts.prefetched,
         "expert_misses": counts.misses,
         "expert_bytes_read": counts.nbytes,
         "expert_tokens": {module: tuple(tokens) for module, tokens in counts.tokens.items()},
     }
 
 
-def _of_drafts(record: Record) -> dict[str, Any]:
+def _of_drafts(speculation: SpeculationStats) -> dict[str, Any]:
     """What speculation counted, by field of `Stats`."""
     return {
-        "draft": record.name,
-        "draft_reason": record.said,
-        "drafted_tokens": record.drafted,
-        "accepted_tokens": record.accepted,
-        "accepted_by_position": record.accepted_by_position,
-        "draft_share_of_time": record.draft_share_of_time,
+        "draft": speculation.name,
+        "draft_reason": speculation.said,
+        "drafted_tokens": speculation.drafted,
+        "accepted_tokens": speculation.accepted,
+        "accepted_by_position": speculation.accepted_by_position,
+        "draft_share_of_time": speculation.draft_share_of_time,
     }

@@ -17,10 +17,10 @@ from lamina.hf.decoding.exact_rows import covers
 from lamina.plan.forecast import compute_seconds
 from lamina.plan.plan import Plan
 from lamina.plan.speculation import NONE
-from lamina.runtime.stats import Record
+from lamina.runtime.stats import SpeculationStats
 from lamina.speculative.draft import Draft
-from lamina.speculative.draft_length import Pace, as_a_copy, as_it_says
-from lamina.speculative.draft_model import Companion
+from lamina.speculative.draft_length import DraftLength, as_a_copy, as_it_says
+from lamina.speculative.draft_model import DraftModel
 from lamina.speculative.loop import Speculation
 from lamina.speculative.model_draft import CopyDraft, ModelDraft
 from lamina.speculative.prompt_lookup import Lookup
@@ -32,8 +32,8 @@ ROW_OF_COMPUTE = 0.02  # of the products of a pass, what one more row adds to th
 ROW_OF_EXPERTS = 0.7  # of the experts that a token needs, those that the tokens before it in the pass did not
 EXACT_ROW = 0.9  # of the products of a pass, where each row has its own: measured, docs/speculation.md
 
-Fits = Callable[[Companion], None]
-Load = Callable[[str, Fits], Companion]
+Fits = Callable[[DraftModel], None]
+Load = Callable[[str, Fits], DraftModel]
 """(name of a draft, what refuses one that there is no room for, before it is written) -> its model, not read yet"""
 
 
@@ -51,22 +51,22 @@ def draft_name(draft: str | None) -> str:
 
 
 def verifying_bytes(config: Any) -> int:
-    """Memory that verifying the longest draft takes beside a pass of one token."""
+    """Memory that verifying the longest draft needs in addition to a pass of one token."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return (MOST + 1) * int(getattr(text, "vocab_size", 0) or 0) * VERIFYING
 
 
-def companion_bytes(companion: Companion, name: str, tokens: int, activations: int) -> int:
+def draft_model_bytes(draft_model: DraftModel, name: str, tokens: int, activations: int) -> int:
     """Memory that a draft with a model takes.
 
     Args:
         tokens: of the context.
         activations: bytes that the target has for its own: the two never run at once.
     """
-    own = companion.nbytes + companion.scratch_bytes
+    own = draft_model.nbytes + draft_model.scratch_bytes
     if name == SELF:
         return own
-    return own + companion.cache_bytes(tokens) + max(companion.activation_bytes(tokens) - activations, 0)
+    return own + draft_model.cache_bytes(tokens) + max(draft_model.activation_bytes(tokens) - activations, 0)
 
 
 class Speculator:
@@ -75,25 +75,25 @@ class Speculator:
     Args:
         model: the target.
         default: the draft of calls that name none; `auto` stands for `chosen`.
-        chosen: the draft that pays, as far as could be told.
+        chosen: the draft that pays, as far as is known.
         reason: why this one.
-        exact: whether a pass over a draft uses the kernels of one row; None: where the draft was nobody's choice.
+        exact: whether a pass over a draft uses the kernels of one row; None: where Lamina chose the draft itself.
         load: builds the model of a draft that a call names; it is not read yet.
     """
 
     def __init__(self, model: Any, default: str, chosen: str, reason: str, exact: bool | None, load: Load) -> None:
         self.default, self.chosen, self.exact, self._load = default, chosen, exact, load
-        self.record = model.lamina.record = Record(draft=chosen, reason=reason)
+        self.speculation = model.lamina.speculation = SpeculationStats(draft=chosen, reason=reason)
         self._model = model
-        self._drafts: dict[str, tuple[Draft, Pace]] = {}
+        self._drafts: dict[str, tuple[Draft, DraftLength]] = {}
         self._free = threading.Lock()  # a draft follows one text at a time
 
-    def add(self, name: str, companion: Companion, progress: Any = None) -> None:
+    def add(self, name: str, draft_model: DraftModel, progress: Any = None) -> None:
         """Read a draft that there is room for."""
-        companion.load(self._model.lamina.engine, progress)
-        quicken(companion.model)
-        draft = CopyDraft(companion.model) if name == SELF else ModelDraft(name, companion.model)
-        self._drafts[name] = draft, self._pace(False, as_a_copy if name == SELF else as_it_says)
+        draft_model.load(self._model.lamina.engine, progress)
+        quicken(draft_model.model)
+        draft = CopyDraft(draft_model.model) if name == SELF else ModelDraft(name, draft_model.model)
+        self._drafts[name] = draft, self._length(False, as_a_copy if name == SELF else as_it_says)
 
     def __call__(self, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`generate`, with a draft where it may have one."""
@@ -111,15 +111,17 @@ class Speculator:
             self._off(wanted, why)
             return generate(**request)
         try:
-            draft, pace = self._draft(name, exact)
-            self.record.on(name)
+            draft, length = self._draft(name, exact)
+            self.speculation.on(name)
             request, streamer = generation.taken_out(request)
             turn = self._model.lamina.engine.lock
-            return generate(**request, custom_generate=Speculation(draft, pace, self.record, exact, streamer, turn))
+            return generate(
+                **request, custom_generate=Speculation(draft, length, self.speculation, exact, streamer, turn)
+            )
         finally:
             self._free.release()
-            if self.record.off_because is not None:
-                self._off(wanted, self.record.off_because)
+            if self.speculation.off_because is not None:
+                self._off(wanted, self.speculation.off_because)
 
     def _why_plain(self, request: dict[str, Any], exact: bool, asked: bool) -> tuple[str | None, bool]:
         """Why a call has no draft, None where it may have one; and whether its passes use the kernels of one row.
@@ -136,12 +138,12 @@ class Speculator:
         return uncovered if asked or self._model.dtype != torch.float32 else None, False
 
     def _off(self, wanted: str, why: str) -> None:
-        """A generation goes without its draft: said where the draft was somebody's wish."""
-        self.record.off(why)
+        """A generation goes without its draft: reported where the user asked for the draft."""
+        self.speculation.off(why)
         if wanted != AUTO:
             self._model.lamina.fallbacks.say(f"draft {wanted!r} is off: {why}")
 
-    def _draft(self, name: str, exact: bool) -> tuple[Draft, Pace]:
+    def _draft(self, name: str, exact: bool) -> tuple[Draft, DraftLength]:
         if name in self._drafts:
             return self._drafts[name]
         lamina = self._model.lamina
@@ -149,25 +151,25 @@ class Speculator:
         room = 0 if budget.draft_bytes else verifying_bytes(self._model.config)
         if name == LOOKUP:
             lamina.give_room(room)
-            self._drafts[name] = Lookup(), self._pace(exact)
+            self._drafts[name] = Lookup(), self._length(exact)
             return self._drafts[name]
 
-        def needed(companion: Companion) -> int:
-            return room + companion_bytes(companion, name, budget.context_tokens, budget.activation_bytes)
+        def needed(draft_model: DraftModel) -> int:
+            return room + draft_model_bytes(draft_model, name, budget.context_tokens, budget.activation_bytes)
 
-        companion = self._load(name, lambda meant: lamina.check_room(needed(meant)))
-        room = needed(companion)
+        draft_model = self._load(name, lambda meant: lamina.check_room(needed(meant)))
+        room = needed(draft_model)
         lamina.give_room(room)
         try:
-            self.add(name, companion)
+            self.add(name, draft_model)
         except BaseException:
             lamina.give_room(-room)
             raise
         return self._drafts[name]
 
-    def _pace(self, exact: bool, expected: Callable[[float], float] = as_it_says) -> Pace:
+    def _length(self, exact: bool, expected: Callable[[float], float] = as_it_says) -> DraftLength:
         plan = self._model.lamina.plan
-        return Pace(MOST, plan.predicted_seconds_per_token, row_seconds(plan, exact), expected)
+        return DraftLength(MOST, plan.predicted_seconds_per_token, row_seconds(plan, exact), expected)
 
 
 def row_seconds(plan: Plan, exact: bool) -> float:

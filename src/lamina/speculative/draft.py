@@ -10,10 +10,10 @@ import torch
 
 Pick = Callable[[int, torch.Tensor], tuple[int, float]]
 """(position, logits of shape (vocabulary,)) -> the token that the target would take there from these logits, and how
-sure that is: from 0, a coin, to 1. Position 0 is the next token of the text."""
+confident that is: from 0, a coin, to 1. Position 0 is the next token of the text."""
 
 GoOn = Callable[[float], bool]
-"""Told how sure the last token was; whether another one is worth its time."""
+"""Given the confidence of the last token: whether another one is worth its time."""
 
 
 @dataclass(slots=True)

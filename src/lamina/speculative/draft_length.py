@@ -2,13 +2,13 @@
 
 A cycle drafts k tokens, k >= 0, in k d seconds and verifies them in a pass of T + k m seconds: T is the pass of one
 token, m what each more row adds. If token i is accepted with probability S_i (all before it included), a cycle gives
-1 + S_1 + ... + S_k tokens. What is wanted is the most tokens a second, so drafting goes on while the next token brings
-more of them than its time would bring otherwise:
+1 + S_1 + ... + S_k tokens. What is wanted is the most tokens a second, so drafting continues while the next token
+brings more of them than its time would bring otherwise:
 
     S_(k+1) > rate (d + m)          rate: tokens a second as they come now, at least 1 / T
 
-S is the product of each token's own probability. A draft says how sure it is; what that is worth is learned by
-counting, in bins of sureness, how many were accepted.
+S is the product of each token's own probability. A draft gives a confidence for each token; what that is worth is
+learned by counting, in bins of confidence, how many were accepted.
 
 A draft whose cycles bring less than 1 / T is paused, each time for longer, and tried again: texts change.
 """
@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-BINS = (0.0, 0.3, 0.5, 0.7, 0.85, 0.95, 0.99, 1.01)  # edges of sureness
+BINS = (0.0, 0.3, 0.5, 0.7, 0.85, 0.95, 0.99, 1.01)  # edges of confidence
 PRIOR = 4.0  # tokens that what is expected counts as
 FIRST_MEAN = 0.9  # of a draft's tokens are right
 FORGET = 0.98  # of what a bin has seen, at each token it sees
@@ -39,7 +39,7 @@ class Times:
     that were seen, the last ones most, drawn towards the expected slope while their lengths are much the same.
 
     Attributes:
-        expected_single: of a pass of one token, before any was seen; None where nobody knows.
+        expected_single: of a pass of one token, before any was seen; None where it is unknown.
         expected_row: what each more token is expected to add; learned, as long as passes of several lengths come.
         draft: of one drafted token; None while none was.
     """
@@ -94,7 +94,7 @@ class Times:
 
 @dataclass(slots=True)
 class Trust:
-    """What a draft's sureness is worth: the share accepted, by bins.
+    """What a draft's confidence is worth: the share accepted, by bins.
 
     Attributes:
         expected: the same before anything was seen.
@@ -108,45 +108,45 @@ class Trust:
     def __post_init__(self) -> None:
         self.accepted = [PRIOR * self.expected(_middle(i)) for i in range(len(BINS) - 1)]
 
-    def __call__(self, sure: float) -> float:
+    def __call__(self, confidence: float) -> float:
         """The probability that a token is accepted, if all before it were."""
-        i = _bin(sure)
+        i = _bin(confidence)
         return float(self.accepted[i] / self.seen[i])
 
-    def saw(self, sure: float, accepted: bool) -> None:
+    def saw(self, confidence: float, accepted: bool) -> None:
         """A token was verified."""
-        i = _bin(sure)
+        i = _bin(confidence)
         self.accepted[i] = FORGET * self.accepted[i] + accepted
         self.seen[i] = FORGET * self.seen[i] + 1
         self.mean += (1 - FORGET) * (accepted - self.mean)
 
 
-def _bin(sure: float) -> int:
-    return next((i for i in range(len(BINS) - 2) if sure < BINS[i + 1]), len(BINS) - 2)
+def _bin(confidence: float) -> int:
+    return next((i for i in range(len(BINS) - 2) if confidence < BINS[i + 1]), len(BINS) - 2)
 
 
 def _middle(i: int) -> float:
     return (BINS[i] + min(BINS[i + 1], 1.0)) / 2
 
 
-def as_it_says(sure: float) -> float:
+def as_it_says(confidence: float) -> float:
     """What is expected of a draft that knows how likely it is right, or of another model."""
-    return sure
+    return confidence
 
 
-def as_a_copy(sure: float) -> float:
-    """What is expected of a copy of the target: where it wavers, the target mostly wavers to the same side."""
-    return float(1 - 0.6 * (1 - sure) ** 1.5)
+def as_a_copy(confidence: float) -> float:
+    """What is expected of a copy of the target: where it is undecided, the target mostly decides for the same token."""
+    return float(1 - 0.6 * (1 - confidence) ** 1.5)
 
 
-class Pace:
+class DraftLength:
     """Decides for one generation after the other; what it learned stays.
 
     Args:
         most: tokens a draft may propose.
         single: seconds of a pass, expected.
         row: seconds that each more token in a pass costs, expected.
-        expected: how likely a token is accepted whose draft is so sure.
+        expected: how likely a token is accepted with such a confidence.
         must: never pause.
     """
 
@@ -185,40 +185,40 @@ class Pace:
             return 0
         return self.most if self.times.known or self._must else min(FIRST, self.most)
 
-    def go_on(self, sure: float) -> bool:
-        """A token was drafted, so sure; whether to draft another one."""
-        self._product *= self.trust(sure)
+    def go_on(self, confidence: float) -> bool:
+        """A token was drafted with this confidence; whether to draft another one."""
+        self._product *= self.trust(confidence)
         self._count += 1
         if self._count >= self.most:
             return False
         cost = (self.times.draft or 0.0) + self.times.row
         return self._product * self.trust.mean > self.rate * cost
 
-    def worth(self, sure: Sequence[float]) -> int:
+    def worth(self, confidence: Sequence[float]) -> int:
         """How many of tokens that are proposed already to verify."""
         product, best = 1.0, 0
-        for count, each in enumerate(sure[: self.most], 1):
+        for count, each in enumerate(confidence[: self.most], 1):
             product *= self.trust(each)
             if product <= self.rate * self.times.row:
                 break
             best = count
         return best
 
-    def saw(self, sure: Sequence[float], accepted: int, drafting: float, passing: float) -> None:
+    def saw(self, confidence: Sequence[float], accepted: int, drafting: float, passing: float) -> None:
         """A cycle ended.
 
         Args:
-            sure: of the tokens that were verified.
+            confidence: of the tokens that were verified.
             accepted: how many of them were right.
             drafting: seconds of the draft, with what it drafted in vain.
             passing: seconds of the pass.
         """
-        for each in sure[:accepted]:
+        for each in confidence[:accepted]:
             self.trust.saw(each, True)
-        if accepted < len(sure):
-            self.trust.saw(sure[accepted], False)
-        self.times.saw_pass(len(sure) + 1, passing)
-        if not sure and not drafting:
+        if accepted < len(confidence):
+            self.trust.saw(confidence[accepted], False)
+        self.times.saw_pass(len(confidence) + 1, passing)
+        if not confidence and not drafting:
             return
         tokens, seconds = 1 + accepted, drafting + passing
         self._tokens = (1 - QUICKLY) * self._tokens + tokens

@@ -1,6 +1,6 @@
 """A second model in the same process, all of it in memory: what a draft runs on.
 
-It is planned before the model it accompanies, so that this one's plan leaves room for it, and read after.
+It is planned before the target, so that the target's plan leaves room for it, and read after it.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from lamina.progress import Progress
 from lamina.runtime.engine import Engine
 from lamina.runtime.load import Described, Encode, describe_model
 from lamina.stream.readers import Readers
-from lamina.tensors.packed import Encoded
+from lamina.tensors.packed import PackedTensor
 
 EVERYTHING = 1 << 62  # bytes, so that a plan keeps all weights
 
 
-class Companion:
+class DraftModel:
     """A model that is built and traced; `load` reads it.
 
     Args:
         model: hub id, folder or file.
-        shares: it is a copy of the model that it accompanies, which lends it what both have alike: what is small and
-            always there (norms, biases), and a table that is only looked up.
+        shares: it is a copy of the target and uses the target's own tensors where both are alike: small weights that
+            are always resident (norms, biases), and a table that is only looked up.
         weights_wanted: they will be read; else the headers are enough.
-        encode: gives the checkpoint that is meant in place of the one that is there; `load` is then not for it.
+        encode: gives the checkpoint to describe in place of the one that is there; `load` is then not for it.
         options: of `from_pretrained`.
 
     Attributes:
@@ -56,14 +56,14 @@ class Companion:
         self.shared = frozenset(
             name
             for name, w in weights.items()
-            if shares and name not in buffers and ((w.always and not w.encoded) or w.gathered)
+            if shares and name not in buffers and ((w.always and not w.packed) or w.gathered)
         )
         self.nbytes = resident_size(w for name, w in weights.items() if name not in self.shared)
         self.scratch_bytes = self.described.weights.schedule.scratch_bytes
 
     @property
     def plan(self) -> Plan:
-        """Everything stays but what is lent."""
+        """All weights are resident, but for the shared ones."""
         plan = make_plan(self.described.weights.schedule, Budget(EVERYTHING))
         return dataclasses.replace(plan, resident=plan.resident - self.shared)
 
@@ -76,22 +76,22 @@ class Companion:
         return self.described.trace.activations(tokens)
 
     @ordinarily
-    def load(self, beside: Engine, progress: Progress | None = None) -> None:
+    def load(self, target: Engine, progress: Progress | None = None) -> None:
         """Read the weights; those in few bits are multiplied with rounded activations from then on, which is quicker.
 
         Args:
-            beside: the engine of the model that it accompanies; the device is its, and what is shared is bound there.
+            target: the engine of the target; the draft model uses its device, and shared weights are bound there.
 
         Raises:
-            CheckpointError: what is to be shared is not alike.
+            CheckpointError: a weight to be shared has another shape in the target.
         """
         described = self.described
         with contextlib.closing(Readers(fingerprints=described.checkpoint.fingerprints)) as readers:
-            engine = Engine(self.model, described.weights, self.plan, beside.device, readers)
+            engine = Engine(self.model, described.weights, self.plan, target.device, readers)
             engine.start(self.model, progress)
             described.checkpoint.verify_unchanged()
         for name in self.shared:
-            if name not in beside.schedule or beside.schedule[name].shape != engine.schedule[name].shape:
+            if name not in target.schedule or target.schedule[name].shape != engine.schedule[name].shape:
                 raise CheckpointError(
                     f"{described.checkpoint.root} is no copy of this model: its {name} differs; delete that folder, "
                     f"it is made again"
@@ -99,10 +99,10 @@ class Companion:
 
         def share() -> None:
             for name in self.shared:
-                engine.sites.bind(name, beside.sites.bound(name))
+                engine.sites.bind(name, target.sites.bound(name))
 
         share()
-        beside.followers.append(share)
+        target.followers.append(share)
         for parameter in self.model.parameters():
-            if isinstance(parameter, Encoded):
+            if isinstance(parameter, PackedTensor):
                 parameter.quick = True

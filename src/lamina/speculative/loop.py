@@ -18,10 +18,10 @@ from lamina.hf import internals
 from lamina.hf.decoding import generation
 from lamina.hf.decoding.exact_rows import one_row
 from lamina.hf.names import GenerationConfig, LogitsProcessorList, StaticCache, StoppingCriteriaList
-from lamina.runtime.stats import Record
+from lamina.runtime.stats import SpeculationStats
 from lamina.speculative.draft import Draft, Proposal
-from lamina.speculative.draft_length import Pace
-from lamina.speculative.sampling import Foreseen, Greedy, Sampled, choice_for
+from lamina.speculative.draft_length import DraftLength
+from lamina.speculative.sampling import Greedy, Preview, Sampled, choice_for
 
 MOST_EVER = 1 << 30  # tokens of a draft
 
@@ -31,8 +31,8 @@ class Speculation:
 
     Args:
         draft: proposes.
-        pace: says how much.
-        record: what happened, for the statistics.
+        draft_length: says how many tokens to draft.
+        stats: what happened, for the statistics.
         exact: verify with the kernels of one row: the same bits as one token a pass.
         streamer: of the call.
         turn: held while a draft computes. A draft beside a pass of another thread would have each of torch's products
@@ -42,13 +42,19 @@ class Speculation:
     def __init__(
         self,
         draft: Draft,
-        pace: Pace,
-        record: Record,
+        draft_length: DraftLength,
+        stats: SpeculationStats,
         exact: bool = False,
         streamer: Any = None,
         turn: AbstractContextManager[Any] | None = None,
     ) -> None:
-        self.draft, self.pace, self.record, self.exact, self.streamer = draft, pace, record, exact, streamer
+        self.draft, self.draft_length, self.stats, self.exact, self.streamer = (
+            draft,
+            draft_length,
+            stats,
+            exact,
+            streamer,
+        )
         self.turn = turn or nullcontext()
 
     def __call__(
@@ -63,7 +69,7 @@ class Speculation:
         """See `transformers.GenerationMixin.generate`."""
         why = why_not_here(input_ids, kwargs)
         if why is not None:
-            self.record.off(why)
+            self.stats.off(why)
             return internals.sample(
                 model,
                 input_ids,
@@ -91,9 +97,9 @@ class Speculation:
             with self.turn:
                 began = time.perf_counter()
                 why = self.draft.begin(text.tokens[:-1], cache)
-                self.record.began(time.perf_counter() - began)
+                self.stats.began(time.perf_counter() - began)
         if why is not None:
-            self.record.off(why)
+            self.stats.off(why)
         while not text.done:
             kwargs = self._cycle(model, text, kwargs, drafting=why is None)
         return text.result(internals.cache_of(kwargs))
@@ -120,29 +126,29 @@ class Speculation:
         kwargs = internals.advance(model, outputs, kwargs, kept)
         if drafting:
             # a text that ends within a draft says nothing of the rest of it
-            sure = proposal.confidence[:accepted] if text.done and accepted == kept else proposal.confidence
-            self.pace.saw(sure, accepted, drafting_seconds, ended - drafted)
-        self.record.cycle(len(tokens), accepted, kept, drafted - began, ended - began)
+            confidence = proposal.confidence[:accepted] if text.done and accepted == kept else proposal.confidence
+            self.draft_length.saw(confidence, accepted, drafting_seconds, ended - drafted)
+        self.stats.cycle(len(tokens), accepted, kept, drafted - began, ended - began)
         return kwargs
 
     def _propose(self, text: Text) -> tuple[Proposal, float]:
         """What is to be verified, and the seconds it took; none where the draft was paused or had nothing to say."""
-        most = min(self.pace.begins(), text.room - 1)
+        most = min(self.draft_length.begins(), text.room - 1)
         if most < 1:
-            self.record.paused += 1
+            self.stats.paused += 1
             return Proposal(), 0.0
-        pick = Foreseen(text.processors, text.choice, text.ids, text.vocabulary)
+        pick = Preview(text.processors, text.choice, text.ids, text.vocabulary)
         with self.turn:
             began = time.perf_counter()
-            proposal = self.draft.propose(text.tokens, most, self.pace.go_on, pick)
+            proposal = self.draft.propose(text.tokens, most, self.draft_length.go_on, pick)
             seconds = time.perf_counter() - began if proposal.tokens else 0.0
-        self.pace.times.saw_draft(len(proposal.tokens), seconds)
+        self.draft_length.times.saw_draft(len(proposal.tokens), seconds)
         end = next((i + 1 for i, token in enumerate(proposal.tokens) if token in text.ends), MOST_EVER)
-        count = min(self.pace.worth(proposal.confidence), end)  # what follows the end of a text is not wanted
+        count = min(self.draft_length.worth(proposal.confidence), end)  # what follows the end of a text is not wanted
         if not proposal.tokens:
-            self.record.silent += 1
+            self.stats.silent += 1
         elif not count:
-            self.record.paused += 1
+            self.stats.paused += 1
         return Proposal(proposal.tokens[:count], proposal.confidence[:count]), seconds
 
 

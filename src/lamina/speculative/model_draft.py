@@ -16,10 +16,10 @@ def _chain(model: Any, cache: Any, ids: torch.Tensor, most: int, go_on: GoOn, pi
     """Tokens one by one, beginning after `ids`, whose tokens the cache does not hold yet."""
     proposal = Proposal()
     for position in range(most):
-        token, sure = pick(position, _pass(model, cache, ids)[0, -1])
+        token, confidence = pick(position, _pass(model, cache, ids)[0, -1])
         proposal.tokens.append(token)
-        proposal.confidence.append(sure)
-        if not go_on(sure):
+        proposal.confidence.append(confidence)
+        if not go_on(confidence):
             break
         ids = ids.new_tensor([[token]])
     return proposal

@@ -1,8 +1,8 @@
 """The lookup draft: what followed the last tokens where they stood before, in the prompt or in the answer itself.
 
 It needs no second model and no memory to speak of: at most 40 bytes a token of text. Where an answer repeats what is
-already there (a function with one change, a quotation, a table), it copies long runs; elsewhere it says little, and
-its confidence says so. The idea is prompt lookup decoding (Saxena 2023) and LLMA (Yang et al. 2023, arXiv:2304.04487);
+already there (a function with one change, a quotation, a table), it copies long runs; elsewhere it proposes little,
+with low confidence. The idea is prompt lookup decoding (Saxena 2023) and LLMA (Yang et al. 2023, arXiv:2304.04487);
 what is added here is that a copied place is kept through small edits, and that edits seen once are proposed again.
 """
 
@@ -28,7 +28,7 @@ COPY = (-0.7, 0.84, 0.16, 0.87, -1.33, -0.47, -2.13, -2.79)
 AGAIN = (0.49, 1.0, -0.77, -0.68)
 INSIDE = 2.04
 CEILING = 0.995
-"""No token is surer than this: a change may begin anywhere."""
+"""No token has more confidence than this: a change may begin anywhere."""
 AGAIN_FROM = 0.5
 """An edit is done again from this chance on; below it, what stands there is copied."""
 RATE = 0.15
@@ -118,9 +118,9 @@ class Lookup:
     """Proposes what followed the last tokens where they stood before.
 
     The likeliest source is copied: the longest match, then the latest, where the rest is equal. A source that the text
-    has followed is kept through edits: where the copy breaks off, it goes on where the next tokens stand in the source,
-    or, before any do, behind the token that was replaced. A small edit that was done is proposed again where the source
-    has the same tokens, unless the answer has left them alone more often.
+    has followed is kept through edits: where the copy breaks off, it continues where the next tokens stand in the
+    source, or, before any do, behind the token that was replaced. A small edit that was done is proposed again
+    where the source has the same tokens, unless the answer has left them alone more often.
 
     The confidence is a logistic regression over the length of the match, what was copied from the place before, and
     how many other places agree and do not; its weights were fitted to 44 greedy answers of Qwen2.5-Coder-1.5B-Instruct
@@ -164,7 +164,7 @@ class Lookup:
         return self._judged.proposal
 
     def continuations(self, text: list[int], k: int, most: int = 16) -> list[Proposal]:
-        """Up to `k` ways to go on, the likeliest first, no two of which begin with the same token."""
+        """Up to `k` continuations, the likeliest first, no two of which begin with the same token."""
         self._read(text)
         matches = self._index.matches()
         self._settle(matches)
@@ -224,9 +224,9 @@ class Lookup:
             self._place = None
 
     def _again(self, place: Place, end: int) -> tuple[int, int]:
-        """Where the source goes on after an open edit: the position, and how many tokens say so."""
+        """Where the source continues after an open edit: the position, and how many tokens agree with it."""
         best = (place.at, 0)
-        last = self._answer if place.at < self._answer else place.broke  # a source in the prompt goes on there
+        last = self._answer if place.at < self._answer else place.broke  # a source in the prompt continues there
         for at in range(place.at + 1, min(place.at + WINDOW, last) + 1):
             length = self._index.same(at, end, min(4, at - place.at, end - place.broke))
             if length > best[1]:
@@ -307,23 +307,23 @@ class Lookup:
         edited = source.at if source.guess else -1
         while len(chain.tokens) < most and chain.goes_on:
             edit = self._edit(chain.token(chain.at - 1), chain.at) if source.copied and chain.at != edited else None
-            sure = self._edit_chance(edit, source) if edit else 0.0
-            if edit and sure > AGAIN_FROM:
-                chain.edit(edit, sure)
+            confidence = self._edit_chance(edit, source) if edit else 0.0
+            if edit and confidence > AGAIN_FROM:
+                chain.edit(edit, confidence)
                 edited = chain.at
                 continue
             agree, differ = chain.votes(source.length)
-            chain.copy((1 - sure) * self._copy_chance(source, len(chain.tokens), agree, differ))
+            chain.copy((1 - confidence) * self._copy_chance(source, len(chain.tokens), agree, differ))
         return Proposal(chain.tokens[:most], chain.confidence[:most])
 
 
 class _Chain:
-    """Tokens as they are copied, one after another, from a place of a text that they go on with.
+    """Tokens as they are copied, one after another, from a place of a text.
 
     Args:
         known: the text.
         at: place of the next token to copy.
-        peers: other places that the text may go on from, each with how many tokens say so.
+        peers: other places that the text may continue from, each with how many tokens agree with it.
 
     Attributes:
         tokens, confidence: of those copied so far.
@@ -340,7 +340,7 @@ class _Chain:
         return self.at < len(self._known) + len(self.tokens)
 
     def token(self, position: int) -> int:
-        """The token at a place, which may be past the end of the text: a copy goes on into itself."""
+        """The token at a place, which may be past the end of the text: a copy continues into itself."""
         end = len(self._known)
         return self._known[position] if position < end else self.tokens[position - end]
 

@@ -1,4 +1,4 @@
-"""Which token comes next, so that a draft can foresee it and what comes out never depends on the draft.
+"""Which token comes next, so that a draft can preview it, and what comes out never depends on the draft.
 
 Greedy decoding takes the largest score. Sampling takes the winner of a race: token i arrives at e_i / p_i, where the
 e_i are independent and exponentially distributed, and the first to arrive is i with probability p_i. That is how
@@ -26,8 +26,8 @@ class Greedy:
         """The next token of the text, of shape (1,), for scores of shape (1, vocabulary)."""
         return torch.argmax(scores, dim=-1)
 
-    def foresee(self, position: int, scores: torch.Tensor) -> tuple[int, float]:
-        """The token that `take` would give `position` tokens further on, and how sure that is."""
+    def preview(self, position: int, scores: torch.Tensor) -> tuple[int, float]:
+        """The token that `take` would give `position` tokens later, and the confidence in it, from 0 to 1."""
         best = int(torch.argmax(scores))
         return best, float(torch.exp(scores[0, best] - torch.logsumexp(scores[0], 0)))
 
@@ -51,8 +51,8 @@ class Sampled:
         self._state = self._states.popleft()
         return torch.nn.functional.softmax(scores, dim=-1).div_(race).argmax(-1)
 
-    def foresee(self, position: int, scores: torch.Tensor) -> tuple[int, float]:
-        """See `Greedy.foresee`. Sure is a winner far ahead of the second."""
+    def preview(self, position: int, scores: torch.Tensor) -> tuple[int, float]:
+        """See `Greedy.preview`. A confident choice is a winner far ahead of the second."""
         speeds = torch.nn.functional.softmax(scores, dim=-1).div_(self._race(position, scores))
         (first, second), tokens = torch.topk(speeds[0], 2)
         return int(tokens[0]), 1.0 - float(second / first)
@@ -73,7 +73,7 @@ class Sampled:
         return self._races[position]
 
 
-class Foreseen:
+class Preview:
     """Chooses a draft's tokens as the target would choose: the same processors, the same race.
 
     Args:
@@ -100,9 +100,9 @@ class Foreseen:
             if position:
                 ids = torch.cat([ids, ids.new_tensor([self._tokens[:position]])], dim=-1)
             scores = self._processors(ids, scores)
-        token, sure = self._choice.foresee(position, scores)
+        token, confidence = self._choice.preview(position, scores)
         self._tokens[position:] = [token]
-        return token, sure
+        return token, confidence
 
 
 def choice_for(do_sample: bool, like: torch.Tensor) -> Greedy | Sampled:

@@ -34,12 +34,12 @@ from lamina.speculative.decoder import (
     SELF,
     Fits,
     Speculator,
-    companion_bytes,
+    draft_model_bytes,
     draft_name,
     row_seconds,
     verifying_bytes,
 )
-from lamina.speculative.draft_model import Companion
+from lamina.speculative.draft_model import DraftModel
 from lamina.speculative.vocabulary import check_same_tokens
 from lamina.store import as_if_split, check_disk, default_folder, is_store_of, split
 
@@ -82,14 +82,14 @@ class Drafting:
         self._model, self._source, self._memory, self._progress = model, source, memory, progress
         self._options = {key: value for key, value in options.items() if key not in SOURCE_OPTIONS}
         self._options["trust_remote_code"] = bool(options.get("trust_remote_code", False))
-        self._companion: Companion | None = None
+        self._draft_model: DraftModel | None = None
         self._target: Described | None = None
         self.writes = False
         self._is_gguf = options.get("gguf_file") is not None or model.lower().endswith(ENDING)
         if self.wanted == AUTO:
             self._find_copy()
         elif self.wanted not in (NONE, LOOKUP):
-            self._companion, self.writes = self._describe(self.wanted)
+            self._draft_model, self.writes = self._describe(self.wanted)
 
     def check_disk(self) -> None:
         """Refuse a store that the disk has no room for.
@@ -97,52 +97,52 @@ class Drafting:
         Raises:
             WriteError: it says how much there is, and what needs less.
         """
-        if self.writes and self._companion is not None:
-            self._check_disk(self.wanted, self._companion)
+        if self.writes and self._draft_model is not None:
+            self._check_disk(self.wanted, self._draft_model)
 
     def write(self) -> None:
         """Write the store that is wanted and not there; path, size and time are announced before."""
         if self.writes:
-            self._companion, self.writes = self._written(self.wanted), False
+            self._draft_model, self.writes = self._written(self.wanted), False
 
-    def beside(self, target: Described, device: torch.device) -> Callable[[int], int]:
+    def reserve(self, target: Described, device: torch.device) -> Callable[[int], int]:
         """What the draft takes of the target's memory, for a context of so many tokens."""
         self._target = target
         verifying = verifying_bytes(target.model.config)
         if self.chosen == NONE:
             return lambda tokens: 0
-        if self._companion is None:
+        if self._draft_model is None:
             return lambda tokens: verifying
-        companion, name = self._companion, self.chosen
+        draft_model, name = self._draft_model, self.chosen
         if name != SELF:
-            check_same_tokens(target, companion.described, name)
+            check_same_tokens(target, draft_model.described, name)
 
         def also(tokens: int) -> int:
-            return verifying + companion_bytes(companion, name, tokens, target.trace.activations(tokens))
+            return verifying + draft_model_bytes(draft_model, name, tokens, target.trace.activations(tokens))
 
         if self.wanted == AUTO and not self._pays(target, device, also):
-            self._companion, self.chosen = None, LOOKUP
+            self._draft_model, self.chosen = None, LOOKUP
             return lambda tokens: verifying
         return also
 
-    def told(self, plan: Plan) -> Drafted:
+    def drafted(self, plan: Plan) -> Drafted:
         """What was chosen, why, and what it promises under a plan."""
         seconds = None
-        if self.chosen == SELF and self._companion is not None:
+        if self.chosen == SELF and self._draft_model is not None:
             row = row_seconds(plan, exact=self.wanted == AUTO)
-            seconds = seconds_with_draft(plan, self._companion.nbytes, plan.operations_per_token, row)
+            seconds = seconds_with_draft(plan, self._draft_model.nbytes, plan.operations_per_token, row)
         return Drafted(draft=self.chosen, draft_reason=self.reason, predicted_seconds_per_token_drafted=seconds)
 
     def attach(self, model: PreTrainedModel, exact: bool | None) -> None:
         """Give the model its draft."""
-        model.lamina.drafted = self.told(model.lamina.plan)
+        model.lamina.drafted = self.drafted(model.lamina.plan)
         speculator = Speculator(model, self.wanted, self.chosen, self.reason, exact, self._load_later)
-        if self._companion is not None:
-            speculator.add(self.chosen, self._companion, self._progress)
+        if self._draft_model is not None:
+            speculator.add(self.chosen, self._draft_model, self._progress)
         model.lamina.decoder = speculator
 
     def _find_copy(self) -> None:
-        """A copy in 4 bits where there is one already; it is nobody's wish to have one written."""
+        """A copy in 4 bits where there is one already; none is written, because the user did not ask for one."""
         self.chosen = LOOKUP
         self.reason = f"no copy of the model in 4 bits is there: {option('draft', SELF)} writes one"
         if self._is_gguf:  # a store beside it is of other weights
@@ -150,22 +150,24 @@ class Drafting:
             return
         try:
             if self._is_there(SELF):
-                self._companion, _ = self._describe(SELF)
+                self._draft_model, _ = self._describe(SELF)
                 self.chosen = SELF
         except LaminaError as error:
             self.reason = f"the copy of the model in 4 bits cannot be used: {error}"
 
     def _pays(self, target: Described, device: torch.device, also: Callable[[int], int]) -> bool:
         memory, device_memory, context = self._memory
-        assert self._companion is not None
+        assert self._draft_model is not None
 
-        def plan(beside: Callable[[int], int] | None) -> Plan:
+        def plan(reserve: Callable[[int], int] | None) -> Plan:
             most = default_context(target.model.config)
-            return plan_described(target, memory, device_memory, device, context, most, beside)
+            return plan_described(target, memory, device_memory, device, context, most, reserve)
 
         try:
-            beside = plan(also)
-            paying, self.reason = pays(plan(None), beside, self._companion.nbytes, row_seconds(beside, exact=True))
+            with_copy = plan(also)
+            paying, self.reason = pays(
+                plan(None), with_copy, self._draft_model.nbytes, row_seconds(with_copy, exact=True)
+            )
         except BudgetError:
             self.reason = f"there is no room for the copy of the model in 4 bits ({format_size(also(1))})"
             return False
@@ -175,7 +177,7 @@ class Drafting:
     def _folder_options(self) -> dict[str, Any]:
         return {key: value for key, value in self._source.items() if key != "variant"}
 
-    def _describe(self, name: str) -> tuple[Companion, bool]:
+    def _describe(self, name: str) -> tuple[DraftModel, bool]:
         """The model of a draft as it is or as it will be, and whether a store of it is to be written for that."""
         if name == SELF and self._is_gguf:
             raise UnsupportedError(
@@ -199,7 +201,7 @@ class Drafting:
         except (UnsupportedError, WriteError):
             return self._other(name), False  # in few bits already, or no room for a store
 
-    def _written(self, name: str) -> Companion:
+    def _written(self, name: str) -> DraftModel:
         """The model of a draft, from its store, which is written where it is not there."""
         if name != SELF:
             return self._other(self._in_few_bits(name))
@@ -213,24 +215,24 @@ class Drafting:
             ).folder
         except WriteError as error:
             raise _advised(error) from error
-        return Companion(folder, True, self._progress, **self._options)
+        return DraftModel(folder, True, self._progress, **self._options)
 
-    def _copy_to_be(self) -> Companion:
+    def _copy_to_be(self) -> DraftModel:
         encode = functools.partial(as_if_split, compression=COPY)
         options = {**self._options, **self._source}
         try:
-            return Companion(self._model, True, self._progress, self._weights_wanted, encode, **options)
+            return DraftModel(self._model, True, self._progress, self._weights_wanted, encode, **options)
         except UnsupportedError as error:
             raise UnsupportedError(
                 f"no copy in 4 bits can be made for {option('draft', SELF)}: {error}; {option('draft', LOOKUP)} or a "
                 f"smaller model can propose"
             ) from error
 
-    def _other(self, model: str, encode: Encode | None = None) -> Companion:
+    def _other(self, model: str, encode: Encode | None = None) -> DraftModel:
         """Another model than the target."""
         options = {**self._hub, "trust_remote_code": self._options["trust_remote_code"]}
         try:
-            return Companion(model, False, self._progress, self._weights_wanted, encode, **options)
+            return DraftModel(model, False, self._progress, self._weights_wanted, encode, **options)
         except ModelNotFoundError as error:
             raise ModelNotFoundError(f"draft: {error}") from error
 
@@ -265,22 +267,22 @@ class Drafting:
         except ModelNotFoundError as error:
             raise ModelNotFoundError(f"draft: {error}" if name != SELF else str(error)) from error
 
-    def _check_disk(self, name: str, meant: Companion) -> None:
+    def _check_disk(self, name: str, meant: DraftModel) -> None:
         try:
             check_disk(self._folder(name), meant.described.checkpoint)
         except WriteError as error:
             raise _advised(error) from error
 
-    def _load_later(self, name: str, fits: Fits) -> Companion:
+    def _load_later(self, name: str, fits: Fits) -> DraftModel:
         """A draft that a call of `generate` names."""
-        companion, writes = self._describe(name)
+        draft_model, writes = self._describe(name)
         assert self._target is not None
         if name != SELF:
-            check_same_tokens(self._target, companion.described, name)
+            check_same_tokens(self._target, draft_model.described, name)
         if not writes:
-            return companion
-        fits(companion)
-        self._check_disk(name, companion)
+            return draft_model
+        fits(draft_model)
+        self._check_disk(name, draft_model)
         return self._written(name)
 
 

@@ -31,7 +31,7 @@ def check_same_tokens(target: Described, draft: Described, name: str) -> None:
     elif ours is not None or theirs is not None:
         without = target if ours is None else draft
         raise RequestError(
-            f"no tokenizer in {without.request.folder}: whether the draft {name} has the model's tokens cannot be told"
+            f"no tokenizer in {without.request.folder}: whether the draft {name} has the model's tokens is unknown"
         )
     elif (size := _size(draft.model.config)) != (wanted := _size(target.model.config)):
         raise RequestError(

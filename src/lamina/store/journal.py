@@ -1,6 +1,6 @@
 """What is finished of a store: a line for each file, written once the file is whole and has its name.
 
-Without the journal nothing in the folder counts; with it a split goes on where it was stopped, whatever stopped it.
+Without the journal nothing in the folder counts; with it a split continues where it was stopped, for any reason.
 """
 
 from __future__ import annotations

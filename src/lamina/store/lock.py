@@ -1,4 +1,4 @@
-"""One process at a time writes a store: a lock that ends with its process, whatever ends it."""
+"""One process at a time writes a store: a lock that ends with its process, however that ends."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def delete_original_files(
         store: folder of the store, which is verified first.
         root: folder of the source.
         files: of the source, by name, as the manifest has them.
-        progress: told about verifying.
+        progress: called while verifying.
         linked: the source was reached through a link.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Where a store goes when nobody says where, and what may be there already."""
+"""Where a store goes by default, and what may be there already."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint as it would be if it were split: for a plan of a store that nobody has written yet."""
+"""A checkpoint as it would be if it were split: for a plan of a store that is not written yet."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def _name(path: str) -> str:
 
 
 def _headers(source: Source, file: str) -> str:
-    """A checksum of what the header of a file says, whatever its format."""
+    """A checksum of what the header of a file says, in any format."""
     entries = sorted(
         (entry.name, entry.dtype, entry.shape, entry.extent.offset, entry.extent.length)
         for entry in source.checkpoint.tensors.values()

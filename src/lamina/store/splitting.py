@@ -78,8 +78,9 @@ def split(
         delete_original: delete the weight files that the store was made from, once it was read back and found right.
         trust_remote_code: build a model whose code comes with it.
         variant: as transformers has it.
-        progress: told the stage (`download`, `wait`, `check`, `split`, `verify`), bytes done and bytes in all.
-        announce: told the folder, the bytes and about the seconds, before a byte is written; not where all is there.
+        progress: called with the stage (`download`, `wait`, `check`, `split`, `verify`), bytes done, bytes in all.
+        announce: called with the folder, the bytes and the estimated seconds before a byte is written; not called
+            where the store is complete.
         hub: `revision`, `cache_dir`, `token`, `local_files_only`, `subfolder`; None where not given. A `gguf_file` is
             refused.
 

@@ -53,7 +53,7 @@ def verify(folder: str | os.PathLike[str], *, progress: Progress | None = None) 
 
     Args:
         folder: of the store.
-        progress: told ("verify", bytes done, bytes in all).
+        progress: called with ("verify", bytes done, bytes in all).
 
     Raises:
         RequestError: the folder holds no store.
@@ -87,7 +87,7 @@ def verify(folder: str | os.PathLike[str], *, progress: Progress | None = None) 
 
 
 def _difference(path: str, file: ManifestFile, seen: Callable[[int], None]) -> str:
-    """In which way a file is not what was written; empty where it is. `seen` is told the bytes that are read."""
+    """How a file differs from what was written; empty where it does not. `seen` is called with bytes read."""
     try:
         nbytes, digest = checksum(path, seen)
     except CheckpointError as error:

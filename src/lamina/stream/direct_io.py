@@ -76,7 +76,7 @@ class File(Protocol):
         """
 
     def fingerprint(self) -> Fingerprint:
-        """Size and times of the open file, whatever its name leads to by now."""
+        """Size and times of the open file, not of the file that now has its name."""
 
     def close(self) -> None:
         """Close it; nothing happens where it is closed."""
@@ -135,7 +135,7 @@ class PosixFile:
                 )
             done += got
             if done < needed and self.direct and done % ALIGNMENT:
-                done -= done % ALIGNMENT  # a direct read goes on from an aligned byte
+                done -= done % ALIGNMENT  # a direct read continues at an aligned byte
                 if got < ALIGNMENT:
                     raise TruncatedError(f"{self.path} ends at byte {offset + done + got}, wanted {offset + needed}")
         if not self.direct and hasattr(os, "posix_fadvise"):

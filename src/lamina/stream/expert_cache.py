@@ -117,7 +117,7 @@ class ExpertCache:
         return given_up
 
     def mend(self, slots: Iterable[int]) -> None:
-        """After an interrupt in the middle of something: `slots` are all there are, and free is what nobody has."""
+        """After an interrupt halfway: `slots` are all there are; those without an expert are free."""
         every = set(slots)
         self._slot = {key: slot for key, slot in self._slot.items() if slot in every}
         self._free = sorted(every.difference(self._slot.values()), reverse=True)

@@ -1,8 +1,8 @@
-"""Experts on demand: read when the router has spoken, kept as far as the cache goes.
+"""Experts on demand: read when the router has chosen, kept as far as the cache goes.
 
-The story on one screen: `route` is told which experts a call of a module will use and starts reading all that are
+The story on one screen: `route` gets the experts that a call of a module will use and starts reading all that are
 missing, as far as there are slots; `acquire` waits for the next of them, moves the window on, so that experts
-that were passed make room for those still to come; `leave` ends the call. `foresee` is told which experts a later
+that were passed make room for those still to come; `leave` ends the call. `prefetch` gets the experts that a later
 call will probably use: they are read while nothing else is, and taken back if the router says otherwise. On an
 accelerator a second cache holds experts on the device, above the one in memory.
 """
@@ -33,7 +33,7 @@ class Expert:
     Attributes:
         layout: what lies where in `memory`.
         memory: uint8 of the layout's bytes, where the model computes.
-        tensors: what the model made of them; whoever asks first writes them here.
+        tensors: what the model made of them; written here at the first use.
     """
 
     layout: Layout
@@ -52,7 +52,7 @@ class Counts:
         calls: of modules that said where their tokens go.
         routed: experts that calls asked for, each once a call.
         hits: of these, how many were there already.
-        foreseen: how many were on their way, or there, only because they were foreseen.
+        prefetched: how many were on their way, or there, only because they were prefetched.
         nbytes: read from disk for the others.
         tokens: routed to each expert, by module.
     """
@@ -60,14 +60,14 @@ class Counts:
     calls: int = 0
     routed: int = 0
     hits: int = 0
-    foreseen: int = 0
+    prefetched: int = 0
     nbytes: int = 0
     tokens: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def misses(self) -> int:
         """How many of the experts asked for had to be read then."""
-        return self.routed - self.hits - self.foreseen
+        return self.routed - self.hits - self.prefetched
 
 
 class ExpertStream:
@@ -79,7 +79,7 @@ class ExpertStream:
         readers: who reads; urgent, before what streams.
         device: None where the processor computes.
         device_slots: how many experts the device holds.
-        idle: says how much may be foreseen.
+        idle: says how much may be prefetched.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class ExpertStream:
         idle: Idle | None = None,
     ) -> None:
         self.experts, self.readers, self.device = experts, readers, device
-        self.on_read: Callable[[Layout], None] | None = None  # told of every expert that is read
+        self.on_read: Callable[[Layout], None] | None = None  # called with every expert that is read
         self.counts = Counts(tokens={module.module: [0] * module.count for module in experts})
         self.seconds_waiting = 0.0
         self._number = {module.module: number for number, module in enumerate(experts)}
@@ -115,7 +115,7 @@ class ExpertStream:
         self._queue: list[Key] = []  # of the call under way, in the order of use
         self._wanted: dict[Key, int] = {}  # from the one in use on, with its place in the queue
         self._next = 0  # place in the queue of the next one to start reading
-        self._foreseen: dict[Key, Ticket] = {}  # read for a call that is still to come
+        self._prefetched: dict[Key, Ticket] = {}  # read for a call that is still to come
         self._idle = idle or Idle()
         self._broken = False
         self._generation = readers.generation
@@ -137,7 +137,7 @@ class ExpertStream:
             self._pump()
 
     def routed(self, module: str) -> bool:
-        """Whether a call of `module` is under way that was told where its tokens go."""
+        """Whether a call of `module` is under way whose routing is known."""
         return self._module == module
 
     @timed(LAMINA)
@@ -166,12 +166,12 @@ class ExpertStream:
         return found
 
     @property
-    def foresees(self) -> bool:
-        """Whether it pays to foresee: while the cache still fills, the drive is what is waited for."""
+    def prefetches(self) -> bool:
+        """Whether it pays to prefetch: while the cache still fills, the drive is what is waited for."""
         return self._cache.full and self._cache.slots > 1
 
     @timed(LAMINA)
-    def foresee(self, module: str, experts: Iterable[int]) -> None:
+    def prefetch(self, module: str, experts: Iterable[int]) -> None:
         """A call that is still to come will probably use `experts`, the likeliest first.
 
         Only as many are read as the drive has time for while the model computes: more would take its time, and
@@ -185,14 +185,14 @@ class ExpertStream:
                 if key in self._cache or key in self._above:
                     continue
                 size = self._layout(key).read_bytes
-                if time_for < size / 2 or len(self._foreseen) + len(self._wanted) >= self._cache.slots // 2:
+                if time_for < size / 2 or len(self._prefetched) + len(self._wanted) >= self._cache.slots // 2:
                     return
                 time_for -= size
                 if not self._start(key, urgent=False):
                     return
                 ticket = self._kept[key].ticket
                 assert ticket is not None
-                self._foreseen[key] = ticket
+                self._prefetched[key] = ticket
 
     @timed(LAMINA)
     def leave(self) -> None:
@@ -205,10 +205,10 @@ class ExpertStream:
         with self._whole():
             self._leave()
             self._resolve(set())
-            for key, ticket in list(self._foreseen.items()):
+            for key, ticket in list(self._prefetched.items()):
                 self.readers.settled(ticket)
                 self._forget(key)
-            self._foreseen.clear()
+            self._prefetched.clear()
             for slot in self._cache.shrink(slots):
                 self._wait_for_copy(slot)
                 del self._areas[slot]
@@ -240,7 +240,7 @@ class ExpertStream:
         """After an interrupt or in a forked child: keep what is known to be read whole, forget the rest."""
         self.readers.settle()
         self._end()
-        self._foreseen.clear()
+        self._prefetched.clear()
         self._cache.mend(self._areas)
         self._above.mend(self._places)
         self._kept = {key: kept for key, kept in self._kept.items() if key in self._cache}
@@ -269,9 +269,9 @@ class ExpertStream:
         device.copy(nowhere[:0], some.tensor[:0], None).wait()  # they are done in order
 
     def _resolve(self, wanted: Collection[Key]) -> set[Key]:
-        """Hurry those that were foreseen rightly, take the others back; which ones were right."""
+        """Hurry those that were prefetched rightly, take the others back; which ones were right."""
         right = set()
-        for key, ticket in list(self._foreseen.items()):
+        for key, ticket in list(self._prefetched.items()):
             if key in wanted and not ticket.cancelled and ticket.error is None:
                 self.readers.hurry(ticket)
                 right.add(key)
@@ -283,7 +283,7 @@ class ExpertStream:
                     continue
                 if not _read(ticket):
                     self._forget(key)
-            del self._foreseen[key]
+            del self._prefetched[key]
         return right
 
     def _begin(self, module: str, experts: Iterable[int]) -> None:
@@ -291,11 +291,11 @@ class ExpertStream:
         self._module, self._next = module, 0
         self._queue = [(number, expert) for expert in experts]
         self._wanted = {key: place for place, key in enumerate(self._queue)}
-        foreseen = self._resolve(self._wanted.keys())
+        prefetched = self._resolve(self._wanted.keys())
         there = {key for key in self._queue if key in self._cache or key in self._above}
         self.counts.routed += len(self._queue)
-        self.counts.foreseen += len(there & foreseen)
-        self.counts.hits += len(there - foreseen)
+        self.counts.prefetched += len(there & prefetched)
+        self.counts.hits += len(there - prefetched)
 
     def _leave(self) -> None:
         """Nothing is in use and nothing under way."""
@@ -317,7 +317,7 @@ class ExpertStream:
         self._next = max(self._next, place)
 
     def _pass_by(self, key: Key) -> None:
-        """An expert was used, or never will be: if nobody asked for it, it may be under way or have failed."""
+        """An expert was used, or never will be; if it was not asked for, it may be under way or have failed."""
         self._used(key)
         kept = self._kept.get(key)
         if kept is not None and kept.ticket is not None:
@@ -326,7 +326,7 @@ class ExpertStream:
                 self._forget(key)
 
     def _go_back(self, key: Key) -> None:
-        """The call asks again for what it was past."""
+        """The call asks again for an expert that it had passed."""
         for later in self._wanted:
             self._used(later)
         self._next = self._queue.index(key)
@@ -346,7 +346,7 @@ class ExpertStream:
             return True
         if self.device is not None and len(self._cache) == self._cache.slots:
             self._prefer_copies()
-        keep = {*self._wanted, *self._foreseen} if self._foreseen else self._wanted.keys()
+        keep = {*self._wanted, *self._prefetched} if self._prefetched else self._wanted.keys()
         taken = self._cache.take(key, keep)
         if taken is None:
             return False
@@ -366,7 +366,7 @@ class ExpertStream:
         return True
 
     def _arrived(self, key: Key) -> Expert:
-        """The expert where it is computed with; what is not needed yet gives way, if nothing else does."""
+        """The expert on the computing device; where no slot is free, the expert needed last gives up its slot."""
         if self.device is not None and key in self._above:
             return self._entered(key)
         while not self._start(key):

@@ -1,7 +1,7 @@
-"""The points at which a listener is told what the stream and the runtime do; without one a point costs a test.
+"""The points at which a listener is called; they cover the stream and the runtime. Without one a point costs a test.
 
-A point is a method in `timed`: the listener hears of each call when it has ended, however it did. One listener at a
-time hears of all models of the process, each call in the thread that made it.
+A point is a method in `timed`: the listener is called when the method has ended, after an error too. There is one
+listener at a time, for all models of the process; it is called in the thread that called the method.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ R = TypeVar("R")
 
 
 class Listener(Protocol):
-    """Hears what happens; times are nanoseconds of `time.perf_counter_ns`."""
+    """Receives the calls of all points; times are nanoseconds of `time.perf_counter_ns`."""
 
     def span(self, kind: str, name: str, begin: int, end: int) -> None:
         """A call has ended; its name says what was done, and to which module, weight or unit."""
@@ -35,7 +35,11 @@ EAR = _Ear()
 
 
 def listen(listener: Listener) -> Callable[[], None]:
-    """Let `listener` hear everything from now on; what ends that."""
+    """Install `listener`.
+
+    Returns:
+        A function that puts the listener before it back.
+    """
     before, EAR.listener = EAR.listener, listener
 
     def end() -> None:
@@ -49,12 +53,12 @@ def timed(kind: str, name: str | None = None) -> Callable[[Callable[P, R]], Call
 
     Args:
         kind: `WAIT`, `COPY` or `LAMINA`.
-        name: what the listener is told; else that of the method, with what it is called for.
+        name: passed to the listener; by default that of the method, with what it is called for.
     """
 
     def point(call: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(call)
-        def told(*args: P.args, **kwargs: P.kwargs) -> R:
+        def observed(*args: P.args, **kwargs: P.kwargs) -> R:
             listener = EAR.listener
             if listener is None:
                 return call(*args, **kwargs)
@@ -65,7 +69,7 @@ def timed(kind: str, name: str | None = None) -> Callable[[Callable[P, R]], Call
                 ended = time.perf_counter_ns()
                 listener.span(kind, name or _label(call.__name__.strip("_"), args[1:]), began, ended)
 
-        return told
+        return observed
 
     return point
 

@@ -1,7 +1,7 @@
 """Threads that fill memory from files.
 
 `preadv` releases the interpreter lock, so a few threads keep a drive's queue full. The threads know files
-and places, no weights and no order: a `Ticket` counts the reads of one item and wakes whoever waits for it.
+and places, no weights and no order: a `Ticket` counts the reads of one item and wakes the threads that wait for it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MIDDLE = 64 * 1024  # bytes from which on a read is worth dividing, so that only
 BOUNCE = 1 << 20  # bytes of one read that has to be copied to its place
 
 
-OnRead = Callable[[str, int, int, int], None]  # told the file, offset, bytes and begin of a read that has just ended
+OnRead = Callable[[str, int, int, int], None]  # (file, offset, bytes, begin) of a read that has just ended
 
 
 @dataclass(eq=False)
@@ -134,7 +134,7 @@ class _Shared:
         if known.touched(now) and not self.sampled(file.path, now.size).look(file) and known.place == now.place:
             raise ChangedError(
                 f"{file.path} was written to, renamed, linked or had its rights changed before any of it was read, and "
-                f"which of these cannot be told: load the model again"
+                f"which of these is unknown: load the model again"
             )
         self.accepted[file.path] = now
 
@@ -244,7 +244,7 @@ class Readers:
         """
         for path, known in self._shared.fingerprints.items():
             file = self._shared.file(path)
-            with contextlib.suppress(ReadError, TruncatedError):  # told when it is needed
+            with contextlib.suppress(ReadError, TruncatedError):  # raised when it is needed
                 self._shared.sampled(path, known.size).begin(file)
 
     @property
@@ -267,7 +267,7 @@ class Readers:
         return self._shared.closed
 
     def tell(self, on_read: OnRead | None) -> None:
-        """Have `on_read` called, in the thread that read, after every read from now on; None for nobody."""
+        """Have `on_read` called, in the thread that read, after every read from now on; None ends that."""
         with self._shared.lock:
             self._shared.on_read = on_read
 
@@ -330,7 +330,7 @@ class Readers:
     @_interruptible
     @timed(WAIT)
     def settle(self) -> None:
-        """Block until nothing is queued and nothing under way, whatever became of it."""
+        """Block until nothing is queued and nothing under way, read or failed."""
         shared = self._shared
         with shared.lock:
             shared.work.notify_all()  # an interrupted `submit` may not have come to it
@@ -341,7 +341,7 @@ class Readers:
 
     @_interruptible
     def settled(self, ticket: Ticket) -> None:
-        """Block until every read of `ticket` is done, whatever became of it."""
+        """Block until every read of `ticket` is done or failed."""
         if ticket.left:
             self._settled(ticket)
 
@@ -468,7 +468,7 @@ def _work(shared: _Shared) -> None:
         began = time.perf_counter_ns()
         try:
             _read_patiently(shared, job, bounce)
-        except BaseException as raised:  # handed to whoever waits, as itself
+        except BaseException as raised:  # raised in the thread that waits
             error = raised
         with shared.lock:
             shared.reading -= 1
@@ -483,7 +483,7 @@ def _work(shared: _Shared) -> None:
             job.ticket.left -= 1
             if job.ticket.left == 0 or not shared.reading:
                 shared.changed.notify_all()
-        del job, error  # they lead to memory that is somebody else's
+        del job, error  # they keep memory alive that others use
     with shared.lock:
         shared.threads -= 1
         if not shared.threads:

@@ -73,7 +73,7 @@ class Stream:
 
     Args:
         plan: what to stream, in which order, through how large a ring.
-        readers: fill the ring; shared with nobody else.
+        readers: fill the ring; not shared.
         device: None where the processor computes.
         cached: host copies of items that only cross to the device, by item index.
     """
@@ -92,7 +92,7 @@ class Stream:
             self._lane = Lane(device, plan.device_ring_bytes)
         self._ahead: deque[Held] = deque()  # read or being read, the model is not there yet
         self._out: dict[int, Held] = {}  # by step: the model has it
-        self._filled: deque[Held] = deque()  # whoever has bytes of the ring, oldest first
+        self._filled: deque[Held] = deque()  # all that have bytes of the ring, oldest first
         self._unsent: deque[Held] = deque()  # to be copied to the device, oldest first
         self._broken = False  # an error or an interrupt left something half done
         self._generation = readers.generation
@@ -252,7 +252,7 @@ class Stream:
             self._pass = self._cursor = self._next = 0
 
     def _tell(self, full: bool = False) -> None:
-        """Let whoever listens know how full the ring is."""
+        """Report to the listener how full the ring is."""
         if EAR.listener is not None:
             EAR.listener.ring(self._ring.taken, full)
 

@@ -6,7 +6,7 @@ run on DiskTensors, tells where each parameter of the model comes from: renames,
 splits and casts leave a parameter as a set of *boxes* (strided regions of checkpoint tensors); anything
 else leaves the recorded expression, which can be replayed on real data.
 
-Outside a recording an operation on a DiskTensor reads the data first: a streamed weight that somebody
+Outside a recording an operation on a DiskTensor reads the data first: a streamed weight that is
 touches outside its module's forward is slow, but right. One that writes to it is handed what the weight's `WeightHome`
 keeps in its place from then on. Views stay DiskTensors, so that writing through them is writing to the weight.
 
@@ -194,7 +194,7 @@ class DiskTensor(torch.Tensor):
         return other
 
     def viewed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DiskTensor:
-        """A view: DiskTensor too, for whoever writes through it."""
+        """A view: a DiskTensor too, so that writes through it are seen."""
         assert self.home is not None
         meta = func(self.meta, *args, **kwargs)
         row = None
@@ -283,7 +283,7 @@ def as_it_is(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def without_memory(tensor: torch.Tensor) -> None:
-    """Have C++ that asks for the data of a tensor told that there is none, where it would take address 0 for it."""
+    """Make C++ that asks for the data of this tensor fail, where it would take address 0 for the data."""
     torch._C._set_throw_on_mutable_data_ptr(tensor)
 
 
@@ -394,7 +394,7 @@ def _target(written: dict[int, torch.Tensor], value: Any) -> Any:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Whether two tensors are the same, as far as can be told: else they are taken for different."""
+    """Whether two tensors are known to be the same; where that is unknown they count as different."""
     mine, theirs = _form(one), _form(other)
     if mine is None or mine != theirs:
         return False

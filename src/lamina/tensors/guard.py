@@ -1,7 +1,7 @@
 """No gradient through a weight that is gone before a backward pass could use it.
 
 Autograd keeps the tensors of a forward pass for the backward pass. A streamed weight's memory holds other weights by
-then, so a gradient computed with it is wrong, and nothing would say so. Two guards, on the results and on the tensors
+then, so a gradient computed with it is wrong, without any error. Two guards, on the results and on the tensors
 themselves, make every such backward pass one error: however the forward pass was reached.
 """
 
@@ -20,7 +20,7 @@ WHY = (
     "memory for all weights to stay (lamina plan says how much), or compute under torch.no_grad()"
 )
 PACKED = (
-    "a gradient was asked for that needs packed weights, which are decoded for a moment only: load a checkpoint that "
+    "a gradient was asked for that needs packed weights, which are unpacked for a moment only: load a checkpoint that "
     "is not packed (no GGUF file, no quantised one, no store in a codec) with memory for all of it, or compute under "
     "torch.no_grad()"
 )

@@ -1,8 +1,8 @@
 """Weights that stay as they are stored, and become numbers where they are used.
 
-An `Encoded` stands in a module in place of the parameter. A linear is answered by the codec's own product, or by
-decoding one block of rows after the other into a scratch area and multiplying with it; a lookup decodes the rows
-that are looked up; one expert of several is an `Encoded` again. Any other operation decodes the whole weight.
+A `PackedTensor` stands in a module in place of the parameter. A linear is answered by the codec's own product, or by
+unpacking one block of rows after the other into a scratch area and multiplying with it; a lookup unpacks the rows
+that are looked up; one expert of several is a `PackedTensor` again. Any other operation unpacks the whole weight.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ _Tensor: Any = torch.Tensor
 KEPT = frozenset({_Tensor.detach, _Tensor.requires_grad_, _Tensor.requires_grad.__set__})
 _VIEWS = "__getitem__ view reshape t transpose permute narrow select flatten view_as unsqueeze squeeze chunk split"
 SEEN = frozenset(getattr(_Tensor, name) for name in _VIEWS.split())
-BLOCK = 4 << 20  # bytes of decoded rows at a time: few enough to stay in a processor's cache
+BLOCK = 4 << 20  # bytes of unpacked rows at a time: few enough to stay in a processor's cache
 WIDEST_BLOCK = 4096  # rows up to which a block is a multiple of a panel and of `ROW_MULTIPLE`
 
 
 class Scratch:
-    """Memory that one block of decoded rows after the other is written to; made on first use."""
+    """Memory that one block of unpacked rows after the other is written to; made on first use."""
 
     def __init__(self) -> None:
         self._memory: dict[torch.device, torch.Tensor] = {}
@@ -68,7 +68,7 @@ class Scratch:
 
 
 def block_rows(columns: int, itemsize: int, codec: str, panel_rows: int) -> int:
-    """Rows that are decoded at once."""
+    """Rows that are unpacked at once."""
     step = ROW_MULTIPLE if codec_for(codec).has_rows else math.lcm(ROW_MULTIPLE, panel_rows)
     step = step if step <= WIDEST_BLOCK else panel_rows
     return max(BLOCK // (columns * itemsize) // step, 1) * step
@@ -85,13 +85,13 @@ class _One:
     dtype: torch.dtype
 
 
-class Encoded(torch.Tensor):
+class PackedTensor(torch.Tensor):
     """A weight in panels.
 
     Attributes:
         memory: uint8, what its spans count their bytes in.
         spans: its rows in order: those of the matrix whose columns are the last dimension.
-        scratch: where blocks of rows are decoded to.
+        scratch: where blocks of rows are unpacked to.
         whole: computes all of it, where no codec's panels hold it.
         order: int64; row i of the weight is row `order[i]` of the panels. None where they are the same.
         quick: a linear may take the codec's quick product, which rounds what it multiplies with: for drafts.
@@ -117,8 +117,8 @@ class Encoded(torch.Tensor):
         scratch: Scratch,
         whole: Callable[[torch.Tensor], torch.Tensor] | None = None,
         order: torch.Tensor | None = None,
-    ) -> Encoded:
-        self: Encoded = torch.Tensor._make_wrapper_subclass(
+    ) -> PackedTensor:
+        self: PackedTensor = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=memory.device, requires_grad=False
         )
         without_memory(self)
@@ -126,12 +126,12 @@ class Encoded(torch.Tensor):
         return self
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"Encoded(shape={tuple(self.shape)}, dtype={self.dtype}, {self.memory.numel()} bytes)"
+        return f"PackedTensor(shape={tuple(self.shape)}, dtype={self.dtype}, {self.memory.numel()} bytes)"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise not_pickled()
 
-    def decode(self) -> torch.Tensor:
+    def unpack(self) -> torch.Tensor:
         """All of it, as a plain tensor."""
         if self.whole is not None:
             return self.whole(self.memory).to(self.dtype).view(self.shape)
@@ -139,7 +139,7 @@ class Encoded(torch.Tensor):
         out = torch.empty(self.numel() // max(columns, 1), columns, dtype=self.dtype, device=self.device)
         at = 0
         for span in self.spans:
-            self._decode(span, 0, span.rows, out[at : at + span.rows])
+            self._unpack(span, 0, span.rows, out[at : at + span.rows])
             at += span.rows
         return (out if self.order is None else out[self.order]).view(self.shape)
 
@@ -151,7 +151,7 @@ class Encoded(torch.Tensor):
         """
         if self.whole is not None:
             # torch picks kernels by this flag even under no_grad: plain transformers has it set
-            return torch.nn.functional.linear(x, self.decode().requires_grad_(), bias)
+            return torch.nn.functional.linear(x, self.unpack().requires_grad_(), bias)
         if self.order is not None and bias is not None:
             bias = bias[torch.argsort(self.order)]  # of the rows as they are stored
         out = x.new_empty(*x.shape[:-1], self.shape[0])
@@ -175,27 +175,27 @@ class Encoded(torch.Tensor):
         """
         check_ids(ids, self.shape[0], getattr(self.home, "name", "a packed table"))
         if self.whole is not None:
-            return self.decode()[ids]
+            return self.unpack()[ids]
         unique, inverse = torch.unique(ids, return_inverse=True)
         wanted = (unique if self.order is None else self.order[unique]).tolist()
         out = torch.empty(len(wanted), self.shape[1], dtype=self.dtype, device=self.device)
         for place, row in enumerate(wanted):
             for span in self.spans:
                 if row < span.rows:
-                    self._decode(span, row, 1, out[place : place + 1])
+                    self._unpack(span, row, 1, out[place : place + 1])
                     break
                 row -= span.rows
         return out[inverse]
 
-    def expert(self, index: int) -> Encoded:
+    def expert(self, index: int) -> PackedTensor:
         """One index of dimension 0, of a weight of three dimensions and more."""
         return self._seen(self.shape[1:], self._spans_of(index, 1))
 
     def part(self, first: int, count: int) -> torch.Tensor:
-        """`count` indices of dimension 0, decoded."""
+        """`count` indices of dimension 0, unpacked."""
         if self.whole is not None or self.order is not None:
-            return self.decode()[first : first + count]
-        return self._seen(torch.Size((count, *self.shape[1:])), self._spans_of(first, count)).decode()
+            return self.unpack()[first : first + count]
+        return self._seen(torch.Size((count, *self.shape[1:])), self._spans_of(first, count)).unpack()
 
     def _spans_of(self, index: int, count: int) -> tuple[PanelSpan, ...]:
         """The panels of `count` indices of dimension 0."""
@@ -208,32 +208,32 @@ class Encoded(torch.Tensor):
             low -= span.rows
         return tuple(spans)
 
-    def _seen(self, shape: torch.Size, spans: tuple[PanelSpan, ...]) -> Encoded:
+    def _seen(self, shape: torch.Size, spans: tuple[PanelSpan, ...]) -> PackedTensor:
         """These spans of the same memory, in another shape."""
-        seen = Encoded(shape, self.dtype, self.memory, spans, self.scratch)
+        seen = PackedTensor(shape, self.dtype, self.memory, spans, self.scratch)
         seen.quick = self.quick
         return seen
 
-    def _again(self) -> Encoded:
+    def _again(self) -> PackedTensor:
         """The same weight in another tensor: torch wants one of a view."""
-        again = Encoded(self.shape, self.dtype, self.memory, self.spans, self.scratch, self.whole, self.order)
+        again = PackedTensor(self.shape, self.dtype, self.memory, self.spans, self.scratch, self.whole, self.order)
         again.quick, again.home = self.quick, self.home
         return again
 
     def _panels(self, span: PanelSpan) -> torch.Tensor:
         return self.memory[span.at : span.at + span.panels * span.panel_bytes].view(span.panels, span.panel_bytes)
 
-    def _decode(self, span: PanelSpan, first: int, rows: int, out: torch.Tensor) -> None:
+    def _unpack(self, span: PanelSpan, first: int, rows: int, out: torch.Tensor) -> None:
         part = _part(span, first, rows)
         codec, columns = codec_for(part.codec), out.shape[1]
         if codec.has_rows:
-            codec.decode_rows(self._panels(part), part.skip, rows, columns, out)
+            codec.unpack_rows(self._panels(part), part.skip, rows, columns, out)
             return
         if part.skip == 0 and part.held == part.rows:
-            codec.decode(self._panels(part), rows, columns, out)
+            codec.unpack(self._panels(part), rows, columns, out)
             return
         held = torch.empty(part.held, columns, dtype=out.dtype, device=out.device)
-        codec.decode(self._panels(part), part.held, columns, held)
+        codec.unpack(self._panels(part), part.held, columns, held)
         out.copy_(held[part.skip : part.skip + rows])
 
     def _product(self, flat: torch.Tensor, span: PanelSpan, out: torch.Tensor) -> bool:
@@ -274,13 +274,13 @@ class Encoded(torch.Tensor):
         for first in range(0, span.rows, step):
             rows = min(step, span.rows - first)
             block = self.scratch.rows(rows, columns, self.dtype, self.device)
-            self._decode(span, first, rows, block)
+            self._unpack(span, first, rows, block)
             own = None if bias is None else bias[first : first + rows]
             out[..., first : first + rows] = product(x, block.requires_grad_(), own)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.linear and not kwargs and type(args[1]) is Encoded and args[1].quick:
+        if func is torch.nn.functional.linear and not kwargs and type(args[1]) is PackedTensor and args[1].quick:
             quick = None if torch.is_grad_enabled() else args[1]._linear_quick(args[0], *args[2:])
             if quick is not None:
                 return quick
@@ -303,17 +303,21 @@ class Encoded(torch.Tensor):
     ) -> Any:
         if func in (aten.detach.default, aten.alias.default):
             return args[0]._again()
-        if func is aten.embedding.default and isinstance(args[0], Encoded) and not isinstance(args[1], Encoded):
+        if (
+            func is aten.embedding.default
+            and isinstance(args[0], PackedTensor)
+            and not isinstance(args[1], PackedTensor)
+        ):
             return args[0].look_up(args[1])
         if func._schema.is_mutable:
-            return write(func, args, kwargs or {}, _decoded)
-        if views(func) and isinstance(args[0], Encoded) and args[0].home is not None:
+            return write(func, args, kwargs or {}, _unpacked)
+        if views(func) and isinstance(args[0], PackedTensor) and args[0].home is not None:
             return args[0]._as_placeholder().viewed(func, args[1:], kwargs or {})
-        return func(*tree_map(_decoded, args), **tree_map(_decoded, kwargs or {}))
+        return func(*tree_map(_unpacked, args), **tree_map(_unpacked, kwargs or {}))
 
     def _as_placeholder(self) -> DiskTensor:
-        """What stands for this weight where a view of it is wanted, to which somebody may write."""
-        placeholder = DiskTensor.computed(lambda: self.decode(), (), self.shape, self.dtype).on(self.device)
+        """What stands for this weight where a view of it is wanted, which may be written to."""
+        placeholder = DiskTensor.computed(lambda: self.unpack(), (), self.shape, self.dtype).on(self.device)
         placeholder.home = self.home
         return placeholder
 
@@ -330,11 +334,11 @@ def _part(span: PanelSpan, first: int, rows: int) -> PanelSpan:
     return PanelSpan(span.codec, at, stop - begin, span.panel_rows, span.panel_bytes, held, skip, rows)
 
 
-def _decoded(value: Any) -> Any:
-    return value.decode() if isinstance(value, Encoded) else materialize(value)
+def _unpacked(value: Any) -> Any:
+    return value.unpack() if isinstance(value, PackedTensor) else materialize(value)
 
 
-# -- how a function of torch is computed where an `Encoded` is among its arguments
+# -- how a function of torch is computed where a `PackedTensor` is among its arguments
 
 
 @lru_cache(maxsize=1024)
@@ -357,12 +361,12 @@ def _mutates(name: str) -> bool:
 
 
 def _with_numbers(func: Any, args: Any, kwargs: Any) -> Any:
-    return func(*tree_map(_decoded, args), **tree_map(_decoded, kwargs))
+    return func(*tree_map(_unpacked, args), **tree_map(_unpacked, kwargs))
 
 
 def _as_view(func: Any, args: Any, kwargs: Any) -> Any:
-    """A view, to which somebody may write where the weight has a home."""
-    if isinstance(args[0], Encoded) and args[0].home is not None:
+    """A view; it may be written to where the weight has a home."""
+    if isinstance(args[0], PackedTensor) and args[0].home is not None:
         return as_it_is(func, args, kwargs)
     return _with_numbers(func, args, kwargs)
 
@@ -373,11 +377,11 @@ def _with_panels(func: Any, args: Any, kwargs: Any) -> Any:
         answer = _ANSWERS[func](func, args, kwargs)
     if answer is None:
         return _as_view(func, args, kwargs) if func in SEEN else _with_numbers(func, args, kwargs)
-    return answer if isinstance(answer, Encoded) else refused(answer, asking(args, kwargs), PACKED)
+    return answer if isinstance(answer, PackedTensor) else refused(answer, asking(args, kwargs), PACKED)
 
 
 def _set_data(func: Any, args: Any, kwargs: Any) -> Any:
-    return args[0]._replace(args[1]) if isinstance(args[0], Encoded) else _with_numbers(func, args, kwargs)
+    return args[0]._replace(args[1]) if isinstance(args[0], PackedTensor) else _with_numbers(func, args, kwargs)
 
 
 def _refuse(func: Any, args: Any, kwargs: Any) -> Any:
@@ -386,37 +390,42 @@ def _refuse(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _linear(func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
     x, weight, bias = linear_arguments(*args, **kwargs)
-    if isinstance(weight, Encoded) and weight.dim() == 2 and not isinstance(x, Encoded) and x.dtype == weight.dtype:
+    if (
+        isinstance(weight, PackedTensor)
+        and weight.dim() == 2
+        and not isinstance(x, PackedTensor)
+        and x.dtype == weight.dtype
+    ):
         return weight.linear(x, bias)
     return None
 
 
-def _picked(func: Any, args: Any, kwargs: Any) -> Encoded | None:
-    encoded = _in_order(args, kwargs)
-    if encoded is None or encoded.dim() < 3:
+def _picked(func: Any, args: Any, kwargs: Any) -> PackedTensor | None:
+    packed = _in_order(args, kwargs)
+    if packed is None or packed.dim() < 3:
         return None
-    number = picked_index(encoded, args[1])
-    return None if number is None else encoded.expert(number)
+    number = picked_index(packed, args[1])
+    return None if number is None else packed.expert(number)
 
 
-def _reshaped(func: Any, args: Any, kwargs: Any) -> Encoded | None:
-    encoded = _in_order(args, kwargs)
-    if encoded is None or isinstance(args[1], torch.dtype):
+def _reshaped(func: Any, args: Any, kwargs: Any) -> PackedTensor | None:
+    packed = _in_order(args, kwargs)
+    if packed is None or isinstance(args[1], torch.dtype):
         return None
-    shape = shape_of_view(encoded, args[1:])
-    return encoded._seen(shape, encoded.spans) if len(shape) > 1 and shape[-1] == encoded.shape[-1] else None
+    shape = shape_of_view(packed, args[1:])
+    return packed._seen(shape, packed.spans) if len(shape) > 1 and shape[-1] == packed.shape[-1] else None
 
 
-def _in_order(args: Any, kwargs: Any) -> Encoded | None:
+def _in_order(args: Any, kwargs: Any) -> PackedTensor | None:
     """The first of a function's arguments, where it is a weight whose panels hold its rows in order."""
     first = args[0] if args and not kwargs else None
-    return first if isinstance(first, Encoded) and first.whole is None and first.order is None else None
+    return first if isinstance(first, PackedTensor) and first.whole is None and first.order is None else None
 
 
 _WAYS: dict[Any, Way] = {SET_DATA: _set_data}
 _ANSWERS: dict[Any, Way] = {
     torch.nn.functional.linear: _linear,
-    torch.nn.functional.embedding: as_it_is,  # what it comes to is answered by the dispatch, whatever its arguments
+    torch.nn.functional.embedding: as_it_is,  # its operation is answered by the dispatch, with any arguments
     torch.embedding: as_it_is,
     torch.Tensor.__getitem__: _picked,
     torch.Tensor.view: _reshaped,

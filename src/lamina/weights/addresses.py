@@ -198,7 +198,7 @@ def _element(index: Sequence[int], strides: Sequence[int]) -> int:
 
 
 def _add(pieces: list[Piece], extent: Extent, at: int) -> None:
-    """One more piece, joined to the last one where it goes on with it, on disk and in memory."""
+    """One more piece, joined to the last one where both are adjacent, on disk and in memory."""
     last = pieces[-1] if pieces else None
     if last is not None and _follows(last.extent, extent) and last.at + last.extent.length == at:
         pieces[-1] = Piece(Extent(extent.file, last.extent.offset, last.extent.length + extent.length), last.at)

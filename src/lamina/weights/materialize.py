@@ -17,7 +17,7 @@ from lamina.progress import Progress
 from lamina.stream.direct_io import Area
 from lamina.stream.observe import COPY, LAMINA, timed
 from lamina.stream.readers import Readers, Ticket
-from lamina.tensors.packed import Encoded, Scratch
+from lamina.tensors.packed import PackedTensor, Scratch
 from lamina.weights.schedule import Weights
 
 AT_ONCE = 16 << 20  # bytes of a weight that are in host memory beside the place they go to
@@ -58,7 +58,7 @@ class Materializer:
         """
         weight = self._schedule[placed.part.weight]
         shape = weight.shape if placed.part.count == weight.rows else (placed.part.count, *weight.shape[1:])
-        if weight.convert is Convert.DECODE:
+        if weight.convert is Convert.UNPACK:
             return self._packed(weight, placed, shape, memory)
         final = memory[placed.at : placed.at + placed.nbytes].view(dtype_of(weight)).view(shape)
         if weight.convert is not Convert.NONE:
@@ -89,7 +89,7 @@ class Materializer:
         area = Area(layout.nbytes)
         self._readers.read(layout.reads, area)
         tensor = self.finish(layout.placed[0], area.tensor)
-        tensor = tensor.decode() if isinstance(tensor, Encoded) else tensor
+        tensor = tensor.unpack() if isinstance(tensor, PackedTensor) else tensor
         return tensor.detach().to(self._device)
 
     @timed(LAMINA)
@@ -104,7 +104,7 @@ class Materializer:
         """
         weight = self._schedule[name]
         unique, inverse = torch.unique(ids.to("cpu"), return_inverse=True)
-        if weight.convert is Convert.DECODE:
+        if weight.convert is Convert.UNPACK:
             return self._gather_packed(weight, unique.tolist())[inverse].to(self._device)
         row = weight.stored_nbytes // weight.rows
         area = Area(len(unique) * row)
@@ -131,7 +131,7 @@ class Materializer:
         out = torch.empty(len(rows), columns, dtype=dtype)
         for place, row in enumerate(rows):
             memory = area.tensor[places[place] : places[place + 1]]
-            out[place] = Encoded((1, columns), dtype, memory, weight.spans(row, 1), self._scratch).decode()[0]
+            out[place] = PackedTensor((1, columns), dtype, memory, weight.spans(row, 1), self._scratch).unpack()[0]
         return out
 
     @timed(COPY)
@@ -141,12 +141,12 @@ class Materializer:
         else:
             final.copy_(self._weights.replays[weight.name](stored))
 
-    def _packed(self, weight: Weight, placed: Placed, shape: tuple[int, ...], memory: torch.Tensor) -> Encoded:
+    def _packed(self, weight: Weight, placed: Placed, shape: tuple[int, ...], memory: torch.Tensor) -> PackedTensor:
         part, dtype = placed.part, dtype_of(weight)
         stored = memory[placed.stored_at : placed.stored_at + placed.stored_nbytes]
         whole = self._weights.replays.get(weight.name)
         order = self._weights.orders.get(weight.name) if part.count == weight.rows else None
-        return Encoded(shape, dtype, stored, weight.spans(part.first, part.count), self._scratch, whole, order)
+        return PackedTensor(shape, dtype, stored, weight.spans(part.first, part.count), self._scratch, whole, order)
 
     def _stored_dtype(self, weight: Weight) -> torch.dtype:
         return self._weights.stored_dtypes.get(weight.name, dtype_of(weight))
@@ -177,7 +177,7 @@ def load_residents(
         readers: who reads it.
         finish: gives the tensor of a part whose stored bytes are in memory.
         device: where the tensors end up.
-        progress: told ("load", bytes done, bytes in all) as it goes.
+        progress: called with ("load", bytes done, bytes in all).
 
     Returns:
         The tensors by weight name.
@@ -213,7 +213,7 @@ def _arrived(
         _wait(readers, ticket, tell)
         for placed in layout.placed:
             tensor = finish(placed, area.tensor)
-            tensors[placed.part.weight] = tensor if isinstance(tensor, Encoded) else tensor.detach()
+            tensors[placed.part.weight] = tensor if isinstance(tensor, PackedTensor) else tensor.detach()
     return tensors
 
 
@@ -221,7 +221,7 @@ def _in_blocks(
     weight: Weight, readers: Readers, finish: Finish, device: torch.device, tell: Callable[[], None]
 ) -> torch.Tensor:
     """A weight whose bytes only pass through host memory, to be converted or on their way to a device: by rows."""
-    if weight.convert is Convert.DECODE:
+    if weight.convert is Convert.UNPACK:
         layout = lay_out([(weight, Part(weight.name, 0, weight.rows))])
         area = Area(layout.nbytes)
         _wait(readers, readers.submit(layout.reads, area), tell)

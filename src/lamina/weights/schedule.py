@@ -16,7 +16,7 @@ from lamina.plan.layout import PACKING, align
 from lamina.plan.schedule import Call, Convert, Cut, PanelSpan, Piece, Schedule, Weight
 from lamina.tensors.disk import DiskTensor, torch_dtype
 from lamina.tensors.expressions import Expression, replay, sources_of
-from lamina.tensors.packed import BLOCK, Encoded, Scratch, block_rows
+from lamina.tensors.packed import BLOCK, PackedTensor, Scratch, block_rows
 from lamina.weights.addresses import Addresses, addresses_of, whole_tensor
 
 WITH_KERNELS = (*AFFINE, LOSSLESS.name, CODEC_PREFIX)  # codecs
@@ -32,13 +32,13 @@ class Replay:
     Attributes:
         expression: recorded by transformers' loader.
         sources: name, byte offset, shape and dtype of each source in the stored area.
-        encoded: the panels of the sources that are stored in panels.
+        packed: the panels of the sources that are stored in panels.
         orders: the order of rows of the sources whose file has another one.
     """
 
     expression: Expression
     sources: tuple[tuple[str, int, tuple[int, ...], torch.dtype], ...]
-    encoded: Mapping[str, tuple[PanelSpan, ...]] = field(default_factory=dict)
+    packed: Mapping[str, tuple[PanelSpan, ...]] = field(default_factory=dict)
     orders: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def __call__(self, stored: torch.Tensor) -> torch.Tensor:
@@ -49,9 +49,11 @@ class Replay:
         """
         loaded = {}
         for name, at, shape, dtype in self.sources:
-            if name in self.encoded:
+            if name in self.packed:
                 order = self.orders.get(name)
-                loaded[name] = Encoded(shape, dtype, stored[at:], self.encoded[name], Scratch(), order=order).decode()
+                loaded[name] = PackedTensor(
+                    shape, dtype, stored[at:], self.packed[name], Scratch(), order=order
+                ).unpack()
                 continue
             nbytes = torch.Size(shape).numel() * dtype.itemsize
             loaded[name] = stored[at : at + nbytes].view(dtype).view(shape)
@@ -145,7 +147,7 @@ def _weight(
     if found is None:
         own, pieces, nbytes = _replayed(tensor, checkpoint)
         shrinks = nbytes * PACKED_FROM <= tensor.numel() * tensor.element_size() and len(shape) >= 2
-        convert = Convert.DECODE if shrinks and not is_buffer else Convert.REPLAY
+        convert = Convert.UNPACK if shrinks and not is_buffer else Convert.REPLAY
         return Weight(name, shape, dtype, tensor.element_size(), pieces, 0, nbytes, convert, always=is_buffer), own
     cut = _cut(shape, uses, experts)
     always = is_buffer or not tensor.numel()
@@ -170,7 +172,7 @@ def _weight(
 def _convert(tensor: DiskTensor, found: Addresses) -> Convert:
     """What is between the bytes that were found and the tensor."""
     if found.segments:
-        return Convert.DECODE
+        return Convert.UNPACK
     return Convert.NONE if tensor.cast_from is None else Convert.CAST
 
 
@@ -222,30 +224,30 @@ def _without_lookups(call: Call, lookups: frozenset[tuple[str, str]], weights: M
 
 def _replayed(tensor: DiskTensor, checkpoint: Checkpoint) -> tuple[Replay, tuple[Piece, ...], int]:
     pieces, sources, at = [], [], 0
-    encoded, orders = {}, {}
+    packed, orders = {}, {}
     for name in sources_of(tensor.expression):
         entry = checkpoint.tensors[name]
         if entry.encoding is not None:
-            encoded[name] = whole_tensor(entry)
+            packed[name] = whole_tensor(entry)
         if name in checkpoint.row_orders:
             orders[name] = torch.tensor(checkpoint.row_orders[name])
         pieces.append(Piece(entry.extent, at))
         sources.append((name, at, entry.shape, torch_dtype(entry)))
         at = align(at + entry.extent.length, PACKING)
-    return Replay(tensor.expression, tuple(sources), encoded, orders), tuple(pieces), at
+    return Replay(tensor.expression, tuple(sources), packed, orders), tuple(pieces), at
 
 
 def scratch_bytes(weights: Iterable[Weight]) -> int:
-    """Memory that decoding takes: a block of rows for linears, the whole of what is used in another way."""
+    """Memory that unpacking takes: a block of rows for linears, the whole of what is used in another way."""
     block = whole = 0
     for weight in weights:
-        if weight.convert is not Convert.DECODE:
+        if weight.convert is not Convert.UNPACK:
             continue
         if weight.cut is Cut.ROWS and weight.segments:
             rows = max(block_rows(weight.shape[-1], weight.itemsize, s.codec, s.panel_rows) for s in weight.segments)
             block = max(block, BLOCK, min(rows, weight.rows) * weight.shape[-1] * weight.itemsize)
         elif not weight.gathered:
-            own = weight.decoded_nbytes // max(weight.experts, 1)
+            own = weight.unpacked_nbytes // max(weight.experts, 1)
             whole = max(whole, own if weight.segments else own * REPLAY_COPIES)
     return block + whole
 
@@ -258,12 +260,12 @@ def prepare(weights: Iterable[Weight]) -> None:
 
 
 def without_kernels(weights: Iterable[Weight]) -> list[str]:
-    """Second ways of decoding: what torch does because there is no kernel, and why there is none."""
+    """Second ways of unpacking: what torch does because there is no kernel, and why there is none."""
     codecs = {segment.codec for weight in weights for segment in weight.segments}
     ours = sorted({codec for codec in codecs if codec.startswith(WITH_KERNELS)})
     found = []
     if ours and (why := native.missing()):
-        found.append(f"weights stored as {', '.join(ours)} are decoded by torch, many times more slowly: {why}")
+        found.append(f"weights stored as {', '.join(ours)} are unpacked by torch, many times more slowly: {why}")
     if codecs - set(ours):
-        found.append("weights of a quantised checkpoint are decoded by torch, at 0.1 to 5 GB/s: no kernel knows them")
+        found.append("weights of a quantised checkpoint are unpacked by torch, at 0.1 to 5 GB/s: no kernel knows them")
     return found

@@ -21,7 +21,7 @@ class WeightSites:
 
     Args:
         model: built on DiskTensors.
-        device: where it computes; the placeholders say so.
+        device: where it computes; the placeholders are on it.
         home: gives, by the name of a weight, what its placeholder reads its data from.
     """
 
@@ -37,7 +37,7 @@ class WeightSites:
         return iter(self._sites)
 
     def of(self, name: str) -> tuple[Site, ...]:
-        """The places of a weight; those that somebody else has taken are left out."""
+        """The places of a weight; those that the user has put another tensor in are left out."""
         return tuple(self._sites[name])
 
     def placeholder(self, name: str) -> DiskTensor:
@@ -91,7 +91,7 @@ class WeightSites:
     def foreign(
         self, resident: Collection[str], held: Collection[str]
     ) -> Iterator[tuple[str, Site, torch.Tensor | None]]:
-        """Places of streamed weights where somebody put another tensor, or took the parameter away.
+        """Places of streamed weights where the user put another tensor, or took the parameter away.
 
         What was left there by an interrupt, or put back by a caller, is made good on the way.
 

@@ -1,4 +1,4 @@
-"""Weights outside of a pass: as they are now, for whoever asks, and what becomes of those that somebody writes to.
+"""Weights outside of a pass: their present values, and what becomes of those that are written to.
 
 A weight is held, resident, or read from disk. Merging an adapter, loading a state dict, initialising a layer anew: all
 of it writes to weights. What was written is kept whole, as an ordinary parameter, and counts against the budget: other
@@ -22,7 +22,7 @@ from lamina.errors import BudgetError, UnsupportedError
 from lamina.hf.names import PreTrainedModel
 from lamina.plan.schedule import Convert, Weight
 from lamina.tensors.ids import OTHERS, TOKENS, check_ids
-from lamina.tensors.packed import Encoded
+from lamina.tensors.packed import PackedTensor
 from lamina.weights.materialize import AT_ONCE, Materializer, dtype_of
 from lamina.weights.sites import Site, WeightSites, standing
 
@@ -62,7 +62,7 @@ class Values:
         bound = self.resident.get(name)
         if bound is None:
             return self._materializer.read(name)
-        return bound.decode() if isinstance(bound, Encoded) else bound.detach()
+        return bound.unpack() if isinstance(bound, PackedTensor) else bound.detach()
 
     def rows(self, name: str, ids: torch.Tensor) -> torch.Tensor | None:
         """Rows of a weight as it is now; None where only all of it can be had.
@@ -83,7 +83,9 @@ class Values:
         if name in self._held:
             return self._held[name].detach()[ids]
         if bound is not None:
-            return bound.look_up(ids) if isinstance(bound, Encoded) and bound.dim() == 2 else self.current(name)[ids]
+            return (
+                bound.look_up(ids) if isinstance(bound, PackedTensor) and bound.dim() == 2 else self.current(name)[ids]
+            )
         return self._materializer.gather(name, ids) if len(weight.shape) == 2 and weight.by_rows else None
 
     def part(self, name: str, first: int, count: int) -> torch.Tensor:
@@ -93,7 +95,7 @@ class Values:
             return self.current(name)[first : first + count] if weight.shape else self.current(name)
         if bound is None:
             return self._materializer.rows(name, first, count)
-        return bound.part(first, count) if isinstance(bound, Encoded) else bound.detach()[first : first + count]
+        return bound.part(first, count) if isinstance(bound, PackedTensor) else bound.detach()[first : first + count]
 
     def written(self, names: Collection[str]) -> dict[str, torch.Tensor]:
         """Of these resident weights those that are others than the disk holds."""
@@ -101,8 +103,8 @@ class Values:
 
     def _was_written(self, name: str) -> bool:
         bound = self.resident[name]
-        if isinstance(bound, Encoded):
-            return False  # whoever writes to it has made it an override
+        if isinstance(bound, PackedTensor):
+            return False  # a weight that was written to is an override
         if any(standing(site) is not bound for site in self._sites.of(name)):
             return True
         weight = self._schedule[name]
@@ -165,7 +167,7 @@ class Overrides:
     Attributes:
         held: by name, what stands in the modules.
         scaled: by name, what is done to a weight whenever it arrives: in-place operations and their numbers.
-        gone: names of weights that no module holds any more; whoever has the placeholder reads them.
+        gone: names of weights that no module holds any more; their placeholders still read them.
         outdated: the plan still streams weights that are held or gone.
     """
 
@@ -176,7 +178,7 @@ class Overrides:
         self.gone: set[str] = set()
         self.outdated = False
         self._reserved: set[str] = set()  # there is room for them already
-        self._left: list[tuple[str, Site, int]] = []  # places that are somebody else's, and bytes of what is there
+        self._left: list[tuple[str, Site, int]] = []  # places that the user filled, and bytes of what is there
 
     def written(self, name: str) -> torch.Tensor:
         """The memory of a weight, to be written to.
@@ -192,7 +194,7 @@ class Overrides:
             return self.held[name].detach()
 
     def replace(self, name: str, data: torch.Tensor) -> None:
-        """Let `data` be the weight, in whatever shape and dtype.
+        """Let `data` be the weight, in any shape and dtype.
 
         Raises:
             BudgetError: there is no room for it.
@@ -210,7 +212,7 @@ class Overrides:
         """Multiply or divide a weight by a number each time it arrives; False where it has to be held instead."""
         with self._engine.lock:
             weight = self._engine.schedule[name]
-            if name in self.held or weight.convert is Convert.DECODE:
+            if name in self.held or weight.convert is Convert.UNPACK:
                 return False
             if not self._engine.sites.placeholder(name).is_floating_point():
                 return False
@@ -245,7 +247,7 @@ class Overrides:
                 f"next pass; write to it before, or give enough memory for it to stay"
             )
         if nbytes is None:
-            nbytes = sum(engine.schedule[name].decoded_nbytes for name in new)
+            nbytes = sum(engine.schedule[name].unpacked_nbytes for name in new)
         engine.spend(nbytes, without=new)
         self._reserved.update(new)
         self.outdated = True
@@ -255,7 +257,7 @@ class Overrides:
         self.held[name] = weight  # type: ignore[assignment]
 
     def adopt(self) -> None:
-        """Leave alone what somebody put in place of a streamed weight, and count it; take back what was put back.
+        """Leave alone what the user put in place of a streamed weight, and count it; take back what was put back.
 
         Raises:
             BudgetError: there is no room for it.

@@ -41,9 +41,9 @@ def weights(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16, seed: 
     return (torch.randn(rows, columns, generator=generator) * 0.02).to(dtype)
 
 
-def decoded(codec: Affine, panels: torch.Tensor, columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def unpacked(codec: Affine, panels: torch.Tensor, columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     out = torch.full((len(panels), columns), float("nan"), dtype=dtype)
-    codec.decode(panels, len(panels), columns, out)
+    codec.unpack(panels, len(panels), columns, out)
     return out
 
 
@@ -80,31 +80,31 @@ def random_panels(codec: Affine, rows: int, columns: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("columns", WIDTHS)
-def test_decoding_is_what_the_definition_says(codec: Affine, way: str, columns: int) -> None:
+def test_unpacking_is_what_the_definition_says(codec: Affine, way: str, columns: int) -> None:
     panels = random_panels(codec, 3, columns)
     rows = [bytes(row.tolist()) for row in panels]
     wanted = np.array([[value_at(codec.bits, row, columns, i) for i in range(columns)] for row in rows], np.float32)
-    assert np.array_equal(decoded(codec, panels, columns).numpy(), wanted)
+    assert np.array_equal(unpacked(codec, panels, columns).numpy(), wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_decoded_is_rounded_once(codec: Affine, way: str, dtype: torch.dtype) -> None:
+def test_what_is_unpacked_is_rounded_once(codec: Affine, way: str, dtype: torch.dtype) -> None:
     panels = random_panels(codec, 5, 777)
     panels[:, 1::2][:, :1] = torch.tensor([[0x30], [0x3A], [0x44], [0x47], [0x01]])  # fp16 under- and overflows too
-    full = decoded(codec, panels, 777)
-    assert torch.equal(decoded(codec, panels, 777, dtype), full.to(dtype))
+    full = unpacked(codec, panels, 777)
+    assert torch.equal(unpacked(codec, panels, 777, dtype), full.to(dtype))
 
 
-def test_float64_is_decoded_too(codec: Affine) -> None:
+def test_float64_is_unpacked_too(codec: Affine) -> None:
     panels = codec.encode(weights(2, 70))
-    assert torch.equal(decoded(codec, panels, 70, torch.float64), decoded(codec, panels, 70).double())
+    assert torch.equal(unpacked(codec, panels, 70, torch.float64), unpacked(codec, panels, 70).double())
 
 
 def test_panels_may_lie_at_any_address(codec: Affine, way: str) -> None:
     panels = codec.encode(weights(4, 320))
     room = torch.zeros(panels.numel() + 3, dtype=torch.uint8)
     room[3:] = panels.flatten()
-    assert torch.equal(decoded(codec, room[3:].view(panels.shape), 320), decoded(codec, panels, 320))
+    assert torch.equal(unpacked(codec, room[3:].view(panels.shape), 320), unpacked(codec, panels, 320))
 
 
 @pytest.mark.parametrize("columns", [1, 40, 4096])
@@ -129,7 +129,7 @@ def test_a_row_becomes_the_same_bytes_in_any_company(codec: Affine, way: str) ->
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_error_of_normally_distributed_weights(codec: Affine, dtype: torch.dtype) -> None:
     block = weights(32, 2048, dtype)
-    error = decoded(codec, codec.encode(block), 2048) - block.float()
+    error = unpacked(codec, codec.encode(block), 2048) - block.float()
     assert error.norm() / block.float().norm() < {4: 0.0705, 5: 0.0347, 6: 0.0171, 8: 0.0062}[codec.bits]
 
 
@@ -144,7 +144,7 @@ def test_bits_a_weight() -> None:
 
 def test_zeros_and_the_ends_of_the_range_come_back(codec: Affine, way: str) -> None:
     block = torch.tensor([[0.0] * 64, [-0.0] * 64, [3e38] * 64, [1e-40] * 64, [3e38, -3e38] * 32])
-    got = decoded(codec, codec.encode(block), 64)
+    got = unpacked(codec, codec.encode(block), 64)
     assert torch.equal(got[:2], torch.zeros(2, 64))
     assert torch.isfinite(got).all()
     assert torch.allclose(got[2:], block[2:], rtol=0.07, atol=1e-39)
@@ -163,7 +163,7 @@ def test_what_is_not_finite_is_refused(codec: Affine, bad: float) -> None:
 def test_no_weight_is_farther_off_than_its_range_allows(which: int, row: list[float], size: float) -> None:
     codec = CODECS[which]
     block = torch.tensor([row]) * size
-    error = (decoded(codec, codec.encode(block), len(row)) - block).abs().max()
+    error = (unpacked(codec, codec.encode(block), len(row)) - block).abs().max()
     # A quarter of the widest group for what is clipped, and the rounding of centres, which knows the row's greatest.
     spread = block.max() - block.min()
     assert error <= 0.25 * spread + block.abs().max() / 100 + 128 * TINY  # what is smaller is zero
@@ -177,9 +177,9 @@ def test_linear_is_the_product(codec: Affine, dtype: torch.dtype, columns: int) 
     panels, x = codec.encode(weights(37, columns)), torch.randn(7, columns).to(dtype)
     out = torch.full((7, 50), float("nan"), dtype=dtype)
     assert codec.linear(x, panels, 37, out[:, :37])
-    wanted = x.double() @ decoded(codec, panels, columns).double().T
+    wanted = x.double() @ unpacked(codec, panels, columns).double().T
     tolerance = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 1e-6}[dtype]
-    size = x.double().abs() @ decoded(codec, panels, columns).double().abs().T
+    size = x.double().abs() @ unpacked(codec, panels, columns).double().abs().T
     assert ((out[:, :37].double() - wanted).abs() <= tolerance * wanted.abs() + 1e-6 * size + 1e-7).all()
     assert out[:, 37:].isnan().all()
 
@@ -210,7 +210,7 @@ def test_threads_change_no_bit(codec: Affine) -> None:
             torch.set_num_threads(threads)
             out = torch.empty(3, 300)
             assert codec.linear(x, panels, 300, out)
-            results.append((out, decoded(codec, panels, 512), codec.encode(weights(300, 512))))
+            results.append((out, unpacked(codec, panels, 512), codec.encode(weights(300, 512))))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, three) for one, three in zip(*results, strict=True))
@@ -229,13 +229,13 @@ def test_panels_of_another_size_are_refused(codec: Affine, way: str) -> None:
     panels = codec.encode(weights(4, 64))
     for bad, rows in [(panels[:, :-1].contiguous(), 4), (panels, 5), (panels, 3)]:
         with pytest.raises(CheckpointError, match=rf"{codec.name} are {rows} panels"):
-            codec.decode(bad, rows, 64, torch.empty(rows, 64))
+            codec.unpack(bad, rows, 64, torch.empty(rows, 64))
 
 
 def test_no_rows(codec: Affine, way: str) -> None:
     panels = codec.encode(torch.empty(0, 64))
     assert panels.shape == (0, codec.panel_bytes(64))
-    assert decoded(codec, panels, 64).shape == (0, 64)
+    assert unpacked(codec, panels, 64).shape == (0, 64)
 
 
 def test_they_are_found_by_name() -> None:

@@ -36,9 +36,9 @@ def encoded(block: torch.Tensor, panel_rows: int = 256) -> torch.Tensor:
     return LOSSLESS.encode(block, panel_rows, LOSSLESS.need(block, panel_rows))
 
 
-def decoded(panels: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+def unpacked(panels: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     out = torch.full((rows, columns), 7, dtype=torch.bfloat16)
-    LOSSLESS.decode(panels, rows, columns, out)
+    LOSSLESS.unpack(panels, rows, columns, out)
     return out
 
 
@@ -82,7 +82,7 @@ def test_the_bytes_are_what_the_definition_says(way: str, rows: int, columns: in
     assert np.array_equal(
         reference(bytes(panel[0].tolist()), rows, columns), block.view(torch.int16).numpy().view("u2")
     )
-    assert same_bits(decoded(panel, rows, columns), block)
+    assert same_bits(unpacked(panel, rows, columns), block)
 
 
 @pytest.mark.parametrize("shape", [(256, 256), (1, 65536), (65536, 1), (16, 4096)])
@@ -90,7 +90,7 @@ def test_the_bytes_are_what_the_definition_says(way: str, rows: int, columns: in
 def test_all_bit_patterns_come_back(way: str, shape: tuple[int, int], panel_rows: int) -> None:
     block = PATTERNS.view(shape)[:512]
     for some in (block, block.flip(0), block[:-1]):
-        assert same_bits(decoded(encoded(some.contiguous(), panel_rows), *some.shape), some.contiguous())
+        assert same_bits(unpacked(encoded(some.contiguous(), panel_rows), *some.shape), some.contiguous())
 
 
 @settings(max_examples=40, deadline=None)
@@ -102,9 +102,9 @@ def test_all_bit_patterns_come_back(way: str, shape: tuple[int, int], panel_rows
 def test_any_tensor_comes_back(bits: np.ndarray, panel_rows: int, mask: int) -> None:
     block = torch.from_numpy((bits & mask).view(np.int16)).view(torch.bfloat16)
     panels = encoded(block, panel_rows)
-    assert same_bits(decoded(panels, *block.shape), block)
+    assert same_bits(unpacked(panels, *block.shape), block)
     with native.switched_off():
-        assert same_bits(decoded(panels, *block.shape), block)
+        assert same_bits(unpacked(panels, *block.shape), block)
 
 
 @pytest.mark.parametrize("deviation", [0.0175, 0.02, 0.026])
@@ -122,7 +122,7 @@ def test_panels_take_what_was_said(way: str) -> None:
         LOSSLESS.need(block[:256], 256), LOSSLESS.need(block[256:512], 256), LOSSLESS.need(block[512:], 256)
     )
     assert LOSSLESS.encode(block, 256, need).shape == (3, need)
-    assert same_bits(decoded(LOSSLESS.encode(block, 256, need + 1000), 600, 40), block)
+    assert same_bits(unpacked(LOSSLESS.encode(block, 256, need + 1000), 600, 40), block)
 
 
 def test_a_tensor_that_changed_since_it_was_measured_is_noticed(way: str) -> None:
@@ -154,19 +154,19 @@ def test_blocks_encode_alone(way: str) -> None:
     assert torch.equal(LOSSLESS.encode(block, 16, need), torch.cat(parts))
 
 
-def test_any_run_of_panels_decodes_alone(way: str) -> None:
+def test_any_run_of_panels_unpacks_alone(way: str) -> None:
     block = normal(90, 100)
     panels = encoded(block, 16)
     for first, last in [(0, 1), (1, 3), (4, 6), (5, 6)]:
         rows = block[16 * first : 16 * last]
-        assert same_bits(decoded(panels[first:last], *rows.shape), rows)
+        assert same_bits(unpacked(panels[first:last], *rows.shape), rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_other_types_are_what_torch_makes_of_bf16(way: str, dtype: torch.dtype) -> None:
     block = normal(40, 33, 3e4)
     out = torch.empty(40, 33, dtype=dtype)
-    LOSSLESS.decode(encoded(block, 16), 40, 33, out)
+    LOSSLESS.unpack(encoded(block, 16), 40, 33, out)
     assert torch.equal(out, block.to(dtype))
 
 
@@ -175,14 +175,14 @@ def test_panels_may_lie_at_any_address(way: str) -> None:
     panels = encoded(block, 16)
     room = torch.zeros(panels.numel() + 1, dtype=torch.uint8)
     room[1:] = panels.flatten()
-    assert same_bits(decoded(room[1:].view(panels.shape), 40, 333), block)
+    assert same_bits(unpacked(room[1:].view(panels.shape), 40, 333), block)
 
 
 def test_threads_change_no_bit() -> None:
     block, before = normal(64, 4096), torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        assert same_bits(decoded(encoded(block, 16), 64, 4096), block)
+        assert same_bits(unpacked(encoded(block, 16), 64, 4096), block)
     finally:
         torch.set_num_threads(before)
 
@@ -199,7 +199,7 @@ def test_damaged_panels_stay_inside_and_most_are_noticed(way: str) -> None:
         part.copy_(torch.randint(0, 256, part.shape, dtype=torch.uint8, generator=generator) | (attempt % 2 * 0xF0))
         room = torch.full((rows + 20, columns), 7, dtype=torch.bfloat16)
         try:
-            LOSSLESS.decode(bad, rows, columns, room[10:-10])
+            LOSSLESS.unpack(bad, rows, columns, room[10:-10])
         except CheckpointError as error:
             assert "damaged, split the model again" in str(error)
             noticed += 1
@@ -213,7 +213,7 @@ def test_a_wrong_number_of_rows_is_refused(way: str, head: int) -> None:
     panels[0, :4] = torch.tensor(list(head.to_bytes(4, "little")), dtype=torch.uint8)
     out = torch.zeros(40, 64, dtype=torch.bfloat16)
     try:
-        LOSSLESS.decode(panels, 40, 64, out)
+        LOSSLESS.unpack(panels, 40, 64, out)
     except CheckpointError:
         return
     assert head in (15, 17)  # three panels as well, and not to be told from the bytes alone
@@ -223,13 +223,13 @@ def test_panels_of_another_size_are_refused(way: str) -> None:
     panels = encoded(normal(40, 64), 16)
     for bad, rows in [(panels[:, :900].contiguous(), 40), (panels[:2], 40), (panels, 80)]:
         with pytest.raises(CheckpointError, match="the checkpoint's encoding is not that of its tensors"):
-            LOSSLESS.decode(bad, rows, 64, torch.empty(rows, 64, dtype=torch.bfloat16))
+            LOSSLESS.unpack(bad, rows, 64, torch.empty(rows, 64, dtype=torch.bfloat16))
 
 
 def test_no_rows_and_no_columns(way: str) -> None:
     for shape in [(0, 64), (3, 0)]:
         block = torch.empty(shape, dtype=torch.bfloat16)
-        assert decoded(encoded(block), *shape).shape == shape
+        assert unpacked(encoded(block), *shape).shape == shape
 
 
 def test_there_is_no_fused_product_and_it_is_found_by_name() -> None:

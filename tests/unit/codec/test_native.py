@@ -56,10 +56,10 @@ def put_compiler(monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) -> 
 
 
 def works() -> bool:
-    """Whatever it is decoded with."""
+    """Whatever it is unpacked with."""
     out = torch.empty(3, 64)
     block = torch.randn(3, 64)
-    AFFINE["q8"].decode(AFFINE["q8"].encode(block), 3, 64, out)
+    AFFINE["q8"].unpack(AFFINE["q8"].encode(block), 3, 64, out)
     return torch.allclose(out, block, atol=0.02)
 
 

@@ -15,7 +15,7 @@ from lamina.codec import AFFINE, LOSSLESS, Affine, native
 from lamina.codec.affine import LINEAR_TOKENS
 from lamina.errors import CheckpointError
 from lamina.plan.schedule import PanelSpan
-from lamina.tensors.packed import Encoded, Scratch
+from lamina.tensors.packed import PackedTensor, Scratch
 
 CODECS = list(AFFINE.values())
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -78,9 +78,9 @@ def random_panels(codec: Affine, rows: int, columns: int) -> torch.Tensor:
     return panels
 
 
-def decoded(codec: Affine, panels: torch.Tensor, columns: int) -> torch.Tensor:
+def unpacked(codec: Affine, panels: torch.Tensor, columns: int) -> torch.Tensor:
     out = torch.empty(len(panels), columns)
-    codec.decode(panels, len(panels), columns, out)
+    codec.unpack(panels, len(panels), columns, out)
     return out.double()
 
 
@@ -103,14 +103,14 @@ def quick(codec: Affine, x: torch.Tensor, panels: torch.Tensor) -> torch.Tensor:
 def tolerance(codec: Affine, x: torch.Tensor, panels: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
     """Half a step of each group of 32 columns, times the weights without their centres, which multiply x as it is;
     and what fp32 and the type of the result round."""
-    scaled, columns = decoded(codec, panels, x.shape[1]), x.shape[1]
+    scaled, columns = unpacked(codec, panels, x.shape[1]), x.shape[1]
     if codec.bits < 8:
         without = panels.clone()
         without[:, :2] = 0
-        scaled = scaled - decoded(codec, without, columns)
+        scaled = scaled - unpacked(codec, without, columns)
     groups = torch.nn.functional.pad(x.double().abs(), (0, -columns % 32)).view(len(x), -1, 32)
     half_step = groups.amax(2, keepdim=True).expand_as(groups).flatten(1)[:, :columns] / 127 / 2
-    sums = 1e-5 * x.double().abs() @ decoded(codec, panels, columns).abs().T
+    sums = 1e-5 * x.double().abs() @ unpacked(codec, panels, columns).abs().T
     return half_step @ scaled.abs().T + sums + torch.finfo(x.dtype).eps * want.abs() + 1e-6
 
 
@@ -118,7 +118,7 @@ def tolerance(codec: Affine, x: torch.Tensor, panels: torch.Tensor, want: torch.
 def test_it_is_as_exact_as_x_in_8_bits(codec: Affine, path: str, dtype: torch.dtype) -> None:
     for columns in WIDTHS:
         panels, x = random_panels(codec, ROWS, columns), tokens(3, columns, dtype)
-        want = x.double() @ decoded(codec, panels, columns).T
+        want = x.double() @ unpacked(codec, panels, columns).T
         for some in (x, x[:1]):
             off = (quick(codec, some, panels).double() - want[: len(some)]).abs()
             assert (off <= tolerance(codec, some, panels, want[: len(some)])).all(), (columns, len(some))
@@ -130,7 +130,7 @@ def test_what_8_bits_hold_is_exact(codec: Affine, path: str) -> None:
         panels = random_panels(codec, ROWS, columns)
         x = torch.randint(-127, 128, (2, columns), generator=torch.Generator().manual_seed(0)).float()
         x[:, ::32] = 127.0
-        want = x.double() @ decoded(codec, panels, columns).T
+        want = x.double() @ unpacked(codec, panels, columns).T
         assert torch.allclose(quick(codec, x, panels).double(), want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
 
 
@@ -141,7 +141,7 @@ def test_extreme_codes_do_not_overflow(codec: Affine, path: str) -> None:
         panels[:, codes:] = byte
         for sign in (-1.0, 1.0):
             x = torch.full((1, 512), sign)
-            want = x.double() @ decoded(codec, panels, 512).T
+            want = x.double() @ unpacked(codec, panels, 512).T
             assert torch.allclose(quick(codec, x, panels).double(), want, rtol=1e-4, atol=1e-5)
 
 
@@ -190,13 +190,15 @@ def test_which_codecs_have_one() -> None:
     assert all(codec.has_quick for codec in CODECS) and not LOSSLESS.has_quick
 
 
-def weight(codec: Affine, panels: torch.Tensor, columns: int, cuts: tuple[int, ...], shape: tuple[int, ...]) -> Encoded:
+def weight(
+    codec: Affine, panels: torch.Tensor, columns: int, cuts: tuple[int, ...], shape: tuple[int, ...]
+) -> PackedTensor:
     nbytes, ends = panels.shape[1], (*cuts, len(panels))
     spans = tuple(
         PanelSpan(codec.name, first * nbytes, last - first, 1, nbytes, last - first, 0, last - first)
         for first, last in zip((0, *cuts), ends, strict=True)
     )
-    return Encoded(shape, torch.float32, panels.flatten(), spans, Scratch())
+    return PackedTensor(shape, torch.float32, panels.flatten(), spans, Scratch())
 
 
 @pytest.mark.parametrize("cuts", [(), (3,)], ids=["one span", "two spans"])
@@ -204,34 +206,34 @@ def test_a_linear_of_a_quick_weight_takes_it(codec: Affine, cuts: tuple[int, ...
     skip_unless_quicker()
     panels, x, bias = random_panels(codec, ROWS, 100), torch.randn(2, 1, 100), torch.randn(ROWS)
     quickly = quick(codec, x.view(2, 100), panels).view(2, 1, ROWS)
-    linear, encoded = torch.nn.functional.linear, weight(codec, panels, 100, cuts, (ROWS, 100))
-    slowly = linear(x, encoded)
+    linear, packed = torch.nn.functional.linear, weight(codec, panels, 100, cuts, (ROWS, 100))
+    slowly = linear(x, packed)
     assert not torch.equal(slowly, quickly)
-    encoded.quick = True
-    assert torch.equal(linear(x, encoded), quickly)
-    assert torch.equal(linear(x, encoded, bias), quickly + bias)
-    assert torch.equal(linear(input=x, weight=encoded, bias=bias), quickly + bias)
-    assert torch.equal(linear(x[0, 0], encoded), quickly[0, 0])
-    assert torch.equal(linear(x.view(100, 2).T.contiguous().T.reshape(2, 100), encoded), quickly[:, 0])
+    packed.quick = True
+    assert torch.equal(linear(x, packed), quickly)
+    assert torch.equal(linear(x, packed, bias), quickly + bias)
+    assert torch.equal(linear(input=x, weight=packed, bias=bias), quickly + bias)
+    assert torch.equal(linear(x[0, 0], packed), quickly[0, 0])
+    assert torch.equal(linear(x.view(100, 2).T.contiguous().T.reshape(2, 100), packed), quickly[:, 0])
     strided = torch.stack([x, x], -1)[..., 0]
-    assert not strided.is_contiguous() and torch.equal(linear(strided, encoded), quickly)
+    assert not strided.is_contiguous() and torch.equal(linear(strided, packed), quickly)
     many = torch.randn(LINEAR_TOKENS + 1, 100)
-    assert torch.allclose(linear(many, encoded), linear(many, encoded.decode()), atol=1e-4)
+    assert torch.allclose(linear(many, packed), linear(many, packed.unpack()), atol=1e-4)
     with native.switched_off():
-        assert torch.allclose(linear(x, encoded), slowly, atol=1e-4)
-    encoded.quick = False
-    assert torch.equal(linear(x, encoded), slowly)
+        assert torch.allclose(linear(x, packed), slowly, atol=1e-4)
+    packed.quick = False
+    assert torch.equal(linear(x, packed), slowly)
 
 
 def test_wrong_columns_are_refused() -> None:
-    encoded = weight(AFFINE["q4"], random_panels(AFFINE["q4"], ROWS, 100), 100, (), (ROWS, 100))
-    encoded.quick = True
+    packed = weight(AFFINE["q4"], random_panels(AFFINE["q4"], ROWS, 100), 100, (), (ROWS, 100))
+    packed.quick = True
     with pytest.raises((RuntimeError, CheckpointError)):
-        torch.nn.functional.linear(torch.randn(2, 50), encoded)
+        torch.nn.functional.linear(torch.randn(2, 50), packed)
 
 
 def test_parts_of_a_quick_weight_are_quick() -> None:
-    encoded = weight(AFFINE["q4"], random_panels(AFFINE["q4"], 6, 64), 64, (), (2, 3, 64))
-    assert not encoded[1].quick and not encoded.view(6, 64).quick
-    encoded.quick = True
-    assert encoded[1].quick and encoded.view(6, 64).quick and encoded.expert(0).quick
+    packed = weight(AFFINE["q4"], random_panels(AFFINE["q4"], 6, 64), 64, (), (2, 3, 64))
+    assert not packed[1].quick and not packed.view(6, 64).quick
+    packed.quick = True
+    assert packed[1].quick and packed.view(6, 64).quick and packed.expert(0).quick

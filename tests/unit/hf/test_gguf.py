@@ -1,4 +1,4 @@
-"""GGUF headers as the `gguf` package reads them, and blocks with the bits that it decodes."""
+"""GGUF headers as the `gguf` package reads them, and blocks with the bits that it unpacks."""
 
 from __future__ import annotations
 
@@ -51,20 +51,20 @@ def test_block_sizes_are_those_of_the_package(number: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.usefixtures("either")
-def test_blocks_are_decoded_to_the_bits_of_the_package(name: str, dtype: torch.dtype) -> None:
+def test_blocks_are_unpacked_to_the_bits_of_the_package(name: str, dtype: torch.dtype) -> None:
     kind = gguf.GGMLQuantizationType[name]
     rows, columns = 37, 3 * gguf.GGML_QUANT_SIZES[kind][0]
     raw = blocks(kind, (rows, columns), 1)
     wanted = torch.from_numpy(gguf.quants.dequantize(raw, kind)).to(dtype)
     out = torch.full((rows, columns), 7.0, dtype=dtype)
-    codec_for(f"gguf.{name}").decode(torch.from_numpy(raw), rows, columns, out)
+    codec_for(f"gguf.{name}").unpack(torch.from_numpy(raw), rows, columns, out)
     assert wanted.isfinite().all() and wanted.unique().numel() > 4
     assert torch.equal(out, wanted)
 
 
 @pytest.mark.parametrize("name", WITH_KERNELS)
 @pytest.mark.usefixtures("either")
-def test_blocks_of_any_bytes_at_any_address_are_decoded(name: str) -> None:
+def test_blocks_of_any_bytes_at_any_address_are_unpacked(name: str) -> None:
     kind = gguf.GGMLQuantizationType[name]
     elements, nbytes = gguf.GGML_QUANT_SIZES[kind]
     memory = torch.randint(0, 256, (1 + 64 * nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
@@ -72,23 +72,23 @@ def test_blocks_of_any_bytes_at_any_address_are_decoded(name: str) -> None:
     with np.errstate(all="ignore"):
         wanted = torch.from_numpy(gguf.quants.dequantize(panels.numpy().copy(), kind))
     out = torch.empty(16, 4 * elements)
-    codec_for(f"gguf.{name}").decode(panels, 16, 4 * elements, out)
+    codec_for(f"gguf.{name}").unpack(panels, 16, 4 * elements, out)
     assert torch.equal(out.nan_to_num(nan=5.0), wanted.nan_to_num(nan=5.0))
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q6_K"])
 @pytest.mark.usefixtures("either")
-def test_more_rows_than_are_decoded_at_once_are_all_decoded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_rows_than_are_unpacked_at_once_are_all_unpacked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lamina.codec.gguf.CHUNK", 512)
     kind = gguf.GGMLQuantizationType[name]
     raw = blocks(kind, (5, 768), 2)
     out = torch.empty(5, 768)
-    codec_for(f"gguf.{name}").decode(torch.from_numpy(raw), 5, 768, out)
+    codec_for(f"gguf.{name}").unpack(torch.from_numpy(raw), 5, 768, out)
     assert torch.equal(out, torch.from_numpy(gguf.quants.dequantize(raw, kind)))
 
 
 @pytest.mark.parametrize("name", WITH_KERNELS)
-def test_products_are_those_of_the_decoded_rows(name: str) -> None:
+def test_products_are_those_of_the_unpacked_rows(name: str) -> None:
     if native.missing():
         pytest.skip(native.missing())
     kind = gguf.GGMLQuantizationType[name]
@@ -118,7 +118,7 @@ def test_many_tokens_are_left_to_torch() -> None:
 @pytest.mark.parametrize("shape", [(3, 34), (4, 33), (4, 68)])
 def test_panels_of_another_size_are_refused(shape: tuple[int, int]) -> None:
     with pytest.raises(CheckpointError, match=r"4 rows of 32 columns in gguf\.Q8_0 are 4 panels of 34 bytes, here are"):
-        codec_for("gguf.Q8_0").decode(torch.zeros(shape, dtype=torch.uint8), 4, 32, torch.empty(4, 32))
+        codec_for("gguf.Q8_0").unpack(torch.zeros(shape, dtype=torch.uint8), 4, 32, torch.empty(4, 32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -127,7 +127,7 @@ def test_plain_elements_come_from_any_address(dtype: torch.dtype) -> None:
     memory = torch.cat([torch.zeros(1, dtype=torch.uint8), values.view(torch.uint8).flatten()])
     out = torch.empty(3, 8, dtype=torch.float32)
     name = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
-    codec_for(f"gguf.{name}").decode(memory[1:].view(3, -1), 3, 8, out)
+    codec_for(f"gguf.{name}").unpack(memory[1:].view(3, -1), 3, 8, out)
     assert torch.equal(out, values.float())
 
 
@@ -260,12 +260,12 @@ def rotations(path: Path) -> dict[str, object]:
 def test_llama_3_divides_its_frequencies(tmp_path: Path) -> None:
     divisors = llama3_divisors(32.0)
     assert 1 < sorted(divisors)[-3] <= 32 and (divisors == 1).any()
-    rope = rotations(write_model(tmp_path, "llama", besides={"rope_freqs.weight": divisors}))
+    rope = rotations(write_model(tmp_path, "llama", extra={"rope_freqs.weight": divisors}))
     assert rope["rope_type"] == "llama3" and rope["factor"] == 32.0 and rope["rope_theta"] == 10000.0
     others = np.linspace(1, 3, 32, dtype=np.float32)
-    rope = rotations(write_model(tmp_path, "llama", besides={"rope_freqs.weight": others}))
+    rope = rotations(write_model(tmp_path, "llama", extra={"rope_freqs.weight": others}))
     assert rope["rope_type"] == "longrope" and rope["long_factor"] == others.tolist() and rope["attention_factor"] == 1
-    assert rotations(write_model(tmp_path, "llama", besides={"rope_freqs.weight": np.ones(32, np.float32)})) == {
+    assert rotations(write_model(tmp_path, "llama", extra={"rope_freqs.weight": np.ones(32, np.float32)})) == {
         "rope_type": "default",
         "rope_theta": 10000.0,
     }
@@ -280,13 +280,13 @@ def test_other_rotations_are_the_files(tmp_path: Path) -> None:
     assert rope["full_attention"]["rope_type"] == "linear" and rope["full_attention"]["factor"] == 8.0  # type: ignore[index]
     assert rope["sliding_attention"]["rope_type"] == "default"  # type: ignore[index]
     factors = np.linspace(1, 2, 24, dtype=np.float32)
-    besides = {"rope_factors_short.weight": factors, "rope_factors_long.weight": 2 * factors}
+    extra = {"rope_factors_short.weight": factors, "rope_factors_long.weight": 2 * factors}
     more = {
         "rope.dimension_count": 48,
         "rope.scaling.attn_factor": 1.5,
         "rope.scaling.original_context_length": 32,
     }
-    rope = rotations(write_model(tmp_path, "phi3", more=more, besides=besides))
+    rope = rotations(write_model(tmp_path, "phi3", more=more, extra=extra))
     assert rope["rope_type"] == "longrope" and rope["partial_rotary_factor"] == 0.75
     assert rope["long_factor"] == (2 * factors).tolist() and rope["short_factor"] == factors.tolist()
     assert rope["attention_factor"] == 1.5 and rope["original_max_position_embeddings"] == 32

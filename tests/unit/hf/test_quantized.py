@@ -1,4 +1,4 @@
-"""How quantised weights are found and decoded, piece by piece."""
+"""How quantised weights are found and unpacked, piece by piece."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_integers_of_any_width_come_back(bits: int, count: int) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 5000, 1 << 20])
-def test_a_weight_is_the_same_however_many_rows_are_decoded_at_once(
+def test_a_weight_is_the_same_however_many_rows_are_unpacked_at_once(
     chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantized_layouts, "CHUNK", chunk)

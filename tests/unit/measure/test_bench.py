@@ -53,7 +53,7 @@ def test_a_step_ends_with_the_reads_that_are_under_way(tmp_path: Path) -> None:
         meter.engine = SimpleNamespace(readers=readers)  # type: ignore[assignment]
         assert meter._settled()[1] == NBYTES, "the read under way counts, the next one has not begun"
         readers.wait(ticket)
-        assert readers.bytes_read == 2 * NBYTES, "reading goes on afterwards"
+        assert readers.bytes_read == 2 * NBYTES, "reading continues afterwards"
     finally:
         deliver.set()
         readers.close()

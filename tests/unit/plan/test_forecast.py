@@ -9,10 +9,10 @@ import pytest
 from helpers.schedules import llama, mixture
 from lamina.plan.forecast import (
     CALL_OPERATIONS,
-    DECODED_SHARE,
     EXPERT_OPERATIONS,
     EXPERT_SHARE,
     READ_OPERATIONS,
+    UNPACKED_SHARE,
     UNTRACED_OPERATIONS,
     WINDOW_LOST,
     Hardware,
@@ -35,7 +35,7 @@ ROUND = Hardware(1e9, 1e10, 1e10, 5e9, 1e-6)
         (Work(streamed_bytes=0.9 * 3e9, window_bytes=WINDOW), 3.0),
         (Work(linked_bytes=2e10), 2.0),
         (Work(plain_bytes=1e10), 1.0),
-        (Work(decoded_bytes=DECODED_SHARE * 1e10), 2.0),
+        (Work(unpacked_bytes=UNPACKED_SHARE * 1e10), 2.0),
         (Work(operations=1e6), 1.0),
         (Work(expert_bytes=EXPERT_SHARE * 1e9), 1.0),
         (Work(), 0.0),
@@ -46,7 +46,7 @@ def test_each_term_alone(work: Work, seconds: float) -> None:
 
 
 def test_computing_is_a_sum_and_what_overlaps_is_not() -> None:
-    busy = Work(plain_bytes=1e10, decoded_bytes=DECODED_SHARE * 5e9, operations=1e6)
+    busy = Work(plain_bytes=1e10, unpacked_bytes=UNPACKED_SHARE * 5e9, operations=1e6)
     assert compute_seconds(busy, ROUND) == pytest.approx(3.0)
     both = dataclasses.replace(busy, streamed_bytes=0.9 * 3e9, window_bytes=WINDOW)
     assert 3.0 < seconds_per_token(both, ROUND) == pytest.approx(3.0 * 2 ** (1 / 6))

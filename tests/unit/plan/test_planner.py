@@ -22,12 +22,12 @@ from lamina.plan.schedule import Call, Convert, Cut, Schedule
 from lamina.runtime import budget
 
 GB = 10**9
-SPOKEN = {"overhead_bytes": 300_000, "activation_bytes": 50_000, "kv_cache_bytes": 20_000, "context_tokens": 64}
+RESERVED = {"overhead_bytes": 300_000, "activation_bytes": 50_000, "kv_cache_bytes": 20_000, "context_tokens": 64}
 
 
-def smallest(schedule: Schedule, **spoken: int) -> int:
+def smallest(schedule: Schedule, **reserved: int) -> int:
     with pytest.raises(BudgetError) as caught:
-        make_plan(schedule, Budget(1, **spoken))
+        make_plan(schedule, Budget(1, **reserved))
     return caught.value.minimum_bytes
 
 
@@ -38,13 +38,13 @@ def check(schedule: Schedule, plan: Plan) -> None:
     experts = sum(module.count for module in plan.experts)
     routed = plan.expert_cache_bytes + KNOWN * experts
     if budget.device_memory_bytes is None:
-        assert arena + plan.ring_bytes + routed + budget.spoken_for <= budget.memory_bytes
+        assert arena + plan.ring_bytes + routed + budget.reserved_bytes <= budget.memory_bytes
         assert plan.device_expert_slots == 0
     else:
         cached = sum(item.nbytes for item in plan.items if item.cached)
         above = plan.device_expert_slots * plan.expert_slot_bytes
-        assert plan.ring_bytes + cached + routed + budget.spoken_for <= budget.memory_bytes
-        assert arena + plan.device_ring_bytes + above + budget.spoken_for_on_device <= budget.device_memory_bytes
+        assert plan.ring_bytes + cached + routed + budget.reserved_bytes <= budget.memory_bytes
+        assert arena + plan.device_ring_bytes + above + budget.reserved_bytes_on_device <= budget.device_memory_bytes
         assert plan.minimum_device_memory_bytes <= budget.device_memory_bytes
         assert bool(plan.experts) <= plan.device_expert_slots <= experts
     assert bool(plan.experts) <= plan.expert_slots <= experts
@@ -80,9 +80,9 @@ def rows_moved(plan: Plan) -> Counter[tuple[str, int]]:
 @given(seed=st.integers(0, 1 << 30), share=st.floats(0, 1.2))
 def test_a_budget_at_or_above_the_minimum_is_kept(seed: int, share: float) -> None:
     schedule, _ = random_schedule(seed, scale=random.Random(seed).choice((4096, 300_000)))
-    least = smallest(schedule, **SPOKEN)
-    whole = resident_size(schedule.weights.values()) + Budget(0, **SPOKEN).spoken_for
-    plan = make_plan(schedule, Budget(int(least + share * max(whole - least, 0)), **SPOKEN))
+    least = smallest(schedule, **RESERVED)
+    whole = resident_size(schedule.weights.values()) + Budget(0, **RESERVED).reserved_bytes
+    plan = make_plan(schedule, Budget(int(least + share * max(whole - least, 0)), **RESERVED))
     check(schedule, plan)
     if share >= 1:
         assert not plan.streams and plan.bytes_read_per_pass == 0
@@ -92,11 +92,11 @@ def test_a_budget_at_or_above_the_minimum_is_kept(seed: int, share: float) -> No
 @given(seed=st.integers(0, 1 << 30))
 def test_the_minimum_is_enough_and_one_byte_less_is_not(seed: int) -> None:
     schedule, _ = random_schedule(seed, scale=random.Random(seed).choice((4096, 300_000)))
-    least = smallest(schedule, **SPOKEN)
+    least = smallest(schedule, **RESERVED)
     with pytest.raises(BudgetError) as caught:
-        make_plan(schedule, Budget(least - 1, **SPOKEN))
+        make_plan(schedule, Budget(least - 1, **RESERVED))
     assert caught.value.minimum_bytes == least
-    plan = make_plan(schedule, Budget(least, **SPOKEN))
+    plan = make_plan(schedule, Budget(least, **RESERVED))
     assert plan.minimum_memory_bytes == least
     check(schedule, plan)
 
@@ -106,16 +106,16 @@ def test_the_minimum_is_enough_and_one_byte_less_is_not(seed: int) -> None:
 def test_a_device_s_budget_is_kept_beside_the_host_s(seed: int, memory: float, device: float) -> None:
     schedule, _ = random_schedule(seed, scale=random.Random(seed).choice((4096, 300_000)))
     with pytest.raises(BudgetError) as caught:
-        make_plan(schedule, Budget(1 << 40, device_memory_bytes=1, **SPOKEN))
+        make_plan(schedule, Budget(1 << 40, device_memory_bytes=1, **RESERVED))
     least_device = caught.value.minimum_bytes
     with pytest.raises(BudgetError) as caught:
-        make_plan(schedule, Budget(1, device_memory_bytes=1 << 40, **SPOKEN))
+        make_plan(schedule, Budget(1, device_memory_bytes=1 << 40, **RESERVED))
     least = caught.value.minimum_bytes
     whole = resident_size(schedule.weights.values())
     plan = make_plan(schedule, Budget(least + int(memory * whole),
-                                      device_memory_bytes=least_device + int(device * whole), **SPOKEN))  # fmt: skip
+                                      device_memory_bytes=least_device + int(device * whole), **RESERVED))  # fmt: skip
     check(schedule, plan)
-    check(schedule, make_plan(schedule, Budget(least, device_memory_bytes=least_device, **SPOKEN)))
+    check(schedule, make_plan(schedule, Budget(least, device_memory_bytes=least_device, **RESERVED)))
 
 
 @settings(max_examples=25, deadline=None)
@@ -194,7 +194,7 @@ def test_70b_and_405b_fit_any_budget_above_a_few_gigabytes(shape: tuple[int, ...
     plan = make_plan(schedule, Budget(memory * GB, overhead_bytes=GB // 2, activation_bytes=GB // 5))
     check(schedule, plan)
     assert plan.units <= MOST_UNITS * 2
-    used = plan.resident_bytes + plan.ring_bytes + plan.budget.spoken_for
+    used = plan.resident_bytes + plan.ring_bytes + plan.budget.reserved_bytes
     assert memory * GB - used < 0.35 * GB, "memory that was given and is not used"
 
 
@@ -287,14 +287,14 @@ def test_the_same_question_gets_the_same_plan() -> None:
 # -- what a process holds besides
 
 
-def test_what_a_process_holds_besides_is_spoken_for_and_said() -> None:
+def test_what_a_process_holds_besides_is_reserved_and_said() -> None:
     schedule, _ = llama(4, 64, 128, 32, 256)
     alone = Budget(1, overhead_bytes=1000)
-    beside = Budget(1, overhead_bytes=1000, already_held_bytes=500_000_000)
+    shared = Budget(1, overhead_bytes=1000, already_held_bytes=500_000_000)
     with pytest.raises(BudgetError) as fresh:
         make_plan(schedule, alone)
     with pytest.raises(BudgetError) as full:
-        make_plan(schedule, beside)
+        make_plan(schedule, shared)
     least = fresh.value.minimum_bytes
     assert full.value.minimum_bytes == least + 500_000_000
     assert "already holds" not in str(fresh.value)

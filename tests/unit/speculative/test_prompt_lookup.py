@@ -1,4 +1,4 @@
-"""The lookup draft proposes what followed before, goes on after an edit, and is as sure as its evidence is good."""
+"""The lookup draft proposes what followed before, goes on after an edit, and its confidence follows its evidence."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def test_a_period_is_copied_past_the_end_of_the_text() -> None:
     assert after([], [1, 2, 3, 1, 2, 3], 8).tokens == [1, 2, 3, 1, 2, 3, 1, 2]
 
 
-def sure(followers: list[int]) -> float:
-    """How sure the first token is, where 1 2 3 was followed by each of these before."""
+def confidence(followers: list[int]) -> float:
+    """The confidence of the first token, where 1 2 3 was followed by each of these before."""
     prompt = [token for i, follower in enumerate(followers) for token in (1000 + i, 1, 2, 3, follower)]
     draft = Lookup()
     draft.begin(prompt, None)
@@ -72,8 +72,8 @@ def sure(followers: list[int]) -> float:
 
 
 def test_places_that_agree_make_it_surer_and_places_that_do_not_less_sure() -> None:
-    assert sure([7, 8]) < sure([7]) < sure([7, 7]) < sure([7, 7, 7])
-    assert sure([6, 7, 8, 9]) < sure([7, 8])
+    assert confidence([7, 8]) < confidence([7]) < confidence([7, 7]) < confidence([7, 7, 7])
+    assert confidence([6, 7, 8, 9]) < confidence([7, 8])
 
 
 def test_a_longer_match_is_surer() -> None:

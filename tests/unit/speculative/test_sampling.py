@@ -1,4 +1,4 @@
-"""Sampling as a race: the tokens of `torch.multinomial`, foreseen by a draft, the generator left where it would be."""
+"""Sampling as a race: the tokens of `torch.multinomial`, previewed by a draft, the generator left where it would be."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper
 from transformers.generation import LogitsProcessorList
 
-from lamina.speculative.sampling import Foreseen, Greedy, Sampled, choice_for
+from lamina.speculative.sampling import Greedy, Preview, Sampled, choice_for
 
 VOCABULARY = 50
 TEXT = torch.tensor([[4, 8, 15]])
@@ -48,32 +48,32 @@ def test_a_token_of_the_text_has_one_dimension() -> None:
 
 
 @pytest.mark.parametrize("forbidden", [0, 40])
-def test_what_is_foreseen_is_taken_where_the_scores_are_equal(forbidden: int) -> None:
+def test_what_is_previewed_is_taken_where_the_scores_are_equal(forbidden: int) -> None:
     steps = [scores(seed, forbidden) for seed in range(60)]
     expected, state = of_torch(steps)
     torch.manual_seed(3)
     choice, taken = Sampled(TEXT), []
     while len(taken) < len(steps):
         ahead = steps[len(taken) : len(taken) + 7]
-        foreseen = [choice.foresee(i, each)[0] for i, each in enumerate(ahead)]
+        previewed = [choice.preview(i, each)[0] for i, each in enumerate(ahead)]
         kept = [int(choice.take(each)) for each in ahead[: 1 + len(taken) % 5]]  # the rest was drafted in vain
-        assert foreseen[: len(kept)] == kept
+        assert previewed[: len(kept)] == kept
         taken += kept
     choice.close()
     assert taken[: len(steps)] == expected
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_foreseeing_again_foresees_the_same() -> None:
+def test_previewing_again_gives_the_same() -> None:
     choice = Sampled(TEXT)
-    first = [choice.foresee(i, scores(i)) for i in range(5)]
-    assert [choice.foresee(i, scores(i)) for i in range(5)] == first
+    first = [choice.preview(i, scores(i)) for i in range(5)]
+    assert [choice.preview(i, scores(i)) for i in range(5)] == first
 
 
 def test_nothing_taken_leaves_the_generator_where_it_was() -> None:
     before = torch.get_rng_state()
     choice = Sampled(TEXT)
-    choice.foresee(5, scores(0))
+    choice.preview(5, scores(0))
     assert not torch.equal(torch.get_rng_state(), before)
     choice.close()
     assert torch.equal(torch.get_rng_state(), before)
@@ -87,13 +87,13 @@ def test_closed_at_once_nothing_happens() -> None:
 
 
 def test_alike_distributions_mostly_choose_alike() -> None:
-    """A draft that is off by a little foresees most tokens; drawn apart, two like these agree one time in five."""
+    """A draft that is off by a little previews most tokens; drawn apart, two like these agree one time in five."""
     torch.manual_seed(0)
     choice, alike, apart = Sampled(TEXT), 0, 0
     for seed in range(300):
         target = scores(seed)
         draft = target + 0.1 * scores(seed + 1000)
-        token, _ = choice.foresee(0, draft)
+        token, _ = choice.preview(0, draft)
         alike += token == int(choice.take(target))
         apart += token == int(choice.take(target))
     assert alike > 0.8 * 300
@@ -104,17 +104,17 @@ def test_alike_distributions_mostly_choose_alike() -> None:
 def test_sure_is_from_nothing_to_one(choice: Greedy | Sampled) -> None:
     certain = torch.full((1, VOCABULARY), -torch.inf)
     certain[0, 7] = 1.0
-    assert choice.foresee(0, certain) == (7, 1.0)
+    assert choice.preview(0, certain) == (7, 1.0)
     for seed in range(50):
-        _, sure = choice.foresee(0, scores(seed))
-        assert 0.0 <= sure <= 1.0 and not math.isnan(sure)
+        _, confidence = choice.preview(0, scores(seed))
+        assert 0.0 <= confidence <= 1.0 and not math.isnan(confidence)
 
 
 def test_greedy_is_as_sure_as_the_largest_probability() -> None:
     each = scores(1)
-    token, sure = Greedy().foresee(3, each)
+    token, confidence = Greedy().preview(3, each)
     assert token == int(Greedy().take(each)) == int(each.argmax())
-    assert sure == pytest.approx(float(torch.softmax(each, -1).max()), rel=1e-5)
+    assert confidence == pytest.approx(float(torch.softmax(each, -1).max()), rel=1e-5)
 
 
 def test_which_choice() -> None:
@@ -136,8 +136,8 @@ class Counting(LogitsProcessor):
         return scores.flip(-1)
 
 
-def foreseen(processors: list[LogitsProcessor], vocabulary: int = VOCABULARY) -> Foreseen:
-    return Foreseen(LogitsProcessorList(processors), Greedy(), TEXT, vocabulary)
+def preview(processors: list[LogitsProcessor], vocabulary: int = VOCABULARY) -> Preview:
+    return Preview(LogitsProcessorList(processors), Greedy(), TEXT, vocabulary)
 
 
 def peaks(*tokens: int) -> torch.Tensor:
@@ -149,7 +149,7 @@ def peaks(*tokens: int) -> torch.Tensor:
 
 
 def test_a_penalty_for_repeating_sees_what_was_drafted() -> None:
-    pick = foreseen([RepetitionPenaltyLogitsProcessor(5.0)])
+    pick = preview([RepetitionPenaltyLogitsProcessor(5.0)])
     assert pick(0, peaks(8, 20))[0] == 20  # 8 is in the text
     assert pick(1, peaks(20, 21))[0] == 21  # 20 was drafted
     assert pick(2, peaks(22, 23))[0] == 22
@@ -159,7 +159,7 @@ def test_a_penalty_for_repeating_sees_what_was_drafted() -> None:
 
 def test_the_text_itself_is_left_as_it_is() -> None:
     before = TEXT.clone()
-    pick = foreseen([RepetitionPenaltyLogitsProcessor(5.0), TemperatureLogitsWarper(0.5), TopKLogitsWarper(3)])
+    pick = preview([RepetitionPenaltyLogitsProcessor(5.0), TemperatureLogitsWarper(0.5), TopKLogitsWarper(3)])
     logits = peaks(8, 20)
     for position in range(4):
         pick(position, logits)
@@ -169,36 +169,39 @@ def test_the_text_itself_is_left_as_it_is() -> None:
 
 def test_a_processor_with_a_memory_is_not_asked() -> None:
     counting = Counting()
-    assert foreseen([counting])(0, peaks(20))[0] == 20
+    assert preview([counting])(0, peaks(20))[0] == 20
     assert counting.asked == 0
 
 
 @pytest.mark.parametrize(
     ("processors", "change"),
-    [([TemperatureLogitsWarper(2.0)], lambda sure: sure < 0.8), ([TopKLogitsWarper(1)], lambda sure: sure == 1.0)],
+    [
+        ([TemperatureLogitsWarper(2.0)], lambda confidence: confidence < 0.8),
+        ([TopKLogitsWarper(1)], lambda confidence: confidence == 1.0),
+    ],
     ids=["temperature", "top-k"],
 )
 def test_warpers_change_how_sure_it_is(processors: list[LogitsProcessor], change: Callable[[float], bool]) -> None:
-    assert foreseen([])(0, peaks(20, 21))[1] == pytest.approx(0.73, abs=0.02)
+    assert preview([])(0, peaks(20, 21))[1] == pytest.approx(0.73, abs=0.02)
     logits = peaks(20, 21)
-    token, sure = foreseen(processors)(0, logits)
+    token, confidence = preview(processors)(0, logits)
     assert token == 20
-    assert change(sure)
+    assert change(confidence)
 
 
 def test_a_padded_vocabulary_is_cut() -> None:
     logits = torch.cat([peaks(20), torch.full((14,), 99.0)])
-    assert foreseen([])(0, logits)[0] == 20
+    assert preview([])(0, logits)[0] == 20
 
 
 def test_a_shorter_vocabulary_is_padded() -> None:
-    token, _ = foreseen([RepetitionPenaltyLogitsProcessor(5.0)], VOCABULARY + 14)(0, peaks(20) - 100)
+    token, _ = preview([RepetitionPenaltyLogitsProcessor(5.0)], VOCABULARY + 14)(0, peaks(20) - 100)
     assert token == 20
-    pick = Foreseen(LogitsProcessorList(), Sampled(TEXT), TEXT, VOCABULARY + 14)
+    pick = Preview(LogitsProcessorList(), Sampled(TEXT), TEXT, VOCABULARY + 14)
     assert all(pick(i, torch.zeros(VOCABULARY))[0] < VOCABULARY for i in range(40))
 
 
 def test_logits_in_16_bits_are_chosen_in_32() -> None:
-    token, sure = foreseen([])(0, peaks(20, 21).to(torch.bfloat16))
+    token, confidence = preview([])(0, peaks(20, 21).to(torch.bfloat16))
     assert token == 20
-    assert sure == pytest.approx(0.73, abs=0.02)
+    assert confidence == pytest.approx(0.73, abs=0.02)

@@ -16,7 +16,7 @@ from lamina.plan.plan import Budget, Plan
 from lamina.plan.planner import make_plan
 from lamina.plan.schedule import Schedule
 from lamina.plan.speculation import Drafted, Session, drafted_seconds, pays, seconds_with_draft
-from lamina.speculative.decoder import MOST, companion_bytes, draft_name, row_seconds, verifying_bytes
+from lamina.speculative.decoder import MOST, draft_model_bytes, draft_name, row_seconds, verifying_bytes
 
 GB = 10**9
 COPY = 42 * GB // 10  # of the model below, in 4 bits
@@ -73,10 +73,10 @@ def test_a_copy_that_is_as_slow_as_the_model_does_not_pay() -> None:
 
 
 def test_what_is_read_for_the_copys_sake_is_told() -> None:
-    without, beside = planned(12), planned(12, COPY)
-    more = (beside.bytes_read_per_pass - without.bytes_read_per_pass) / GB
+    without, with_copy = planned(12), planned(12, COPY)
+    more = (with_copy.bytes_read_per_pass - without.bytes_read_per_pass) / GB
     assert 3.5 < more < 5
-    assert f"so {more:.1f}" in pays(without, beside, COPY)[1]
+    assert f"so {more:.1f}" in pays(without, with_copy, COPY)[1]
 
 
 def test_clearly_better_is_asked_for() -> None:
@@ -135,28 +135,28 @@ def test_verifying_takes_logits_for_all_rows() -> None:
     assert verifying_bytes(SimpleNamespace()) == 0
 
 
-def companion() -> Any:
+def draft_model() -> Any:
     return SimpleNamespace(
         nbytes=100, scratch_bytes=10, cache_bytes=lambda tokens: 2 * tokens, activation_bytes=lambda tokens: 5 * tokens
     )
 
 
 def test_a_copy_takes_its_weights_alone() -> None:
-    assert companion_bytes(companion(), "self", 1000, 0) == 110
+    assert draft_model_bytes(draft_model(), "self", 1000, 0) == 110
 
 
 def test_another_model_has_a_cache_and_its_share_of_activations() -> None:
-    assert companion_bytes(companion(), "other", 7, 0) == 110 + 14 + 35
-    assert companion_bytes(companion(), "other", 7, 30) == 110 + 14 + 5  # the two never run at once
-    assert companion_bytes(companion(), "other", 7, 99) == 110 + 14
+    assert draft_model_bytes(draft_model(), "other", 7, 0) == 110 + 14 + 35
+    assert draft_model_bytes(draft_model(), "other", 7, 30) == 110 + 14 + 5  # the two never run at once
+    assert draft_model_bytes(draft_model(), "other", 7, 99) == 110 + 14
 
 
-def test_a_drafts_bytes_are_spoken_for_and_told() -> None:
-    without, beside = planned(8), planned(8, COPY)
-    assert beside.budget.spoken_for == without.budget.spoken_for + COPY
-    assert beside.as_dict()["draft_bytes"] == COPY
-    assert beside.minimum_memory_bytes == without.minimum_memory_bytes + COPY
-    assert beside.resident_bytes < without.resident_bytes
+def test_a_drafts_bytes_are_reserved_and_said() -> None:
+    without, with_copy = planned(8), planned(8, COPY)
+    assert with_copy.budget.reserved_bytes == without.budget.reserved_bytes + COPY
+    assert with_copy.as_dict()["draft_bytes"] == COPY
+    assert with_copy.minimum_memory_bytes == without.minimum_memory_bytes + COPY
+    assert with_copy.resident_bytes < without.resident_bytes
 
 
 def test_a_session_is_its_plan_with_the_draft_beside_it() -> None:

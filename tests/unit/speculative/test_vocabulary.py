@@ -55,8 +55,8 @@ def test_one_may_have_special_tokens_that_the_other_lacks(tmp_path: Path, target
 
 def test_special_tokens_may_be_in_the_vocabulary_or_beside_it(tmp_path: Path, target: Any) -> None:
     rest = {token: number for token, number in WORDS.items() if number > 1}
-    beside = described(tmp_path / "draft", rest, {"<s>": 0, "</s>": 1})
-    check_same_tokens(target, beside, "small/model")
+    with_special = described(tmp_path / "draft", rest, {"<s>": 0, "</s>": 1})
+    check_same_tokens(target, with_special, "small/model")
 
 
 def test_padded_tables_do_not_matter(tmp_path: Path, target: Any) -> None:

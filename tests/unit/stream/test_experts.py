@@ -67,7 +67,7 @@ def alike(modules: int = 2, count: int = 6, elements: int = 700) -> tuple[list[E
 
 
 class LongIdle(Idle):
-    """A model that computes so long that anything may be foreseen."""
+    """A model that computes so long that anything may be prefetched."""
 
     @property
     def nbytes(self) -> int:
@@ -148,7 +148,7 @@ class Rig:
         union = rng.sample(range(module.count), rng.randint(1, module.count))
         if rng.random() < 0.4:  # what is named may be wrong, of another module, or come too late
             later = rng.choice((module, module, *self.modules))
-            self.stream.foresee(later.module, rng.sample(range(later.count), rng.randint(1, later.count)))
+            self.stream.prefetch(later.module, rng.sample(range(later.count), rng.randint(1, later.count)))
         asked = sorted(union)
         if rough and rng.random() < 0.15:
             self.held = None  # unannounced
@@ -349,14 +349,14 @@ def test_a_call_of_another_module_within_a_call() -> None:
             rig.get(modules[0], expert)
 
 
-# -- foreseen
+# -- prefetched
 
 
 def filled(rig: Rig) -> None:
-    """A cache without a free slot, as it is when foreseeing begins: with the last module's experts."""
+    """A cache without a free slot, as it is when prefetching begins: with the last module's experts."""
     for module in rig.modules:
         rig.call(module, *range(module.count))
-    assert rig.stream.foresees
+    assert rig.stream.prefetches
     rig.reads.clear()
 
 
@@ -364,13 +364,13 @@ def firsts(rig: Rig) -> list[Part]:
     return [layout.placed[0].part for layout in rig.reads]
 
 
-def test_foreseen_rightly_is_read_before_the_router_has_spoken() -> None:
+def test_prefetched_rightly_is_read_before_the_router_has_chosen() -> None:
     modules, checkpoint = alike(2, 8)
     with Rig(modules, checkpoint, 8) as rig:
-        assert not rig.stream.foresees, "while there is room the drive is what is waited for"
+        assert not rig.stream.prefetches, "while there is room the drive is what is waited for"
         filled(rig)
         rig.route(modules[1], 0)
-        rig.stream.foresee("m0", [5, 3])
+        rig.stream.prefetch("m0", [5, 3])
         rig.get(modules[1], 0)
         rig.leave()
         assert firsts(rig) == [Part("m0.w", 5, 1), Part("m0.w", 3, 1)]
@@ -378,18 +378,18 @@ def test_foreseen_rightly_is_read_before_the_router_has_spoken() -> None:
         rig.call(modules[0], 3, 5, 6)
         assert firsts(rig)[2:] == [Part("m0.w", 6, 1)]
         counts = rig.stream.counts
-        assert (counts.foreseen, counts.hits, counts.misses) == (2, before, counts.routed - before - 2)
+        assert (counts.prefetched, counts.hits, counts.misses) == (2, before, counts.routed - before - 2)
 
 
-def test_foreseen_wrongly_is_taken_back_and_not_counted() -> None:
+def test_prefetched_wrongly_is_taken_back_and_not_counted() -> None:
     modules, checkpoint = alike(2, 8)
     with Rig(modules, checkpoint, 8) as rig:
         filled(rig)
         rig.readers.pause()
-        rig.stream.foresee("m0", [5, 3])
+        rig.stream.prefetch("m0", [5, 3])
         rig.readers.resume()
         rig.disk.gate.clear()
-        rig.stream.foresee("m0", [1])
+        rig.stream.prefetch("m0", [1])
         rig.disk.gate.set()
         rig.call(modules[0], 6)
         rig.call(modules[0], 5, 3, 1)
@@ -400,11 +400,11 @@ def test_foreseen_wrongly_is_taken_back_and_not_counted() -> None:
 def test_what_was_half_taken_back_is_never_computed_with() -> None:
     """Some of its reads had begun, the others never will: whoever wants it after all has it read anew."""
     (module, *rest), checkpoint = alike(2, 8, elements=40_000)
-    for ask in ("routed", "unannounced", "foreseen again"):
+    for ask in ("routed", "unannounced", "prefetched again"):
         with Rig([module, *rest], checkpoint, 8) as rig:
             filled(rig)
             rig.disk.gate.clear()
-            rig.stream.foresee("m0", [5, 6])
+            rig.stream.prefetch("m0", [5, 6])
             while not rig.readers._shared.reading:
                 pass
             rig.call(rest[0], next(expert for number, expert in rig.stream._cache.held() if number))
@@ -412,8 +412,8 @@ def test_what_was_half_taken_back_is_never_computed_with() -> None:
             opener.start()
             if ask == "routed":
                 rig.route(module, 5, 6)
-            elif ask == "foreseen again":
-                rig.stream.foresee("m0", [5, 6])
+            elif ask == "prefetched again":
+                rig.stream.prefetch("m0", [5, 6])
             for expert in (5, 6):
                 rig.get(module, expert)
             opener.join()
@@ -422,42 +422,42 @@ def test_what_was_half_taken_back_is_never_computed_with() -> None:
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 4, 5, 8])
-def test_foreseeing_leaves_room_for_what_is_needed_now(slots: int) -> None:
+def test_prefetching_leaves_room_for_what_is_needed_now(slots: int) -> None:
     modules, checkpoint = alike(2, 8)
     with Rig(modules, checkpoint, slots) as rig:
         for _ in range(3):
             for module in modules:
-                rig.stream.foresee("m0", range(8))
-                rig.stream.foresee("m1", range(8))
-                assert len(rig.stream._foreseen) <= slots // 2
+                rig.stream.prefetch("m0", range(8))
+                rig.stream.prefetch("m1", range(8))
+                assert len(rig.stream._prefetched) <= slots // 2
                 rig.call(module, *range(8))
 
 
-def test_a_foreseen_expert_s_error_is_raised_only_if_it_is_wanted_and_still_there() -> None:
+def test_a_prefetched_expert_s_error_is_raised_only_if_it_is_wanted_and_still_there() -> None:
     modules, checkpoint = alike(2, 8)
     with Rig(modules, checkpoint, 8) as rig:
         filled(rig)
         rig.disk.broken = ReadError("broken")
-        rig.stream.foresee("m0", [5, 3])
+        rig.stream.prefetch("m0", [5, 3])
         rig.readers.settle()
         rig.disk.broken = None
         rig.call(modules[1], 0)
-        rig.stream.foresee("m0", [3, 5])
+        rig.stream.prefetch("m0", [3, 5])
         rig.call(modules[0], 3, 5)
         rig.disk.broken = ReadError("broken")
-        rig.stream.foresee("m1", [1, 2])
+        rig.stream.prefetch("m1", [1, 2])
         rig.readers.settle()
         rig.disk.broken = None
         rig.call(modules[1], 1, 2)
 
 
-def test_foreseen_and_then_less_memory() -> None:
+def test_prefetched_and_then_less_memory() -> None:
     modules, checkpoint = alike(2, 8)
     with Rig(modules, checkpoint, 8, slow=0.002) as rig:
         filled(rig)
-        rig.stream.foresee("m0", range(8))
+        rig.stream.prefetch("m0", range(8))
         rig.stream.shrink(2)
-        assert not rig.stream._foreseen
+        assert not rig.stream._prefetched
         rig.call(modules[0], *range(8))
         rig.readers.settle()
         assert rig.stream.counts.nbytes == rig.readers.bytes_read
@@ -618,9 +618,9 @@ def test_an_interrupt_at_any_line_leaves_the_next_call_right(slots: int, device_
 
     def work() -> None:
         rig.call(modules[0], 0, 1)
-        rig.stream.foresee("m1", [2, 0])
+        rig.stream.prefetch("m1", [2, 0])
         rig.call(modules[1], 0, 1, 2)
-        rig.stream.foresee("m0", [3])
+        rig.stream.prefetch("m0", [3])
         rig.route(modules[0], 2, 4)
         for expert in (4, 2, 3):
             rig.get(modules[0], expert)

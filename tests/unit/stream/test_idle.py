@@ -1,4 +1,4 @@
-"""How much may be foreseen: what the drive has time for between a call's last expert and the next call."""
+"""How much may be prefetched: what the drive has time for between a call's last expert and the next call."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from lamina.checkpoint import Checkpoint
 from lamina.errors import CheckpointError, LaminaError, MissingTensorError, RequestError, UnsupportedError
 from lamina.hf.arguments import HUB_KEYS
 from lamina.hf.building.classes import model_class
-from lamina.hf.building.quantized import QUANTIZATION_KEYS, check_decoded, take_quantization, unpacked_state
+from lamina.hf.building.quantized import QUANTIZATION_KEYS, check_unpacked, take_quantization, unpacked_state
 from lamina.hf.config import Unstored, as_many_as, blaming, check_counts, check_generation, fields_of, read_json
 from lamina.hf.internals import generation_config_in, silent
 from lamina.sizes import format_size
@@ -178,7 +178,7 @@ def build(request: Request, checkpoint: Checkpoint, loading_info: dict[str, Any]
 
 
 def _builds(request: Request, checkpoint: Checkpoint) -> bool:
-    """Whether the model is right where nobody asks for anything of their own."""
+    """Whether the model can be made without the user's own options."""
     own = {name: value for name, value in request.options.items() if name in HUB_KEYS}
     try:
         _build(replace(request, options=own), checkpoint, None)
@@ -221,7 +221,7 @@ def _build(request: Request, checkpoint: Checkpoint, loading_info: dict[str, Any
     if loading_info is not None:
         loading_info.update(info)
     if quantization is not None:
-        check_decoded(model, checkpoint.root)
+        check_unpacked(model, checkpoint.root)
     model.config.name_or_path = model.name_or_path = request.folder
     if "experts_implementation" not in request.options and any(model.get_experts_implementation().values()):
         model.set_experts_implementation("eager")  # the one that takes an expert at a time
@@ -234,7 +234,7 @@ def _says_quantized(config: PreTrainedConfig) -> bool:
 
 
 def _explain_option(error: CheckpointError, kind: str) -> None:
-    """Raise what says so if the model could not be made because nobody knows one of the options."""
+    """Raise a RequestError if the model could not be made because an option is unknown."""
     text = " ".join(str(error.__cause__).split())
     if "unexpected keyword argument" in text:
         raise RequestError(f"neither Lamina nor {kind} knows this option: {text}") from error
@@ -310,13 +310,18 @@ def _generation_config(request: Request, model: type[PreTrainedModel]) -> Genera
             raise RequestError(f"generation_config= is no generation config, nor the path of one: {error}") from error
         if not isinstance(error.__cause__, OSError):
             raise
-    file = os.path.join(request.folder, hub.get("subfolder") or "", "config.json")
-    if not os.path.isfile(file) or kind is not GenerationConfig:
+    return _in_config(request.folder, hub) if kind is GenerationConfig else None
+
+
+def _in_config(folder: str, hub: Mapping[str, Any]) -> GenerationConfig | None:
+    """What a `config.json` says of generation, as those of older models do."""
+    file = os.path.join(folder, hub.get("subfolder") or "", "config.json")
+    if not os.path.isfile(file):
         return None
     fields = read_json(file)
     check_generation(fields, file)
     with blaming(file, fields, "reading how to generate"), silent():
-        return generation_config_in(request.folder, **hub)
+        return generation_config_in(folder, **hub)
 
 
 def _read_generation(source: str, given: Any, hub: dict[str, Any], kind: type[GenerationConfig]) -> GenerationConfig:
@@ -326,7 +331,7 @@ def _read_generation(source: str, given: Any, hub: dict[str, Any], kind: type[Ge
     folder, name = os.path.split(source) if os.path.isfile(source) else (source, "generation_config.json")
     file = os.path.join(folder, hub.get("subfolder") or "", name)
     fields: dict[str, Any] = {}
-    with contextlib.suppress(CheckpointError):  # transformers goes on without one that is no JSON object
+    with contextlib.suppress(CheckpointError):  # transformers does without one that is no JSON object
         fields = read_json(file) if os.path.isfile(file) else {}
     check_generation(fields, file)
     with blaming(file, fields, "reading it"), silent():

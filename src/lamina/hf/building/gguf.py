@@ -2,7 +2,7 @@
 
 transformers has its own reading of GGUF, which is asked for everything that it knows: which config key a
 metadata key is, which parameter a tensor is, and what llama.cpp did to the values. Only the weights are not
-decoded. To see what becomes of a tensor, transformers' own `TensorProcessor` is given numbers of rows in place of
+unpacked. To see what becomes of a tensor, transformers' own `TensorProcessor` is given numbers of rows in place of
 values: rows in another order come out as a row order, the experts' two halves as a concatenation, and whatever
 else, such as norms that llama.cpp stores one higher, is an expression that runs the processor on the real values.
 """

@@ -27,7 +27,7 @@ LEFT_OUT = (
     ("attention.key_length", "head_dim"),
 )
 PARTIAL = ("phi3", "stablelm", "nemotron")  # architectures that may rotate a part of each head only
-UNREADABLE = ("gpt-oss", "gpt_oss")  # experts' columns are rows in the file, and transformers does not say so
+UNREADABLE = ("gpt-oss", "gpt_oss")  # experts' columns are rows in the file, and transformers does not report it
 # The models of 27 billion scale their attention by the whole width, which a file does not say; llama.cpp knows them
 # by their layers as well.
 SCALED_BY_WIDTH = {("gemma2", 46), ("gemma3", 62)}

@@ -2,7 +2,7 @@
 
 transformers loads these with a package for each method, most of which want a GPU, and several write in place, which
 cannot be recorded. What the stored tensors mean is well defined however, so it is said here: the tensors that make
-up one weight become one `DiskTensor` whose expression is their decoding (`lamina.codec.quantized_layouts`).
+up one weight become one `DiskTensor` whose expression is their unpacking (`lamina.codec.quantized_layouts`).
 transformers then builds an ordinary model from it, renames, merges and all; the bytes that stream are the packed ones.
 """
 
@@ -81,7 +81,7 @@ def take_quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
     method = _method(found)
     if method not in _READERS:
         raise UnsupportedError(
-            f"weights quantised with {method!r} cannot be decoded here (known: {', '.join(_READERS)}): "
+            f"weights quantised with {method!r} cannot be unpacked here (known: {', '.join(_READERS)}): "
             "use another checkpoint of this model"
         )
     return {**found, "quant_method": method}
@@ -98,7 +98,7 @@ def unpacked_state(
     Args:
         state: every tensor of the checkpoint.
         quantization: as `take_quantization` gave it.
-        dtype: what weights are decoded to; None for that of the other tensors.
+        dtype: what weights are unpacked to; None for that of the other tensors.
 
     Raises:
         CheckpointError: parts that do not fit one another, or none at all.
@@ -118,12 +118,12 @@ def unpacked_state(
     return {**{name: tensor for name, tensor in state.items() if name not in parts}, **weights}
 
 
-def check_decoded(model: PreTrainedModel, where: str) -> None:
+def check_unpacked(model: PreTrainedModel, where: str) -> None:
     """Refuses a model of which some weight would be raw integers, or lie the wrong way round.
 
     Raises:
         CheckpointError: a weight without its scales.
-        UnsupportedError: a decoded weight in a Conv1D, whose rows and columns are exchanged.
+        UnsupportedError: an unpacked weight in a Conv1D, whose rows and columns are exchanged.
     """
     for name, module in model.named_modules():
         for attribute, tensor in module._parameters.items():
@@ -136,7 +136,7 @@ def check_decoded(model: PreTrainedModel, where: str) -> None:
                 )
             if isinstance(module, Conv1D) and _is_computed(tensor):
                 raise UnsupportedError(
-                    f"{name} in {where} is a quantised Conv1D, which cannot be decoded here: "
+                    f"{name} in {where} is a quantised Conv1D, which cannot be unpacked here: "
                     "use another checkpoint of this model"
                 )
 
@@ -193,7 +193,7 @@ def _mxfp4(folder: Folder) -> Iterator[Found]:
 def _compressed(folder: Folder) -> Iterator[Found]:
     """compressed-tensors, and FP8 by row (fbgemm) or by tensor (modelopt), which name their scales alike."""
     _refuse_sparse(folder)
-    for module, scale in _beside(folder, ".weight_scale"):
+    for module, scale in _ending_in(folder, ".weight_scale"):
         packed = folder.entries.get(f"{module}.weight_packed")
         entry = folder.entries.get(f"{module}.weight")
         if packed is not None and packed.dtype == "I32":
@@ -213,7 +213,7 @@ def _refuse_sparse(folder: Folder) -> None:
     if sparse != "dense" or "marlin-24" in formats:
         raise UnsupportedError(
             f"{folder.checkpoint.root} stores sparse weights ({sparse if sparse != 'dense' else 'marlin-24'}), "
-            "which cannot be decoded here: use another checkpoint of this model"
+            "which cannot be unpacked here: use another checkpoint of this model"
         )
 
 
@@ -222,7 +222,7 @@ def _gptq(folder: Folder) -> Iterator[Found]:
     layout = str(config.get("checkpoint_format") or ("marlin" if config.get("is_marlin_format") else "gptq"))
     if layout not in ("gptq", "gptq_v2"):
         raise UnsupportedError(f"{folder.checkpoint.root} is GPTQ in the layout {layout!r}: use one in 'gptq'")
-    for module, words in _beside(folder, ".qweight"):
+    for module, words in _ending_in(folder, ".qweight"):
         zeros, scales = (_part(folder, f"{module}.{part}", words) for part in ("qzeros", "scales"))
         order = folder.entries.get(f"{module}.g_idx")
         columns = order.shape[0] if order is not None else words.shape[0] * 32 // int(config["bits"])
@@ -245,7 +245,7 @@ def _awq(folder: Folder) -> Iterator[Found]:
         raise UnsupportedError(
             f"{folder.checkpoint.root} is AWQ in the layout {layout!r} with {bits} bits: use one in 'gemm' with 4"
         )
-    for module, words in _beside(folder, ".qweight"):
+    for module, words in _ending_in(folder, ".qweight"):
         zeros, scales = (_part(folder, f"{module}.{part}", words) for part in ("qzeros", "scales"))
         columns, rows = words.shape[0], words.shape[1] * 8
         if scales.shape[1:] != (rows,) or zeros.shape != (len_of(scales), words.shape[1]) or columns % len_of(scales):
@@ -268,7 +268,7 @@ def _bitsandbytes(folder: Folder) -> Iterator[Found]:
 # -- what several of them share
 
 
-def _beside(folder: Folder, ending: str) -> Iterator[tuple[str, TensorEntry]]:
+def _ending_in(folder: Folder, ending: str) -> Iterator[tuple[str, TensorEntry]]:
     """The tensors whose names end so, each with what stands before."""
     for name, entry in folder.entries.items():
         if name.endswith(ending):
@@ -293,7 +293,7 @@ def _scaled(folder: Folder, weight: TensorEntry, scale: TensorEntry, block: Any)
 
 
 def _block(size: int, parts: int, wanted: int | None) -> int | None:
-    """How many rows or columns share a scale, None where it cannot be told; the last block may be smaller."""
+    """How many rows or columns share a scale, None where it is unknown; the last block may be smaller."""
     if wanted and -(-size // wanted) == parts:
         return wanted
     return size // parts if parts and size % parts == 0 else None
@@ -383,10 +383,10 @@ def _scheme(folder: Folder, module: str) -> Mapping[str, Any] | None:
     return of_class
 
 
-def _part(folder: Folder, name: str, beside: TensorEntry | None) -> TensorEntry:
+def _part(folder: Folder, name: str, companion: TensorEntry | None) -> TensorEntry:
     entry = folder.entries.get(name)
     if entry is None:
-        wanted = f" beside {beside.name}" if beside is not None else ""
+        wanted = f" beside {companion.name}" if companion is not None else ""
         raise CheckpointError(
             f"{folder.checkpoint.root} has no tensor {name!r}{wanted}: it is incomplete, fetch it again"
         )

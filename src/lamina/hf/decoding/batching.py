@@ -1,7 +1,7 @@
 """Continuous batching inside the budget: how large transformers' paged cache and its passes may be.
 
 transformers sizes the cache of `generate_batch` by the memory of the machine and the passes by a default. A model with
-a budget sizes them by what the plan leaves: the room for its context, and whatever no weight took. What a batched pass
+a budget sizes them by what the plan leaves: the room for its context, and what no weight took. What a batched pass
 takes beside its activations is counted here: the cache, masks of every row over every key, keys and values read back
 from the pages and repeated for each head, logits of every request with the sampler's copies, and oneDNN's code.
 """
@@ -76,8 +76,8 @@ class Need:
         """Bytes of the activations of a pass."""
         return self.traced.activations(max(size.batch_tokens, SHORTEST_CONTEXT))
 
-    def beside(self, size: Size) -> int:
-        """Bytes beside the activations."""
+    def besides_activations(self, size: Size) -> int:
+        """Bytes of everything but the activations."""
         rows, keys = size.batch_tokens, int(self.readable * size.cache_tokens) + size.batch_tokens
         cache = self.cache(size)
         attention = keys * (self.read_bytes + INDEX) + rows * keys * (self.mask_bytes + self.score_bytes)
@@ -91,7 +91,7 @@ class Need:
 
     def of(self, size: Size) -> int:
         """Bytes of all of it."""
-        return self.activations(size) + self.beside(size)
+        return self.activations(size) + self.besides_activations(size)
 
 
 def need_of(
@@ -145,7 +145,7 @@ def _shapes(plan: Plan, weights: Iterable[Weight]) -> int:
 def room_for_batches(plan: Plan) -> int:
     """Bytes that a batch may have as things are: those of the context, and what nothing else took."""
     budget = plan.budget
-    spare = budget.memory_bytes - budget.spoken_for - plan.resident_bytes - plan.ring_bytes
+    spare = budget.memory_bytes - budget.reserved_bytes - plan.resident_bytes - plan.ring_bytes
     spare -= plan.expert_slots * plan.expert_slot_bytes
     return max(spare, 0) + budget.activation_bytes + budget.kv_cache_bytes
 
@@ -211,7 +211,7 @@ def config_on_device(budget: Budget, plan: Plan, traced: Trace) -> ContinuousBat
     """The configuration on an accelerator, whose paged attention needs no masks and may insist on a size of pages."""
     assert budget.device_memory_bytes is not None
     config = ContinuousBatchingConfig()
-    spare = budget.device_memory_bytes - budget.spoken_for_on_device - plan.resident_bytes
+    spare = budget.device_memory_bytes - budget.reserved_bytes_on_device - plan.resident_bytes
     spare = max(spare - max(plan.ring_bytes, plan.device_ring_bytes), 0)
     context = max(budget.context_tokens, 1)
     per_token = max(traced.cache(context) / context, 1.0)

@@ -45,7 +45,7 @@ from lamina.hf.internals import (
 )
 from lamina.plan.layout import ROW_MULTIPLE
 from lamina.tensors.guard import PACKED, without_gradient
-from lamina.tensors.packed import Encoded
+from lamina.tensors.packed import PackedTensor
 from lamina.tensors.padded_rows import rows_as_they_are
 from lamina.tensors.row_blocks import Blocks, linear_arguments
 
@@ -185,19 +185,19 @@ class _OneRow(TorchFunctionMode):
         pieces = _pieces(x, self.rows)
         if len(pieces) < 2:
             return functional.linear(x, weight, bias)
-        if isinstance(weight, Encoded):
-            return self._encoded(x, pieces, weight, bias)
+        if isinstance(weight, PackedTensor):
+            return self._packed(x, pieces, weight, bias)
         if type(weight) not in (torch.Tensor, torch.nn.Parameter):
             weight = weight.detach()  # reads it
         return _linear(x, pieces, weight, bias)
 
-    def _encoded(
-        self, x: torch.Tensor, pieces: tuple[torch.Tensor, ...], weight: Encoded, bias: torch.Tensor | None
+    def _packed(
+        self, x: torch.Tensor, pieces: tuple[torch.Tensor, ...], weight: PackedTensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """As few rows at a time as the codec multiplies with by itself; what is decoded comes back here in blocks."""
         most = _own_product(weight)
         if weight.dim() != 2 or x.dtype != weight.dtype:
-            return _linear(x, pieces, weight.decode(), bias)
+            return _linear(x, pieces, weight.unpack(), bias)
         flat = x.reshape(-1, x.shape[-1])
 
         def compute() -> torch.Tensor:
@@ -332,7 +332,7 @@ def _alike(count: int, rows: int, columns: int, dtype: torch.dtype, threads: int
     return torch.equal(functional.linear(x, weight), single)
 
 
-def _own_product(weight: Encoded) -> int:
+def _own_product(weight: PackedTensor) -> int:
     """Rows up to which the codecs of a weight multiply by themselves; 0 where they never do."""
     spans = weight.spans if weight.whole is None else ()
     most = {codec_for(span.codec).linear_tokens for span in spans} - {0}

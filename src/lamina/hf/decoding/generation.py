@@ -3,7 +3,7 @@
 `generate(custom_generate=callable)` is public. It prepares inputs, cache, logits processors and stopping criteria and
 hands them over; but it loses the streamer and the tokenizer of stop strings on the way, so both are taken out before.
 Within a pass the loop needs what transformers' own loop calls: see `lamina.hf.internals`. Where a call fails over a
-setting that came with the model, `blame` says so.
+setting that came with the model, `blame` names it.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def blame(model: Any, came: Mapping[str, Any], error: Exception, kwargs: Mapping
         began: a pass was made before it failed.
 
     Raises:
-        RequestError: it fails over a setting that nobody changed since, and that the call does not name.
+        RequestError: it fails over a setting of the model that was not changed, and that the call does not name.
     """
     if isinstance(error, LaminaError | MemoryError) or kwargs.get("generation_config") is not None:
         return
@@ -176,7 +176,7 @@ def _found_by_trial(model: Any, mine: Iterable[str], given: Mapping[str, Any]) -
 def _came_and_stayed(
     model: Any, came: Mapping[str, Any], usual: Mapping[str, Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The settings that came with a model and are not the usual ones, that nobody changed and a call does not name."""
+    """The unusual settings that came with a model, were not changed since, and are not named by the call."""
     now = model.generation_config.to_dict()
     unusual = {name: value for name, value in came.items() if value is not None and value != usual.get(name)}
     return {name: value for name, value in unusual.items() if name not in kwargs and repr(now.get(name)) == repr(value)}
@@ -206,6 +206,6 @@ def _fails(model: Any, given: Mapping[str, Any], left_out: Iterable[str]) -> boo
             type(model).generate(
                 trial, ids, attention_mask=torch.ones_like(ids), custom_generate=choose, **given, **length
             )
-    except Exception:  # of whatever class: what is asked is whether there is one
+    except Exception:  # of any class: the question is only whether it fails
         return True
     return False

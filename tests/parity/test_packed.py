@@ -1,7 +1,7 @@
-"""Weights in panels, decoded where they are used, are the weights: bit for bit, for every family.
+"""Weights in panels, unpacked where they are used, are the weights: bit for bit, for every family.
 
 The codec of these tests holds elements as they are, so the files are those of the plain model and every
-difference is one of the way through panels: which rows are decoded when, and into what. In bfloat16, whose products
+difference is one of the way through panels: which rows are unpacked when, and into what. In bfloat16, whose products
 do not depend on where in memory a weight lies, as those of float32 do.
 """
 
@@ -35,7 +35,7 @@ class Raw(Codec):
     def __init__(self, stored: str) -> None:
         self.name, self.stored = f"raw.{stored}", DTYPES[stored]
 
-    def decode(self, panels: torch.Tensor, rows: int, columns: int, out: torch.Tensor) -> None:
+    def unpack(self, panels: torch.Tensor, rows: int, columns: int, out: torch.Tensor) -> None:
         assert panels.is_contiguous() and out.shape == (rows, columns)
         out.copy_(panels.reshape(-1).clone().view(self.stored).view(rows, columns))
 
@@ -89,7 +89,7 @@ def test_at_the_minimum(said: Judge) -> None:
     model = streamed_model(said.folder, minimum_of(said.folder))
     with model.lamina:
         weights = model.lamina._engine.schedule.values()
-        assert any(weight.convert is Convert.DECODE for weight in weights)
+        assert any(weight.convert is Convert.UNPACK for weight in weights)
         logits, tokens = answers(model, said.ids)
     assert torch.equal(tokens, said.tokens)
     assert torch.equal(logits, said.logits), f"off by {(logits - said.logits).abs().max().item():.3g}"
