@@ -24,6 +24,7 @@ from lamina.errors import (
     RequestError,
     UnsupportedError,
 )
+from lamina.hf import config
 from lamina.hf.building.build import Request, build
 from lamina.hf.tokenizer import load_tokenizer
 from lamina.store import split
@@ -114,8 +115,8 @@ def test_an_adapter_beside_its_model_is_not_passed_over(tmp_path: Path, monkeypa
     folder, apart = tmp_path / "model", tmp_path / "adapter"
     write_tiny("llama", folder)
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
-    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config).save_pretrained(folder)
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora).save_pretrained(folder)
     with torch.no_grad():
         wanted = AutoModelForCausalLM.from_pretrained(folder)(IDS).logits  # transformers applies it
     line = r"holds an adapter beside the model \(adapter_config\.json\).* model\.load_adapter\(that folder\) applies it"
