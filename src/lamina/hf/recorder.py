@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lamina.hf.experts import picks, routes
 from lamina.plan.schedule import Call
@@ -126,6 +126,7 @@ class Recorder(TorchFunctionMode):
         memory: counts beside it.
         answering: answer for the values that meta tensors do not have.
         counts: how many experts a layer may have, where it multiplies with all of them at once.
+        mixed: some tensors have values, which are dropped where they meet one without.
     """
 
     def __init__(
@@ -134,8 +135,10 @@ class Recorder(TorchFunctionMode):
         memory: Memory,
         answering: bool = False,
         counts: frozenset[int] = frozenset(),
+        mixed: bool = False,
     ) -> None:
         super().__init__()
+        self.mixed = mixed
         self.names, self.memory, self.answering, self.counts = names, memory, answering, counts
         self.views: dict[int, tuple[str, torch.Tensor]] = {}  # of weights, which may divide them into experts
         self.experts: dict[str, int] = {}
@@ -173,8 +176,10 @@ class Recorder(TorchFunctionMode):
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """An operation's result, made up where it asks for values; attention that has a kernel counts as one."""
-        answer = _VALUES.get(func) if self.answering else None
         self.memory.paused = True
+        if self.mixed:
+            args, kwargs = _all_on_meta(func, args, kwargs)
+        answer = _VALUES.get(func) if self.answering and not (self.mixed and _has_values(args)) else None
         fused = func is torch.nn.functional.scaled_dot_product_attention and attention_fuses(*args, **kwargs)
         self.memory.paused = fused  # on meta tensors it is always made of products and a softmax
         try:
@@ -310,6 +315,37 @@ _KINDS: Mapping[Any, tuple[int, str | Callable[[Any, frozenset[int]], str]]] = {
     torch.Tensor.bmm: (1, _kind_of_batch),
 }
 """Of an operation: where among its tensors a weight stands, and what is then done with it; elsewhere it is "other"."""
+
+
+_SHAPE_ONLY = (torch.Tensor.expand_as, torch.Tensor.view_as, torch.Tensor.reshape_as)  # of their second argument
+
+
+def _has_values(args: Any) -> bool:
+    """Whether the tensor that an operation is of has values."""
+    return bool(args) and isinstance(args[0], torch.Tensor) and args[0].device.type != "meta"
+
+
+def _all_on_meta(func: Any, args: Any, kwargs: Any) -> Any:
+    """Arguments of an operation of which one has no values: then none has; a mask that picks becomes indices first."""
+    leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    if not any(leaf.device.type == "meta" for leaf in leaves) or all(leaf.device.type == "meta" for leaf in leaves):
+        return args, kwargs
+    if func in _SHAPE_ONLY:
+        return (args[0], torch.empty((), dtype=args[1].dtype).expand(args[1].shape)), kwargs
+    if func in (torch.repeat_interleave, torch.Tensor.repeat_interleave):
+        times = args[1] if len(args) > 1 else kwargs.get("repeats")
+        if isinstance(times, torch.Tensor) and times.device.type != "meta":
+            kwargs = {**kwargs, "output_size": int(times.sum())}
+    if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+        picked = args[1] if isinstance(args[1], tuple) else (args[1],)
+        places: list[Any] = []
+        for each in picked:
+            mask = isinstance(each, torch.Tensor) and each.dtype is torch.bool and each.dim() > 0
+            places.extend(each.nonzero(as_tuple=True) if mask and each.device.type != "meta" else (each,))
+        args = (args[0], tuple(places) if len(places) > 1 else places[0], *args[2:])
+    return tree_map(
+        lambda leaf: leaf.to("meta") if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf, (args, kwargs)
+    )
 
 
 def _made_up_number(func: Any, args: Any, kwargs: Any) -> Any:

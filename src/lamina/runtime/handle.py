@@ -16,6 +16,7 @@ from lamina.errors import StorageError, UnsupportedError
 from lamina.fallbacks import Fallbacks
 from lamina.hf.decoding.generation import blame
 from lamina.hf.names import PreTrainedModel
+from lamina.hf.sizing import TOWERS
 from lamina.hf.trace import Trace
 from lamina.plan.speculation import NONE, Drafted, Session
 from lamina.runtime.batches import Batches
@@ -51,7 +52,7 @@ class Lamina:
         self._engine = engine
         self._trace = traced
         self._meter = Meter(load_seconds)
-        self._passes = Passes(model, engine, traced, self._meter)
+        self._passes = Passes(model, engine, traced, self._meter, self.fallbacks)
         self._when_closed: list[Callable[[], None]] = []
         self._closer = weakref.finalize(model, engine.readers.close)  # also when the interpreter ends
 
@@ -147,6 +148,10 @@ class Lamina:
         base = model.base_model
         for each in (model,) if base is model else (model, base):  # a hook would not see Ctrl-C
             each.forward = eagerly(in_place_of(each.forward, functools.partial(self._passes.forward, each)))
+            for name in TOWERS:
+                if hasattr(each, name):
+                    tower = functools.partial(self._passes.tower, each, name)
+                    setattr(each, name, in_place_of(getattr(each, name), tower))
         install(model, self._engine)
         if hasattr(model, "generate"):
             self._plain_generate = model.generate

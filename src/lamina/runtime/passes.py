@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,9 +17,10 @@ import torch
 from torch.utils._pytree import tree_map
 
 from lamina.errors import BudgetError, CheckpointError, LaminaError
-from lamina.fallbacks import cause
+from lamina.fallbacks import Fallbacks, cause
 from lamina.hf.internals import batched_tokens, cache_of, cached_tokens
 from lamina.hf.names import PreTrainedModel
+from lamina.hf.sizing import Sizing
 from lamina.hf.trace import Logits, Trace, only_text
 from lamina.plan.plan import Budget
 from lamina.runtime.engine import Engine
@@ -33,6 +35,31 @@ SMALL = 1 << 20  # bytes that nothing is given up for: the allocator rounds by m
 GROWTH = 1.5  # of the cache, when it outgrows the plan: so that a long answer replans a few times, not every token
 
 
+@dataclasses.dataclass(frozen=True)
+class Extra:
+    """Bytes of a pass that its tokens do not tell.
+
+    Attributes:
+        logits: of those beyond the last token's, which alone the trace counted.
+        media: the largest set of activations alive at once, with images or sound; 0 without.
+    """
+
+    logits: int = 0
+    media: int = 0
+
+    def __str__(self) -> str:
+        """What an error says of it."""
+        said = ""
+        if self.media:
+            said += f"; {format_size(self.media)} of it are for the images or sound: fewer or smaller ones take less"
+        if self.logits:
+            said += f"; {format_size(self.logits)} of it are logits: logits_to_keep=1 gives the last token's alone"
+        return said
+
+
+NOTHING = Extra()
+
+
 class Passes:
     """What surrounds the forward passes of one model.
 
@@ -41,15 +68,19 @@ class Passes:
         engine: binds its weights.
         traced: says what a pass takes.
         meter: counts them.
+        fallbacks: takes what could not be counted.
 
     Attributes:
         batches: by continuous batch, bytes that it has of the same room.
     """
 
-    def __init__(self, model: PreTrainedModel, engine: Engine, traced: Trace, meter: Meter) -> None:
+    def __init__(
+        self, model: PreTrainedModel, engine: Engine, traced: Trace, meter: Meter, fallbacks: Fallbacks
+    ) -> None:
         self._model, self._engine, self._trace, self._meter = model, engine, traced, meter
+        self._fallbacks = fallbacks
         self.batches: dict[int, int] = {}
-        self._logits = Logits(model)
+        self._logits, self._sizing = Logits(model), Sizing(model)
         self._activations = functools.lru_cache(maxsize=64)(traced.activations)  # decode steps are of one token each
 
     @contextmanager
@@ -72,7 +103,9 @@ class Passes:
                 rows, length = _shape(args, kwargs)
                 batched = bool(batched_tokens(kwargs))
                 logits = self._logits.of(rows, length, kwargs) if with_head and not batched else 0
-                self._make_room(rows * length, rows * cached_tokens(cache_of(kwargs)), batched, logits)
+                more = Extra(logits, self._sizing.activations(kwargs))
+                self._make_room(rows * length, rows * cached_tokens(cache_of(kwargs)), batched, more)
+                self._say_uncounted()
                 engine.begin_pass()
                 with even_rows(rows * length, engine.device, batched):
                     yield  # the model computes: hooks bind and release what streams
@@ -103,6 +136,33 @@ class Passes:
             self._meter.batched(batched_tokens(kwargs))
         return refused(out, sources)
 
+    def tower(self, module: Any, name: str, /, *args: Any, **kwargs: Any) -> Any:
+        """A method of the model that runs a tower for images or sound alone, with room for what it takes.
+
+        Args:
+            module: the model, or the model under its head.
+            name: of the method.
+
+        Raises:
+            BudgetError: not even the smallest plan has room for it.
+        """
+        engine, method = self._engine, functools.partial(getattr(type(module), name), module)
+        if engine.in_pass:
+            return method(*args, **kwargs)
+        given = inspect.signature(method).bind_partial(*args, **kwargs).arguments
+        with engine.lock, torch.set_grad_enabled(torch.is_grad_enabled() and not engine.plan.streams):
+            try:
+                self._make_room(0, 0, extra=Extra(media=self._sizing.activations({**given, **kwargs}, name)))
+                self._say_uncounted()
+                engine.begin_pass()
+                return method(*args, **kwargs)
+            finally:
+                engine.end_pass()
+
+    def _say_uncounted(self) -> None:
+        if self._sizing.fallback is not None:
+            self._fallbacks.say(self._sizing.fallback)
+
     def _blame_config(self, error: Exception) -> None:
         """Say of the first pass that fails, where one over a single token fails as well, that the config is wrong.
 
@@ -128,18 +188,18 @@ class Passes:
             ) from error
 
     @timed(LAMINA)
-    def _make_room(self, tokens: int, cached: int, batched: bool = False, logits: int = 0) -> None:
+    def _make_room(self, tokens: int, cached: int, batched: bool = False, extra: Extra = NOTHING) -> None:
         """Keep the budget when a pass brings more tokens than were planned for: fewer weights stay resident.
 
         Args:
-            logits: bytes of those beyond the last token's, which alone the trace counted.
+            extra: what it takes beside its tokens.
 
         Raises:
             BudgetError: not even the smallest plan has room for them.
         """
         budget = self._engine.plan.budget
         others = sum(self.batches.values())
-        activations = self._activations(tokens) + logits
+        activations = max(self._activations(tokens), extra.media) + extra.logits
         cache = others if batched and others else others + self._trace.cache(cached + tokens)
         if activations + cache <= budget.activation_bytes + budget.kv_cache_bytes + SMALL:
             return
@@ -154,12 +214,7 @@ class Passes:
             except BudgetError as error:
                 if wanted != cache:
                     continue
-                if not logits:
-                    raise
-                raise BudgetError(
-                    f"{error}; {format_size(logits)} of it are logits: logits_to_keep=1 gives the last token's alone",
-                    error.minimum_bytes,
-                ) from None
+                raise BudgetError(f"{error}{extra}", error.minimum_bytes) from None
 
     def give_room(self, nbytes: int) -> None:
         """Let go of weights until so many bytes of the budget are free for a draft.
