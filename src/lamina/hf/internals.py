@@ -264,14 +264,17 @@ def inputs_of(model: Any, ids: torch.Tensor, new: int, kwargs: Mapping[str, Any]
     """
     grown = dict(kwargs)
     if new > 1:
-        grown = model._update_model_kwargs_for_generation(ModelOutput(), grown, num_new_tokens=new - 1)
+        grown = advance(model, ModelOutput(), grown, new - 1)
     inputs: dict[str, Any] = model.prepare_inputs_for_generation(ids, next_sequence_length=new, **grown)
     return inputs
 
 
 def advance(model: Any, outputs: Any, kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
     """The keyword arguments of the next pass, `tokens` tokens further on."""
-    advanced: dict[str, Any] = model._update_model_kwargs_for_generation(outputs, kwargs, num_new_tokens=tokens)
+    both = bool(getattr(model.config, "is_encoder_decoder", False))
+    advanced: dict[str, Any] = model._update_model_kwargs_for_generation(
+        outputs, kwargs, is_encoder_decoder=both, num_new_tokens=tokens
+    )
     return advanced
 
 
