@@ -109,6 +109,11 @@ class Stream:
         return self.readers.closed
 
     @property
+    def in_branch(self) -> bool:
+        """Whether the model went through a branch last, and not through what every pass does."""
+        return self._order is not self._orders[0]
+
+    @property
     def bytes_done(self) -> int:
         """Bytes read for this pass that the model has already consumed or is waiting for no more."""
         return self._order.bytes_before[min(self._cursor - self._pass, len(self._order))]
@@ -234,7 +239,7 @@ class Stream:
         """Whether the next step will be needed: those of the order that all passes have, of another till its end."""
         if not len(self._order):
             return False
-        return self._order is self._orders[0] or self._next < self._end
+        return not self.in_branch or self._next < self._end
 
     def _look_for(self, module: str, block: int) -> None:
         """Turn to the order that has this block, if it is another; not while the model holds what it has of this one.

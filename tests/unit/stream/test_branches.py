@@ -144,7 +144,9 @@ def test_a_branch_is_refused_while_the_main_order_is_held() -> None:
 def test_the_main_order_is_refused_while_a_branch_is_held() -> None:
     with Rig() as rig:
         rig.stream.begin_pass()
+        assert not rig.stream.in_branch
         held = rig.take(*rig.side()[0])
+        assert rig.stream.in_branch
         assert rig.stream.acquire(*rig.main()[0]) is None
         rig.stream.release(held)
         rig.through(*rig.side()[1:], *rig.main())
