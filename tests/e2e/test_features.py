@@ -479,9 +479,14 @@ def test_code_of_the_checkpoint_is_not_needed_for_a_known_model(copy: Path) -> N
         assert isinstance(model, LlamaForCausalLM)
 
 
-def test_a_model_that_is_not_causal(copy: Path) -> None:
-    _configure(copy, model_type="vit", architectures=["ViTModel"])
-    assert "not a causal language model" in _error(UnsupportedError, copy)
+def test_a_model_of_another_kind(copy: Path) -> None:
+    _configure(copy, model_type="t5", architectures=["T5ForConditionalGeneration"])
+    assert "or of another model" in _error(CheckpointError, copy)
+
+
+def test_a_config_that_no_model_has(copy: Path) -> None:
+    _configure(copy, model_type="timm_wrapper", architectures=["LlamaForCausalLM"])
+    assert "\n" not in _error(UnsupportedError, copy)
 
 
 def test_a_missing_tensor(copy: Path) -> None:

@@ -200,7 +200,7 @@ def test_what_is_no_fault_of_a_config_passes_through(
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr("lamina.hf.building.build.AutoModelForCausalLM.from_config", fail)
+    monkeypatch.setattr("lamina.hf.building.build.model_class", fail)
     with pytest.raises(error):
         _build(few / "llama")
 

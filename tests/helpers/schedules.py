@@ -255,3 +255,19 @@ def nested(inner: int = 12) -> tuple[Schedule, Checkpoint]:
     layer = Call("layer", (checkpoint.add("own", 700, cut=Cut.WHOLE),), calls)
     after = Call("after", (checkpoint.add("after", 700),))
     return Schedule(Call("", (), (layer, after)), checkpoint.weights, frozenset({"layer"})), checkpoint
+
+
+def towered(layers: int = 3, blocks: int = 4, hidden: int = 64, width: int = 48, *,
+            main: tuple[Schedule, Checkpoint] | None = None) -> tuple[Schedule, Checkpoint]:  # fmt: skip
+    """A Llama, or the pass that is given, with a tower that it does not go through: `blocks` of two linears each.
+
+    The bytes of the tower are in a file of their own, "tower".
+    """
+    schedule, disk = main or llama(layers, hidden, 2 * hidden, hidden, 4 * hidden)
+    inner = []
+    for i in range(blocks):
+        names = f"tower.{i}.up", f"tower.{i}.down"
+        up, down = (Call(n, (disk.add(f"{n}.weight", 2 * width, width, file="tower", cut=Cut.ROWS),)) for n in names)
+        inner.append(Call(f"tower.{i}", (), (up, down)))
+    tower = Call("tower", (), tuple(inner))
+    return dataclasses.replace(schedule, weights=disk.weights, branches=(*schedule.branches, tower)), disk

@@ -23,6 +23,7 @@ from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
 from transformers.pytorch_utils import Conv1D
@@ -82,6 +83,11 @@ def cache_argument(model: Any) -> str | None:
     """The name under which a model's forward takes its cache; None where it takes none."""
     taken = arguments_of(model)
     return next((name for name in _CACHES if name in taken), None)
+
+
+def encoded(states: torch.Tensor) -> ModelOutput:
+    """What an encoder gives a decoder: `states` of shape (batch, tokens, hidden)."""
+    return BaseModelOutput(last_hidden_state=states)
 
 
 def cache_of(values: Mapping[str, Any]) -> Any:
@@ -258,14 +264,17 @@ def inputs_of(model: Any, ids: torch.Tensor, new: int, kwargs: Mapping[str, Any]
     """
     grown = dict(kwargs)
     if new > 1:
-        grown = model._update_model_kwargs_for_generation(ModelOutput(), grown, num_new_tokens=new - 1)
+        grown = advance(model, ModelOutput(), grown, new - 1)
     inputs: dict[str, Any] = model.prepare_inputs_for_generation(ids, next_sequence_length=new, **grown)
     return inputs
 
 
 def advance(model: Any, outputs: Any, kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
     """The keyword arguments of the next pass, `tokens` tokens further on."""
-    advanced: dict[str, Any] = model._update_model_kwargs_for_generation(outputs, kwargs, num_new_tokens=tokens)
+    both = bool(getattr(model.config, "is_encoder_decoder", False))
+    advanced: dict[str, Any] = model._update_model_kwargs_for_generation(
+        outputs, kwargs, is_encoder_decoder=both, num_new_tokens=tokens
+    )
     return advanced
 
 

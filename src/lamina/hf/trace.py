@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
 
 from lamina.fallbacks import cause
 from lamina.hf.experts import experts_by_config, standing_in
-from lamina.hf.internals import arguments_of, cache_argument, cache_of
+from lamina.hf.internals import arguments_of, cache_argument, cache_of, encoded
 from lamina.hf.recorder import Memory, Recorder, weight_names
 from lamina.plan.schedule import Call
 
@@ -138,7 +137,7 @@ def trace(model: PreTrainedModel) -> Trace:
 
 def _lengths(model: PreTrainedModel) -> tuple[int, ...]:
     """Tokens of the traced prefills: fewer where a model takes no more."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = getattr(_text_config(model.config), "max_position_embeddings", None)
     if not isinstance(most, int) or not 4 <= most < LENGTHS[-1]:
         return LENGTHS
     return most // 4, most // 2, most
@@ -219,7 +218,7 @@ def _second_ways(
 
 def cache_by_config(config: Any, tokens: int) -> int:
     """Bytes of a key-value cache as a config tells: every layer keeps keys and values of every token."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = _text_config(config)
 
     def number(*names: str) -> int:
         return next((int(value) for name in names if isinstance(value := getattr(text, name, None), int)), 0)
@@ -230,6 +229,11 @@ def cache_by_config(config: Any, tokens: int) -> int:
     dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None)
     itemsize = dtype.itemsize if isinstance(dtype, torch.dtype) else 4
     return 2 * layers * (number("num_key_value_heads") or heads) * size * itemsize * tokens
+
+
+def _text_config(config: Any) -> Any:
+    """The part of a config that is about text, or all of one that has no parts."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _uses(kinds: Mapping[tuple[str, str], set[str]]) -> tuple[dict[str, frozenset[str]], frozenset[tuple[str, str]]]:
@@ -302,8 +306,7 @@ def _ways_into_two(model: PreTrainedModel) -> Iterator[tuple[_Cache, Callable[[i
 
     def decoding(tokens: int) -> dict[str, Any]:
         states = torch.zeros(1, tokens, width, dtype=model.dtype, device="meta")
-        outputs = BaseModelOutput(last_hidden_state=states)
-        return {"encoder_outputs": outputs, "decoder_input_ids": ids(tokens), **asked}
+        return {"encoder_outputs": encoded(states), "decoder_input_ids": ids(tokens), **asked}
 
     def cached(tokens: int) -> dict[str, Any]:
         return {**decoding(tokens), cache: EncoderDecoderCache(DynamicCache(), DynamicCache())}

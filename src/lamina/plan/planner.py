@@ -350,7 +350,7 @@ class _Planner:
             resident_bytes=sum(weights[name].nbytes for name in resident),
             ring_bytes=ring,
             minimum_memory_bytes=minimum,
-            device_ring_bytes=ring if self.budget.on_device and steps else 0,
+            device_ring_bytes=ring if self.budget.on_device else 0,
             minimum_device_memory_bytes=minimum_device,
             traced=self.schedule.traced,
             active_bytes_per_token=active,

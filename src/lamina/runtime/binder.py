@@ -199,7 +199,8 @@ class Binder:
         assert self.stream is not None
         self._check()
         held = self.stream.acquire(module, block)
-        if held is None and not self.in_pass:  # a part of the model, called on its own and not for the first time
+        alone = not (self.in_pass or self.stream.in_branch or any(self._held.values()))
+        if held is None and alone:  # a part of the model, called on its own and not for the first time
             self.stream.begin_pass()
             held = self.stream.acquire(module, block)
         return held

@@ -99,6 +99,7 @@ class Stream:
         self._next = 0  # the step to read next
         self._cursor = 0  # the step the model needs next
         self._pass = 0  # the first step of this pass
+        self._end = 0  # of a branch: the step after the last one of the turn through it that the model is in
         self._orders = [_Order(plan, steps) for steps in (plan.steps, *plan.branches)]
         self._order = self._orders[0]
 
@@ -106,6 +107,11 @@ class Stream:
     def closed(self) -> bool:
         """Whether its readers are closed."""
         return self.readers.closed
+
+    @property
+    def in_branch(self) -> bool:
+        """Whether the model went through a branch last, and not through what every pass does."""
+        return self._order is not self._orders[0]
 
     @property
     def bytes_done(self) -> int:
@@ -171,6 +177,7 @@ class Stream:
             return None
         self._broken = True
         self._skip_to(step)
+        self._end = self._end_of_pass(step + 1)
         began = time.perf_counter()
         held = self._arrived(step)
         self.seconds_waiting += time.perf_counter() - began
@@ -232,7 +239,7 @@ class Stream:
         """Whether the next step will be needed: those of the order that all passes have, of another till its end."""
         if not len(self._order):
             return False
-        return self._order is self._orders[0] or self._next < self._end_of_pass(self._cursor)
+        return not self.in_branch or self._next < self._end
 
     def _look_for(self, module: str, block: int) -> None:
         """Turn to the order that has this block, if it is another; not while the model holds what it has of this one.
@@ -249,7 +256,7 @@ class Stream:
         if order is not self._order:
             self.rewind()
             self._order = order
-            self._pass = self._cursor = self._next = 0
+            self._pass = self._cursor = self._next = self._end = 0
 
     def _tell(self, full: bool = False) -> None:
         """Report to the listener how full the ring is."""

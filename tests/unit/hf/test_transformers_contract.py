@@ -60,7 +60,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any] | None, str]] = {
     ),
     "GenerationMixin._update_model_kwargs_for_generation": (
         getattr(GenerationMixin, "_update_model_kwargs_for_generation", None),
-        "outputs model_kwargs num_new_tokens",
+        "outputs model_kwargs is_encoder_decoder num_new_tokens",
     ),
     "GenerationMixin._prepare_generation_config": (
         getattr(GenerationMixin, "_prepare_generation_config", None),

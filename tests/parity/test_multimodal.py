@@ -1,0 +1,201 @@
+"""What takes images or sound, encoders with decoders, classifiers: as plain transformers says, bit for bit.
+
+At the smallest budget everything streams, towers and encoders too, and a pass over text reads nothing of a tower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from helpers.judge import minimum_of, reads_on_demand, steady, streamed_model, traced_once
+from helpers.multimodal import CASES, Inputs, class_of, text_of, whole_of, write_case
+from lamina.plan.plan import Plan
+from lamina.stream.readers import Readers
+
+NEW_TOKENS = 4
+TOWERS = [name for name, case in CASES.items() if case.marks]
+MASKED = {"BartForConditionalGeneration", "MarianMTModel"}  # their decoders make a mask, and ask whether it is full
+ONCE = [name for name in TOWERS if name != "MllamaForConditionalGeneration"]  # each of its tokens looks at the image
+WITH_BRANCHES = [name for name, case in CASES.items() if case.parts]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def steadily() -> Iterator[None]:
+    with steady(), traced_once():
+        yield
+
+
+@dataclass(frozen=True)
+class Said:
+    """What plain transformers says about a checkpoint: each kind of answer by its name."""
+
+    name: str
+    folder: Path
+    answers: dict[str, torch.Tensor]
+    minimum: int
+
+
+@pytest.fixture(scope="module")
+def said(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Said:
+    folder = tmp_path_factory.mktemp(request.param)
+    write_case(request.param, folder)
+    plain = class_of(request.param).from_pretrained(folder, dtype="auto", experts_implementation="eager").eval()
+    found = {kind: answer(plain, request.param, kind) for kind in kinds(request.param)}
+    if CASES[request.param].more is not None:
+        assert not torch.equal(first(plain, whole_of(request.param, seed=1)), found["whole"]), "it does not show"
+    return Said(request.param, folder, found, minimum_of(folder))
+
+
+def kinds(name: str) -> list[str]:
+    """What is asked of a model, in this order."""
+    case = CASES[name]
+    text = [] if case.encodes and case.more else ["text"]
+    return [*text, *(["whole"] if case.more else []), *(["generate"] if class_of(name).can_generate() else [])]
+
+
+def first(model: PreTrainedModel, inputs: Inputs) -> torch.Tensor:
+    """The first output: logits, or hidden states."""
+    with torch.no_grad():
+        outputs = model(**inputs)
+    found: torch.Tensor = outputs["logits"] if "logits" in outputs else outputs["last_hidden_state"]
+    return found
+
+
+def answer(model: PreTrainedModel, name: str, kind: str) -> torch.Tensor:
+    if kind != "generate":
+        return first(model, text_of(name) if kind == "text" else whole_of(name))
+    inputs = {key: value for key, value in whole_of(name).items() if key != "decoder_input_ids"}
+    tokens: Any = model.generate(**inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+    return tokens
+
+
+@contextmanager
+def noted_reads() -> Iterator[list[Any]]:
+    """What is asked of the readers for a place in the ring, unit by unit, as it comes."""
+    seen: list[Any] = []
+    submit = Readers.submit
+
+    def noted(readers: Readers, reads: Any, area: Any, *place: int, urgent: bool = False) -> Any:
+        if place and not urgent:
+            seen.append(reads)
+        return submit(readers, reads, area, *place, urgent=urgent)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Readers, "submit", noted)
+        yield seen
+
+
+def of_branches(plan: Plan) -> list[Any]:
+    """What it asks for to have each unit of a branch once."""
+    return [plan.items[index].layout.reads for branch in plan.branches for index in branch]
+
+
+def assert_equal(said: Said, model: PreTrainedModel, kind: str) -> None:
+    found, wanted = answer(model, said.name, kind), said.answers[kind]
+    assert found.dtype == wanted.dtype and found.shape == wanted.shape
+    assert torch.equal(found, wanted), f"{kind} is off by {(found - wanted).abs().max().item():.3g}"
+
+
+@pytest.mark.parametrize("said", CASES, indirect=True)
+def test_at_the_minimum(said: Said) -> None:
+    with reads_on_demand() as demanded:
+        model = streamed_model(said.folder, said.minimum)
+        with model.lamina:
+            for kind in said.answers:
+                assert_equal(said, model, kind)
+    plan = model.lamina.plan
+    assert isinstance(model, class_of(said.name))
+    assert plan.streams and plan.traced
+    assert not plan.fallbacks or said.name in MASKED
+    parts, late = CASES[said.name].parts, CASES[said.name].unordered
+    assert all(name.startswith(parts) and name.endswith(late) for name in demanded), set(demanded)
+
+
+@pytest.mark.parametrize("said", WITH_BRANCHES, indirect=True)
+def test_parts_that_a_pass_over_text_does_not_go_through_are_branches(said: Said) -> None:
+    with streamed_model(said.folder, said.minimum).lamina as lamina:
+        plan = lamina.plan
+    parts = CASES[said.name].parts
+    streamed = {part.weight for branch in plan.branches for index in branch for part in plan.items[index].parts}
+    in_steps = {part.weight for index in plan.steps for part in plan.items[index].parts}
+    assert all(any(name.startswith(part) for name in streamed) for part in parts), streamed
+    assert all(name.startswith(parts) for name in streamed), streamed
+    assert not streamed & in_steps and not streamed & plan.resident
+
+
+@pytest.mark.parametrize("said", TOWERS, indirect=True)
+def test_a_pass_over_text_reads_no_byte_of_a_tower(said: Said) -> None:
+    with noted_reads() as seen:
+        model = streamed_model(said.folder, said.minimum)
+        with model.lamina as lamina:
+            plan = lamina.plan
+            for _ in range(2):
+                assert_equal(said, model, "text")
+            assert seen and not any(reads in seen for reads in of_branches(plan))
+            of_text = lamina.stats.bytes_read
+            assert_equal(said, model, "whole")
+            assert all(reads in seen for reads in of_branches(plan))
+            read = sum(plan.items[i].layout.read_bytes for branch in plan.branches for i in branch)
+            assert lamina.stats.bytes_read - of_text >= read
+            seen.clear()
+            assert_equal(said, model, "text")  # what the pass before left has no part in it
+            assert not any(reads in seen for reads in of_branches(plan))
+
+
+@pytest.mark.parametrize("said", ONCE, indirect=True)
+def test_a_tower_is_gone_through_once_for_an_answer(said: Said) -> None:
+    """Every token after the first is a pass over text."""
+    model = streamed_model(said.folder, said.minimum)
+    with model.lamina as lamina:
+        plan = lamina.plan
+        with noted_reads() as seen:
+            assert_equal(said, model, "generate")
+    assert {seen.count(reads) for reads in of_branches(plan)} == {1}
+    assert all(seen.count(plan.items[index].layout.reads) >= 2 for index in plan.steps)  # drafts save passes
+
+
+@pytest.mark.parametrize("said", CASES, indirect=True)
+def test_where_all_of_it_fits(said: Said) -> None:
+    with noted_reads() as seen:
+        model = streamed_model(said.folder, said.minimum + 200_000_000)
+        with model.lamina as lamina:
+            assert not lamina.plan.streams and not lamina.plan.branches
+            seen.clear()  # what was read to be there
+            for kind in said.answers:
+                assert_equal(said, model, kind)
+    assert not seen
+
+
+@pytest.mark.parametrize("said", ["LlavaForConditionalGeneration", "T5ForConditionalGeneration"], indirect=True)
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_between(said: Said, share: float) -> None:
+    nbytes = sum(file.stat().st_size for file in said.folder.glob("*.safetensors"))
+    model = streamed_model(said.folder, said.minimum + int(share * nbytes))
+    with model.lamina:
+        for kind in said.answers:
+            assert_equal(said, model, kind)
+
+
+@pytest.mark.parametrize("said", ["LlavaForConditionalGeneration"], indirect=True)
+def test_after_a_pass_that_failed_in_a_tower(said: Said) -> None:
+    model = streamed_model(said.folder, said.minimum)
+    with model.lamina:
+        block = model.model.vision_tower.encoder.layers[1]
+        hook = block.register_forward_pre_hook(_raise)
+        with pytest.raises(RuntimeError, match="in the tower"):
+            answer(model, said.name, "whole")
+        hook.remove()
+        for kind in ("text", "whole", "text"):
+            assert_equal(said, model, kind)
+
+
+def _raise(*_: Any) -> None:
+    raise RuntimeError("in the tower")
