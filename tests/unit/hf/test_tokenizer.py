@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from helpers.tiny import words
 from lamina import RequestError
-from lamina.hf.tokenizer import LazyTokenizer, load_tokenizer, tokenizer_bytes
+from lamina.hf.tokenizer import Lazy, load_tokenizer, tokenizer_bytes
 from lamina.hf.trace import Trace
 from lamina.plan.schedule import Call
 from lamina.runtime.budget import make_budget
@@ -34,7 +34,7 @@ def lazy() -> Any:
         loads.append(1)
         return _tokenizer()
 
-    object.__setattr__(model, "tokenizer", LazyTokenizer(model, load))  # type: ignore[arg-type]
+    object.__setattr__(model, "tokenizer", Lazy(model, load))  # type: ignore[arg-type]
     return model, loads
 
 
@@ -77,7 +77,7 @@ def test_an_attribute_that_is_set_is_set_on_the_real_one(lazy: Any) -> None:
 
 def test_it_outlives_its_model(lazy: Any) -> None:
     held = lazy[0].tokenizer
-    made = LazyTokenizer(nn.Module(), _tokenizer)  # type: ignore[arg-type]
+    made = Lazy(nn.Module(), _tokenizer)  # type: ignore[arg-type]
     assert held("hello")["input_ids"] == made("hello")["input_ids"] == [2]
 
 
