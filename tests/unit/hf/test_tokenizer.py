@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from helpers.tiny import words
 from lamina import RequestError
-from lamina.hf.tokenizer import Lazy, load_tokenizer, tokenizer_bytes
+from lamina.hf.tokenizer import Lazy, load_processor, load_tokenizer, tokenizer_bytes
 from lamina.hf.trace import Trace
 from lamina.plan.schedule import Call
 from lamina.runtime.budget import make_budget
@@ -66,6 +66,34 @@ def test_use_loads_once_and_the_model_has_the_real_one_from_then_on(lazy: Any) -
 )
 def test_it_does_what_the_real_one_does(use: Any, wanted: object, lazy: Any) -> None:
     assert use(lazy[0].tokenizer) == wanted
+
+
+def test_a_processor_is_loaded_when_it_is_used_and_let_go_as_well(lazy: Any) -> None:
+    model, loads = lazy
+    object.__setattr__(model, "processor", Lazy(model, model.tokenizer.real, "processor"))
+    held = model.processor
+    assert repr(held) == "<processor, not loaded yet>" and not loads
+    assert held("hello")["input_ids"] == [2]
+    assert model.processor is model.tokenizer and len(loads) == 1
+    held.forget()
+    assert model.processor is held
+    assert type(model.tokenizer) is PreTrainedTokenizerFast
+
+
+def test_a_folder_without_a_processor_gives_the_tokenizer(tmp_path: Path) -> None:
+    tokenizer = _tokenizer()
+    assert load_processor(str(tmp_path), False, lambda: tokenizer) is tokenizer
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert load_processor(str(tmp_path), True, lambda: tokenizer) is tokenizer
+
+
+@pytest.mark.parametrize("written", ["{", '{"processor_class": "NoneProcessor"}', "[]"])
+def test_a_damaged_processor_says_so_in_one_line(written: str, tmp_path: Path) -> None:
+    (tmp_path / "processor_config.json").write_text(written)
+    with pytest.raises(RequestError, match=r"no usable processor in .*; model.tokenizer takes text") as caught:
+        load_processor(str(tmp_path), False, _tokenizer)
+    assert "\n" not in str(caught.value)
 
 
 def test_an_attribute_that_is_set_is_set_on_the_real_one(lazy: Any) -> None:
