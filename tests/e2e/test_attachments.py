@@ -28,7 +28,7 @@ from transformers import (
     WhisperTokenizer,
 )
 
-from helpers.judge import minimum_of, plain_model, steady, streamed_model
+from helpers.judge import CONTEXT, minimum_of, steady, streamed_model
 from helpers.tiny import BYTES, words, write_llama
 from lamina.cli.main import main
 from unit.cli.test_commands import Result, Run
@@ -101,7 +101,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def answer(folder: Path, inputs: Any, **more: Any) -> list[int]:
     """The new tokens of plain transformers."""
-    out = plain_model(folder).generate(**inputs, **more, max_new_tokens=NEW, do_sample=False)
+    kind = WhisperForConditionalGeneration if "input_features" in inputs else LlavaForConditionalGeneration
+    out = kind.from_pretrained(folder).eval().generate(**inputs, **more, max_new_tokens=NEW, do_sample=False)
     return out[0][inputs["input_ids"].shape[1] if "input_ids" in inputs else 0 :].tolist()
 
 
@@ -111,7 +112,7 @@ def tokens(result: Result) -> list[int]:
 
 
 def asked(folder: Path, *more: str) -> list[str]:
-    return ["run", str(folder), *more, "-n", str(NEW), "--device", "cpu", "--json", "--context", "128"]
+    return ["run", str(folder), *more, "-n", str(NEW), "--device", "cpu", "--json", "--context", str(CONTEXT)]
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -121,10 +122,20 @@ def test_pictures_and_a_bare_prompt(streamed: bool, run: Run, llava: Path, pictu
     told = answer(llava, processor(images=images, text="<image><image>what is this", return_tensors="pt"))
     other = answer(llava, processor(images=images[:1], text="<image>what is this", return_tensors="pt"))
     assert told != other
-    memory = ["--memory", str(minimum_of(llava, context=128))] if streamed else []
+    memory = ["--memory", str(minimum_of(llava))] if streamed else []
     given = [word for path in pictures for word in ("--image", str(path))]
     assert tokens(run(*asked(llava, "what is this", *given, *memory))) == told
     assert tokens(run(*asked(llava, "what is this", *given[:2], *memory))) == other
+
+
+def test_a_picture_comes_in_the_type_of_the_weights(run: Run, llava: Path, pictures: list[Path]) -> None:
+    processor = transformers.AutoProcessor.from_pretrained(llava)
+    inputs = processor(images=Image.open(pictures[0]), text="<image>what is this", return_tensors="pt")
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    plain = LlavaForConditionalGeneration.from_pretrained(llava, dtype="bfloat16").eval()
+    out = plain.generate(**inputs, max_new_tokens=NEW, do_sample=False)[0][inputs["input_ids"].shape[1] :]
+    given = ["--image", str(pictures[0]), "--dtype", "bfloat16"]
+    assert tokens(run(*asked(llava, "what is this", *given))) == out.tolist()
 
 
 def test_a_picture_is_asked_about_with_the_chat_template(run: Run, talking: Path, pictures: list[Path]) -> None:
@@ -148,7 +159,7 @@ def test_a_conversation_keeps_its_picture(
     with pytest.raises(SystemExit) as ended:
         main(["chat", str(talking), "-n", str(NEW), "--device", "cpu", "--quiet"])
     assert not ended.value.code
-    assert capsys.readouterr().out.splitlines()[:2] == [said[1], said[3]]
+    assert capsys.readouterr().out.split("\n")[:2] == [f" {said[1]}", f" {said[3]}"]
 
 
 def test_a_processor_is_the_models_own_and_shares_its_tokenizer(llava: Path) -> None:

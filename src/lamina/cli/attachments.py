@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
 import warnings
@@ -122,6 +121,8 @@ def open_audio(path: str) -> Attachment:
     path = _file(path, AUDIO)
     try:
         samples, rate = _wave(path) or _sound(path)
+    except RequestError:
+        raise
     except (OSError, RuntimeError, ValueError) as error:  # soundfile's own are a RuntimeError
         raise RequestError(f"{path} cannot be read as a sound: {one_line(error)}") from error
     if not len(samples):
@@ -223,21 +224,27 @@ def encode_bare(model: Any, name: str, prompt: str, attached: Sequence[Attachmen
         RequestError: the model does not take them.
     """
     processor = processor_of(model, name, attached)
-    arguments: dict[str, Any] = {"return_tensors": "pt"}
-    text = prompt
-    for kind in dict.fromkeys(each.kind for each in attached):
-        values = [_value(each, processor) for each in attached if each.kind is kind]
-        token = getattr(processor, kind.token, None)
-        if isinstance(token, str) and token:
-            text = token * max(len(values) - text.count(token), 0) + text
-        arguments[kind.argument] = values
-        if kind is AUDIO:
-            arguments["sampling_rate"] = _rate(processor)
+    kinds = dict.fromkeys(each.kind for each in attached)
+    values = {kind: [_value(each, processor) for each in attached if each.kind is kind] for kind in kinds}
+    arguments: dict[str, Any] = {"return_tensors": "pt", **{kind.argument: values[kind] for kind in kinds}}
+    if AUDIO in kinds:
+        arguments["sampling_rate"] = _rate(processor)
     with refusals(f"the processor of {name}"):
         if hasattr(processor, "get_prompt_ids"):  # of one that only listens the prompt is what was said before
-            before = processor.get_prompt_ids(prompt, return_tensors="pt") if prompt else None
-            return on_device(model, {**processor(**arguments), **({} if before is None else {"prompt_ids": before})})
-        return on_device(model, processor(**({"text": text} if text else {}), **arguments))
+            before = {"prompt_ids": processor.get_prompt_ids(prompt, return_tensors="pt")} if prompt else {}
+            return on_device(model, {**processor(**arguments), **before})
+        if text := _with_tokens(prompt, processor, {kind: len(values[kind]) for kind in kinds}):
+            arguments["text"] = text
+        return on_device(model, processor(**arguments))
+
+
+def _with_tokens(prompt: str, processor: Any, wanted: Mapping[Kind, int]) -> str:
+    """A prompt after as many tokens of each kind as it lacks."""
+    for kind, count in wanted.items():
+        token = getattr(processor, kind.token, None)
+        if isinstance(token, str) and token:
+            prompt = token * max(count - prompt.count(token), 0) + prompt
+    return prompt
 
 
 def processor_of(model: Any, name: str, attached: Sequence[Attachment]) -> Any:
@@ -301,12 +308,12 @@ class Pending:
     """What is attached to the next message of a chat.
 
     Args:
-        taken: is given what is attached, and raises a RequestError where the model takes none of it.
+        model: refuses what it has no inputs for.
     """
 
     def __init__(self, model: Any) -> None:
         self._attached: list[Attachment] = []
-        self._check = functools.partial(check_taken, model)
+        self._model = model
 
     def attach(self, command: str, path: str) -> str:
         """Attach a file; what to tell about it.
@@ -318,7 +325,7 @@ class Pending:
             raise RequestError(f"{command} needs a path: {command} PATH")
         check_number(len(self._attached) + 1)
         attached = ATTACH[command](_unquoted(path))
-        self._check([attached])
+        check_taken(self._model, [attached])
         self._attached.append(attached)
         return f"{os.path.basename(attached.path)} goes with the next message"
 
