@@ -121,8 +121,6 @@ def open_audio(path: str) -> Attachment:
     path = _file(path, AUDIO)
     try:
         samples, rate = _wave(path) or _sound(path)
-    except RequestError:
-        raise
     except (OSError, RuntimeError, ValueError) as error:  # soundfile's own are a RuntimeError
         raise RequestError(f"{path} cannot be read as a sound: {one_line(error)}") from error
     if not len(samples):
@@ -282,8 +280,6 @@ def refusals(who: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, ImportError) as error:
-        if isinstance(error, RequestError):
-            raise
         raise RequestError(f"{who} refuses this: {one_line(error)}") from error
 
 

@@ -21,7 +21,7 @@ from lamina.errors import BudgetError, RequestError
 
 _HELP = f"""/reset  forget the conversation
 /bye    end (also /exit, /quit, exit, quit, or Ctrl-D)
-/image PATH   a picture for the next message; several times for several (/audio PATH: a sound)
+/image PATH  attach a picture to the next message, as often as there are pictures; /audio PATH a sound
 /help   this list
 {BLOCK}     begins a message of several lines, which the next {BLOCK} ends; what is pasted is one message
 Ctrl-C stops an answer at its next token, a second one at once; it takes back what is typed, and else ends the chat."""

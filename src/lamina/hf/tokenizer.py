@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -127,7 +128,7 @@ def load_processor(
     Raises:
         RequestError: there is none, or transformers cannot load it.
     """
-    place = os.path.join(folder, options.get("subfolder") or "")
+    place = os.path.join(folder, options["subfolder"]) if options.get("subfolder") else folder
     if not trust_remote_code and not any(os.path.isfile(os.path.join(place, name)) for name in PROCESSORS):
         return tokenizer()
     try:
@@ -152,7 +153,10 @@ def _failure(error: BaseException) -> str:
     """
     if isinstance(error, MemoryError) or not (isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"):
         raise error
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    text = " ".join(str(error).split())
+    if isinstance(error, ImportError):  # after which package is missing, how to install it everywhere
+        text = text.partition(". ")[0]
+    return textwrap.shorten(text, 200, placeholder="...") or type(error).__name__
 
 
 def usable(

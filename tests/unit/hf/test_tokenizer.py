@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from helpers.tiny import words
 from lamina import RequestError
@@ -94,6 +94,18 @@ def test_a_damaged_processor_says_so_in_one_line(written: str, tmp_path: Path) -
     with pytest.raises(RequestError, match=r"no usable processor in .*; model.tokenizer takes text") as caught:
         load_processor(str(tmp_path), False, _tokenizer)
     assert "\n" not in str(caught.value)
+
+
+def test_a_processor_that_needs_a_package_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ImportError("\nVideos require the Torchvision library. Check out " + "the instructions " * 20)
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", refuse)
+    (tmp_path / "processor_config.json").write_text("{}")
+    with pytest.raises(RequestError) as caught:
+        load_processor(str(tmp_path), False, _tokenizer)
+    said = f"no usable processor in {tmp_path}: Videos require the Torchvision library; model.tokenizer takes text"
+    assert str(caught.value) == said
 
 
 def test_an_attribute_that_is_set_is_set_on_the_real_one(lazy: Any) -> None:
