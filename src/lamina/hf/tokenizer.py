@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lamina.caller import token_ids_instead
 from lamina.checkpoint.mistaken import unreadable_in
@@ -131,6 +131,8 @@ def load_processor(
     place = os.path.join(folder, options["subfolder"]) if options.get("subfolder") else folder
     if not trust_remote_code and not any(os.path.isfile(os.path.join(place, name)) for name in PROCESSORS):
         return tokenizer()
+    from transformers import AutoProcessor  # 2 MB of modules that text alone does not need
+
     try:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
     except BaseException as error:

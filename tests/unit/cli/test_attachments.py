@@ -206,6 +206,15 @@ def test_reset_forgets_what_is_attached(library: Library, monkeypatch: pytest.Mo
     assert library.model.prompts == ["user:what?"]
 
 
+def test_a_picture_for_a_model_without_eyes_is_refused_at_once(
+    library: Library, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cat: str
+) -> None:
+    library.model = Model("yes")
+    assert talk(monkeypatch, f"/image {cat}\nwhat?\n") == 0
+    assert library.model.prompts == ["user:what?"]
+    assert "lamina: Model takes no pictures" in capsys.readouterr().err.splitlines()
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [
