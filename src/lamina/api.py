@@ -96,8 +96,9 @@ class AutoModel:
                 `generation_config`, ..., and whatever the model's config takes. What cannot be obeyed is refused.
 
         Returns:
-            The model's own transformers class, in evaluation mode, with `model.lamina` and `model.tokenizer`; with
-            `output_loading_info=True` a pair of it and transformers' dictionary of missing and unexpected names.
+            The model's own transformers class, in evaluation mode, with `model.lamina`, `model.tokenizer` and
+            `model.processor` (which is the tokenizer where there is no other); with `output_loading_info=True` a pair
+            of it and transformers' dictionary of missing and unexpected names.
 
         Raises:
             ModelNotFoundError: no such model.

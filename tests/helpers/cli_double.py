@@ -60,6 +60,29 @@ class Tokenizer:
         return self("|".join(f"{m['role']}:{m['content']}" for m in messages), return_tensors="pt")
 
 
+class Processor:
+    """Puts a picture's size beside the text: what a model that sees is given."""
+
+    image_token = "<image>"
+    image_processor = "one"
+
+    def __init__(self, chat_template: str | None = None) -> None:
+        self.chat_template = chat_template
+        self.tokenizer = Tokenizer(chat_template)
+
+    def __call__(self, *, text: str, images: list[Any] | None = None, return_tensors: str) -> Inputs:
+        inputs = self.tokenizer(text, return_tensors=return_tensors)
+        if images:
+            inputs["pixel_values"] = [list(image.size) for image in images]
+        return inputs
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> Inputs:
+        parts = [(m["role"], part) for m in messages for part in m["content"]]
+        images = [part["image"] for _, part in parts if part["type"] == "image"]
+        text = "|".join(f"{role}:{part.get('text', self.image_token)}" for role, part in parts)
+        return self(text=text, images=images, return_tensors="pt")
+
+
 class Stream:
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -84,6 +107,7 @@ class Stream:
 class Model:
     answer: str = " Paris."
     tokenizer: Any = field(default_factory=Tokenizer)
+    processor: Any = None
     before_token: Callable[[int], None] = lambda index: None
     device: str = "cpu"
     prompts: list[str] = field(default_factory=list)
@@ -102,6 +126,12 @@ class Model:
             if any(stop(input_ids, None) for stop in kwargs["stopping_criteria"] or []):
                 break
         streamer.end()
+
+
+class Seeing(Model):
+    """A model with eyes."""
+
+    def forward(self, input_ids: Any, pixel_values: Any = None) -> None: ...
 
 
 PROFILE = {

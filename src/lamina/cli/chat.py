@@ -11,6 +11,7 @@ import typer
 
 from lamina.caller import option
 from lamina.cli import interrupt, library, output, report
+from lamina.cli.attachments import ATTACH, Attachment, Message, Pending
 from lamina.cli.generation import Notes, encode_chat, generate, text_of
 from lamina.cli.lines import BLOCK, Messages, leaves
 from lamina.cli.live import StatusLine, Terminal, now, stdio, telling
@@ -20,6 +21,7 @@ from lamina.errors import BudgetError, RequestError
 
 _HELP = f"""/reset  forget the conversation
 /bye    end (also /exit, /quit, exit, quit, or Ctrl-D)
+/image PATH  attach a picture to the next message, as often as there are pictures; /audio PATH a sound
 /help   this list
 {BLOCK}     begins a message of several lines, which the next {BLOCK} ends; what is pasted is one message
 Ctrl-C stops an answer at its next token, a second one at once; it takes back what is typed, and else ends the chat."""
@@ -48,6 +50,8 @@ def chat(
       lamina chat ./model --memory 4GB
       lamina chat org/model --system "Answer in one sentence." --temperature 0.7
       lamina chat ./model --memory 4GB --context 8192
+
+    `/image PATH` in a chat attaches a picture to the next message.
     """
     check_tokens("max_new_tokens", max_new_tokens)
     if system is not None:
@@ -66,16 +70,30 @@ def chat(
             output.tell("/help lists the commands, Ctrl-D ends.")
         messages = Messages()
         while (message := _next(messages)) is not None and not leaves(message):
-            if message == "/reset":
-                talk.reset()
-                if not verbosity.quiet:
-                    output.tell("the conversation is forgotten")
-            elif message == "/help":
-                output.tell(_HELP)
-            elif message.startswith("/") and message[1:].isalpha():
-                output.tell(f"lamina: no command {message}: /help lists them")
-            elif message:
+            if (said := _obeyed(message, talk)) is None:
                 _answer(talk, message, terminal, progress, notes, quiet=verbosity.quiet)
+            elif said and not verbosity.quiet:
+                output.tell(said)
+
+
+def _obeyed(message: str, talk: Conversation) -> str | None:
+    """Do what a command says; what there is to tell, or None where the message is no command but a question."""
+    word, _, rest = message.partition(" ")
+    if message == "/reset":
+        talk.reset()
+        return "the conversation is forgotten"
+    if message == "/help":
+        output.tell(_HELP)
+    elif word in ATTACH:
+        try:
+            return talk.pending.attach(word, rest.strip())
+        except RequestError as error:
+            output.tell(f"lamina: {one_line(error)}")
+    elif message.startswith("/") and message[1:].isalpha():
+        output.tell(f"lamina: no command {message}: /help lists them")
+    elif message:
+        return None
+    return ""
 
 
 class Conversation:
@@ -97,7 +115,8 @@ class Conversation:
         note: Callable[[str], None],
     ) -> None:
         self.model = model
-        self.messages: list[dict[str, str]] = []
+        self.messages: list[Message] = []
+        self.pending = Pending(model)
         self._name = name
         self._begun = [] if system is None else [{"role": "system", "content": system}]
         self._sampling = sampling
@@ -110,6 +129,7 @@ class Conversation:
 
     def reset(self) -> None:
         """Forget everything but the system prompt."""
+        self.pending.forget()
         self.messages = list(self._begun)
 
     def check(self) -> None:
@@ -122,9 +142,10 @@ class Conversation:
     def ask(
         self, question: str, write: Callable[[str], None], count: Callable[[int], None], stopped: Callable[[], bool]
     ) -> int:
-        """Answer `question`, and remember both; an answer that was stopped is remembered as far as it came.
+        """Answer `question`, with what is attached to it, and remember them and the answer.
 
-        Turns that there is no room for any more, in the context or in memory, are forgotten, the oldest first.
+        An answer that was stopped is remembered as far as it came. Turns that there is no room for any more, in the
+        context or in memory, are forgotten, the oldest first.
 
         Returns:
             How many tokens the answer has.
@@ -132,7 +153,7 @@ class Conversation:
         Raises:
             RequestError: the question cannot be answered, such as one longer than the context; it is forgotten.
         """
-        before, noted = self.messages, False
+        before, noted, asked = self.messages, False, _said("user", self.pending.with_text(question))
         pieces: list[str] = []
         tokens = 0
 
@@ -154,7 +175,7 @@ class Conversation:
 
         while True:
             try:
-                inputs, most = self._fitting(question)
+                inputs, most = self._fitting(asked)
                 with suppress(KeyboardInterrupt):
                     self._generate(inputs, min(self._max_new_tokens, most), show, counted, stopped)
             except BudgetError as error:
@@ -166,7 +187,7 @@ class Conversation:
                     self.messages = before
                     raise
             tell()
-            self.messages = [*self.messages, _said("user", question), _said("assistant", "".join(pieces))]
+            self.messages = [*self.messages, asked, _said("assistant", "".join(pieces))]
             return tokens
 
     def _generate(
@@ -187,25 +208,25 @@ class Conversation:
             dropped = "turn was" if turns == 1 else f"{turns} turns were"
             self._note(f"lamina: the oldest {dropped} dropped to make room (/reset forgets the whole conversation)")
 
-    def _fitting(self, question: str) -> tuple[dict[str, Any], int]:
+    def _fitting(self, asked: Message) -> tuple[dict[str, Any], int]:
         """The inputs for a question, after as many turns as fit the context; and how many tokens its answer may have.
 
         Raises:
             RequestError: the question alone is longer than the context.
         """
-        inputs, tokens = self._encoded([*self.messages, _said("user", question)])
+        inputs, tokens = self._encoded([*self.messages, asked])
         wanted = min(self._max_new_tokens, max(self._limit // SHARE_FOR_ANSWER, 1))
         if tokens + wanted > self._limit:
-            _, alone = self._encoded([*self._begun, _said("user", question)])
+            _, alone = self._encoded([*self._begun, asked])
             if alone >= self._limit:
                 more = f", or begin the chat with a larger {option('context')}" if self._chosen else ""
                 has = f"the context has {self._limit}"
                 raise RequestError(f"this message takes {alone} tokens, {has}: shorten it{more}")
         while tokens + wanted > self._limit and self._forget_oldest():
-            inputs, tokens = self._encoded([*self.messages, _said("user", question)])
+            inputs, tokens = self._encoded([*self.messages, asked])
         return inputs, self._limit - tokens
 
-    def _encoded(self, messages: list[dict[str, str]]) -> tuple[dict[str, Any], int]:
+    def _encoded(self, messages: list[Message]) -> tuple[dict[str, Any], int]:
         inputs = encode_chat(self.model, self._name, messages)
         return inputs, len(inputs["input_ids"][0])
 
@@ -218,7 +239,7 @@ class Conversation:
         return True
 
 
-def _said(role: str, content: str) -> dict[str, str]:
+def _said(role: str, content: str | list[Attachment | str]) -> Message:
     return {"role": role, "content": content}
 
 

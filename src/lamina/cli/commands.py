@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from lamina.cli import library, output, report
-from lamina.cli.generation import Notes, encode, encode_chat, generate, read_prompt
+from lamina.cli import attachments, library, output, report
+from lamina.cli.attachments import Attachment
+from lamina.cli.generation import Notes, encode, encode_attached, encode_chat, generate, read_prompt
 from lamina.cli.live import StatusLine, Terminal, stdio, telling
 from lamina.cli.options import (
     Json,
@@ -28,6 +29,14 @@ from lamina.errors import RequestError
 
 TRACE = "lamina-trace.json"
 
+Images = Annotated[
+    list[str] | None,
+    typer.Option("--image", metavar="PATH", help="A picture to go with the prompt; may be given several times."),
+]
+Sounds = Annotated[
+    list[str] | None,
+    typer.Option("--audio", metavar="PATH", help="A sound to go with the prompt; may be given several times."),
+]
 PromptIds = Annotated[str | None, typer.Option(metavar="IDS", help="Token ids instead of text, e.g. 1,2,3.")]
 
 
@@ -41,6 +50,8 @@ def run(
     ] = 64,
     prompt_ids: PromptIds = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt as a question, with the chat template.")] = False,
+    image: Images = None,
+    audio: Sounds = None,
     json: Json = False,
     *,
     sampling: Sampling,
@@ -49,23 +60,27 @@ def run(
 ) -> None:
     """Continue a prompt; the text streams to stdout as it is made.
 
+    With a picture or a sound the prompt is put as a question wherever the model has a chat template.
+
     \b
     Examples:
       lamina run ./model "The capital of France is" --memory 4GB
       lamina run org/model "Why is the sky blue?" --chat -n 200
       lamina run ./model --json < prompt.txt > answer.json
+      lamina run ./model "What is this?" --image cat.png --memory 4GB
+      lamina run ./whisper --audio talk.wav
     """
     check_tokens("max_new_tokens", max_new_tokens)
-    request = read_prompt(model, prompt, prompt_ids)
-    if chat and isinstance(request, list):
-        raise RequestError("--chat needs the prompt as text, not as --prompt-ids")
+    request = read_prompt(model, prompt, prompt_ids, bool(image or audio))
+    _check_text(request, {"chat": chat, "image": image, "audio": audio})
+    attached = attachments.opened(image or (), audio or ())  # before the model, whose memory is what they leave
     terminal = stdio(json=json, quiet=verbosity.quiet)
     progress = StatusLine(max_new_tokens)
     notes = Notes(None if verbosity.quiet else terminal.note)
     with _stdout_for_the_result(json), _shown(terminal, progress, quiet=verbosity.quiet):
         with library.opened(model, options, progress.report) as loaded:
             progress.watch(loaded)
-            inputs = _inputs(loaded, model, request, chat=chat)
+            inputs = _inputs(loaded, model, request, attached, chat=chat)
             notes.loaded(loaded)
             write, tokenizer = _nowhere if json else terminal.write, _tokenizer(loaded, needed=prompt_ids is None)
             tokens, text = generate(
@@ -81,8 +96,18 @@ def run(
         output.tell(report.summary(stats, len(tokens)))
 
 
-def _inputs(loaded: Any, model: str, request: str | list[int], *, chat: bool) -> dict[str, Any]:
+def _check_text(request: str | list[int], given: dict[str, Any]) -> None:
+    """Refuse token ids where an option needs text."""
+    if isinstance(request, list) and (wrong := next((name for name, value in given.items() if value), None)):
+        raise RequestError(f"--{wrong} needs the prompt as text, not as --prompt-ids")
+
+
+def _inputs(
+    loaded: Any, model: str, request: str | list[int], attached: list[Attachment], *, chat: bool
+) -> dict[str, Any]:
     """What the model is given for a prompt: as it is, or as a question."""
+    if attached:
+        return encode_attached(loaded, model, str(request), attached, chat=chat)
     return encode_chat(loaded, model, [{"role": "user", "content": str(request)}]) if chat else encode(loaded, request)
 
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
-from lamina.cli import library, report
+from lamina.cli import attachments, library, report
+from lamina.cli.attachments import Attachment, Message
 from lamina.cli.options import Sampling, check_prompt_ids, parse_prompt_ids, vocabulary_of
 from lamina.cli.text import TextStream, TokenStream
 from lamina.errors import RequestError
 
 
-def read_prompt(model: str, prompt: str | None, prompt_ids: str | None) -> str | list[int]:
+def read_prompt(model: str, prompt: str | None, prompt_ids: str | None, attached: bool = False) -> str | list[int]:
     """The prompt as text or token ids: from the arguments, or from standard input where none or `-` is given.
+
+    Args:
+        attached: something goes with it, and it may be empty.
 
     Raises:
         RequestError: there is no prompt, more than one, or one that cannot be read.
@@ -26,10 +31,12 @@ def read_prompt(model: str, prompt: str | None, prompt_ids: str | None) -> str |
         return ids
     if prompt is None or prompt == "-":
         if sys.stdin is None or sys.stdin.isatty():
+            if attached:
+                return ""
             raise RequestError("no prompt: write one after the model, pipe one in, or give --prompt-ids")
         prompt = text_of(getattr(sys.stdin, "buffer", sys.stdin).read(), "the prompt on standard input")
         prompt = prompt.removesuffix("\n").removesuffix("\r")
-    if not prompt:
+    if not prompt and not attached:
         raise RequestError("the prompt is empty")
     return text_of(prompt, "the prompt")
 
@@ -57,25 +64,63 @@ def encode(model: Any, prompt: str | list[int]) -> dict[str, Any]:
     return dict(model.tokenizer(prompt, return_tensors="pt").to(model.device))
 
 
-def encode_chat(model: Any, name: str, messages: list[dict[str, str]]) -> dict[str, Any]:
+def encode_attached(model: Any, name: str, prompt: str, attached: list[Attachment], *, chat: bool) -> dict[str, Any]:
+    """The inputs of `generate` for a prompt with pictures or sounds: with the chat template, if there is one.
+
+    Args:
+        chat: it has to be with the chat template.
+
+    Raises:
+        RequestError: the model does not take them, or there is no chat template.
+    """
+    if chat or has_template(attachments.processor_of(model, name, attached)):
+        content = [*attached, prompt] if prompt else attached
+        return encode_chat(model, name, [{"role": "user", "content": content}])
+    return attachments.encode_bare(model, name, prompt, attached)
+
+
+def encode_chat(model: Any, name: str, messages: list[Message]) -> dict[str, Any]:
     """The inputs of `generate` for a conversation, written as the model's chat template says.
 
     Raises:
-        RequestError: the model has no chat template, or it refuses the conversation.
+        RequestError: the model has no chat template, or it refuses the conversation; or it takes no such attachment.
     """
-    tokenizer = model.tokenizer
-    if not getattr(tokenizer, "chat_template", None):
+    attached = attachments.attached_to(messages)
+    writer = attachments.processor_of(model, name, attached) if attached else _writer(model)
+    if not has_template(writer):
         raise RequestError(f"{name} has no chat template: it completes text, use 'lamina run' without --chat")
-    try:
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
-    except Exception as error:
-        # Templates say no with their own raise_exception; jinja2's tree is no dependency of ours.
-        if type(error).__module__.partition(".")[0] != "jinja2":
-            raise
-        raise RequestError(f"the chat template of {name} refuses this conversation: {error}") from error
-    return dict(inputs.to(model.device))
+    if attached or _reads_parts(model, writer):
+        messages = attachments.in_parts(messages, writer)
+    with attachments.refusals(f"the processor of {name}") if attached else nullcontext():
+        try:
+            inputs = writer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            )
+        except Exception as error:
+            # Templates say no with their own raise_exception; jinja2's tree is no dependency of ours.
+            if type(error).__module__.partition(".")[0] != "jinja2":
+                raise
+            raise RequestError(f"the chat template of {name} refuses this conversation: {error}") from error
+        return attachments.on_device(model, inputs) if attached else dict(inputs.to(model.device))
+
+
+def has_template(writer: Any) -> bool:
+    """Whether a tokenizer or processor has a chat template."""
+    return bool(getattr(writer, "chat_template", None))
+
+
+def _sees_or_hears(model: Any) -> bool:
+    return bool((attachments.IMAGE.inputs | attachments.AUDIO.inputs) & library.inputs_taken(model))
+
+
+def _writer(model: Any) -> Any:
+    """What writes a conversation of text alone: the tokenizer, or the processor where only that has a template."""
+    return model.processor if _sees_or_hears(model) and not has_template(model.tokenizer) else model.tokenizer
+
+
+def _reads_parts(model: Any, writer: Any) -> bool:
+    """Whether the template of a model that sees or hears tells texts from pictures: some take no bare text."""
+    return _sees_or_hears(model) and "type" in str(writer.chat_template)
 
 
 class Notes:
@@ -134,7 +179,8 @@ def generate(
         library.set_seed(sampling.seed)
     tokens: list[int] = []
     pieces: list[str] = []
-    text = None if tokenizer is None else TextStream(tokenizer, inputs["input_ids"][0].tolist())
+    before = [] if library.reads_first(model) or "input_ids" not in inputs else inputs["input_ids"][0].tolist()
+    text = None if tokenizer is None else TextStream(tokenizer, before)
 
     def show(piece: str) -> None:
         if piece:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import importlib
+import inspect
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -99,6 +100,16 @@ def token_inputs(model: Any, ids: list[int]) -> dict[str, Any]:
     torch = importlib.import_module("torch")
     row = torch.tensor([ids], device=model.device)
     return {"input_ids": row, "attention_mask": torch.ones_like(row)}
+
+
+def inputs_taken(model: Any) -> frozenset[str]:
+    """The names of what a model's forward pass takes."""
+    return frozenset(inspect.signature(type(model).forward).parameters) if hasattr(model, "forward") else frozenset()
+
+
+def reads_first(model: Any) -> bool:
+    """Whether an encoder reads the prompt, so that the answer does not continue it."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def vocabulary(model: Any) -> int | None:

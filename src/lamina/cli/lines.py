@@ -26,7 +26,7 @@ BLOCK = '"""'
 BURST_S = 0.03  # a terminal hands on a paste in pieces, with less than this between them
 NUDGE_S, NUDGES = 0.05, 20
 LEAVING = ("/bye", "/exit", "/quit", "bye", "exit", "quit")
-_COMMAND = re.compile(r"/[a-z]+\s*", re.IGNORECASE)
+_COMMAND = re.compile(r"/[a-z]+\s*|/(image|audio)\s.*", re.IGNORECASE)
 
 
 def leaves(message: str) -> bool:

@@ -1,8 +1,9 @@
-"""`model.tokenizer`, loaded when it is first used, so that a folder without one still runs."""
+"""`model.tokenizer` and `model.processor`, loaded when they are first used, so that a folder without one still runs."""
 
 from __future__ import annotations
 
 import os
+import textwrap
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,60 +21,67 @@ FILES = (
     *("tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model"),
     *("special_tokens_map.json", "added_tokens.json", "config.json"),
 )
+PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 TIMES_ITS_FILE = 15
 
 
-class LazyTokenizer:
-    """Stands for a tokenizer until it is used; then the model's attribute is the real one."""
+class Lazy:
+    """Stands for a tokenizer or a processor until it is used; then the model's attribute is the real one.
 
-    def __init__(self, model: PreTrainedModel, load: Callable[[], PreTrainedTokenizerBase]) -> None:
+    Args:
+        name: of the attribute.
+    """
+
+    def __init__(self, model: PreTrainedModel, load: Callable[[], Any], name: str = "tokenizer") -> None:
+        object.__setattr__(self, "_name", name)
         object.__setattr__(self, "_owner", weakref.ref(model))
         object.__setattr__(self, "_load", load)
         object.__setattr__(self, "_real", None)
 
-    def _get(self) -> Any:
+    def real(self) -> Any:
+        """What it stands for, loaded now if it was not."""
         real = object.__getattribute__(self, "_real")
         if real is None:
             real = object.__getattribute__(self, "_load")()
             object.__setattr__(self, "_real", real)
             model = object.__getattribute__(self, "_owner")()
             if model is not None:
-                model.tokenizer = real
+                setattr(model, object.__getattribute__(self, "_name"), real)
         return real
 
     def forget(self) -> None:
-        """Let the tokenizer's memory go, if the model's is still this one: it is loaded again where it is used."""
-        model = object.__getattribute__(self, "_owner")()
+        """Let its memory go, if the model's is still this one: it is loaded again where it is used."""
+        model, name = object.__getattribute__(self, "_owner")(), object.__getattribute__(self, "_name")
         real = object.__getattribute__(self, "_real")
-        if model is not None and real is not None and model.tokenizer is real:
+        if model is not None and real is not None and getattr(model, name) is real:
             object.__setattr__(self, "_real", None)
-            object.__setattr__(model, "tokenizer", self)
+            object.__setattr__(model, name, self)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        return type(self._get())
+        return type(self.real())
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._get(), name)
+        return getattr(self.real(), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._get(), name, value)
+        setattr(self.real(), name, value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._get()(*args, **kwargs)
+        return self.real()(*args, **kwargs)
 
     def __len__(self) -> int:
-        return len(self._get())
+        return len(self.real())
 
     def __contains__(self, token: object) -> bool:
-        return token in self._get()
+        return token in self.real()
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._get())
+        return iter(self.real())
 
     def __repr__(self) -> str:
         real = object.__getattribute__(self, "_real")
-        return repr(real) if real is not None else "<tokenizer, not loaded yet>"
+        return repr(real) if real is not None else f"<{object.__getattribute__(self, '_name')}, not loaded yet>"
 
 
 def tokenizer_bytes(folder: str) -> int:
@@ -108,6 +116,51 @@ def load_tokenizer(folder: str, trust_remote_code: bool, **options: Any) -> PreT
     return tokenizer
 
 
+def load_processor(
+    folder: str, trust_remote_code: bool, tokenizer: Callable[[], PreTrainedTokenizerBase], **options: Any
+) -> Any:
+    """What makes a model's inputs of text, pictures and sound: the processor of a checkpoint folder.
+
+    Args:
+        tokenizer: gives the model's own. It is the processor of a model that has no other, and stands in a
+            processor that brings the same one, so that there is one in memory.
+
+    Raises:
+        RequestError: there is none, or transformers cannot load it.
+    """
+    place = os.path.join(folder, options["subfolder"]) if options.get("subfolder") else folder
+    if not trust_remote_code and not any(os.path.isfile(os.path.join(place, name)) for name in PROCESSORS):
+        return tokenizer()
+    from transformers import AutoProcessor  # 2 MB of modules that text alone does not need
+
+    try:
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+    except BaseException as error:
+        text = _failure(error)
+        why = unreadable_in(place, (*PROCESSORS, *FILES))
+        raise RequestError(f"no usable processor in {place}: {why or text}; model.tokenizer takes text") from error
+    if isinstance(processor, PreTrainedTokenizerBase):
+        return tokenizer()
+    if (own := getattr(processor, "tokenizer", None)) is not None:
+        ours = tokenizer()
+        if type(ours) is type(own) and len(ours) == len(own):
+            processor.tokenizer = ours
+    return processor
+
+
+def _failure(error: BaseException) -> str:
+    """What transformers says of a failure, in one line; raised again where it is none of a file.
+
+    What the tokenizers package raises is an Exception of no class of its own; a panic in it is not even that.
+    """
+    if isinstance(error, MemoryError) or not (isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"):
+        raise error
+    text = " ".join(str(error).split())
+    if isinstance(error, ImportError):  # after which package is missing, how to install it everywhere
+        text = text.partition(". ")[0]
+    return textwrap.shorten(text, 200, placeholder="...") or type(error).__name__
+
+
 def usable(
     load: Callable[[], PreTrainedTokenizerBase], place: str, at_fault: Callable[[], str | None] = lambda: None
 ) -> PreTrainedTokenizerBase:
@@ -124,13 +177,8 @@ def usable(
     try:
         tokenizer = load()
         tokenizer.decode(tokenizer("a")["input_ids"])
-    except MemoryError:
-        raise
     except BaseException as error:
-        # What the tokenizers package raises is an Exception of no class of its own; a panic in it is not even that.
-        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
-            raise
-        text = " ".join(str(error).split())[:200] or type(error).__name__
+        text = _failure(error)
         why = at_fault()
         where = f"{place}: {why}" if why else place
         raise RequestError(f"no usable tokenizer in {where} ({text}); {token_ids_instead()}") from error

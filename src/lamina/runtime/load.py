@@ -23,7 +23,7 @@ from lamina.hf.building.build import Request, build, config_place
 from lamina.hf.building.gguf import load_gguf
 from lamina.hf.config import blaming, fields_of, refuse_adapter
 from lamina.hf.names import PreTrainedModel
-from lamina.hf.tokenizer import LazyTokenizer, load_tokenizer, tokenizer_bytes
+from lamina.hf.tokenizer import Lazy, load_processor, load_tokenizer, tokenizer_bytes
 from lamina.hf.trace import Trace, trace
 from lamina.host import return_large_blocks
 from lamina.hub import HUB_OPTIONS, local_path, locate, locate_gguf, metadata_folder, remote_headers
@@ -223,15 +223,17 @@ def load_model(model: str, asked: Asked, options: dict[str, Any], *, prefetching
 
 
 def _give_tokenizer(model: PreTrainedModel, request: Request, hub: Mapping[str, Any]) -> None:
-    """Let the model have its tokenizer, which is loaded when it is first used."""
-    lazy = LazyTokenizer(
+    """Let the model have its tokenizer and its processor, which are loaded when they are first used."""
+    folder, trust, gguf = request.folder, request.trust_remote_code, request.gguf
+    tokenizer = Lazy(model, gguf.load_tokenizer if gguf is not None else lambda: load_tokenizer(folder, trust, **hub))
+    processor = Lazy(
         model,
-        request.gguf.load_tokenizer
-        if request.gguf is not None
-        else lambda: load_tokenizer(request.folder, request.trust_remote_code, **hub),
+        tokenizer.real if gguf is not None else lambda: load_processor(folder, trust, tokenizer.real, **hub),
+        "processor",
     )
-    object.__setattr__(model, "tokenizer", lazy)  # nn.Module would look at its class, and so load it
-    model.lamina.when_closed(lazy.forget)
+    for lazy, name in ((tokenizer, "tokenizer"), (processor, "processor")):
+        object.__setattr__(model, name, lazy)  # nn.Module would look at its class, and so load it
+        model.lamina.when_closed(lazy.forget)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoProcessor, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from helpers.tiny import words
 from lamina import RequestError
-from lamina.hf.tokenizer import LazyTokenizer, load_tokenizer, tokenizer_bytes
+from lamina.hf.tokenizer import Lazy, load_processor, load_tokenizer, tokenizer_bytes
 from lamina.hf.trace import Trace
 from lamina.plan.schedule import Call
 from lamina.runtime.budget import make_budget
@@ -34,7 +34,7 @@ def lazy() -> Any:
         loads.append(1)
         return _tokenizer()
 
-    object.__setattr__(model, "tokenizer", LazyTokenizer(model, load))  # type: ignore[arg-type]
+    object.__setattr__(model, "tokenizer", Lazy(model, load))  # type: ignore[arg-type]
     return model, loads
 
 
@@ -68,6 +68,46 @@ def test_it_does_what_the_real_one_does(use: Any, wanted: object, lazy: Any) -> 
     assert use(lazy[0].tokenizer) == wanted
 
 
+def test_a_processor_is_loaded_when_it_is_used_and_let_go_as_well(lazy: Any) -> None:
+    model, loads = lazy
+    object.__setattr__(model, "processor", Lazy(model, model.tokenizer.real, "processor"))
+    held = model.processor
+    assert repr(held) == "<processor, not loaded yet>" and not loads
+    assert held("hello")["input_ids"] == [2]
+    assert model.processor is model.tokenizer and len(loads) == 1
+    held.forget()
+    assert model.processor is held
+    assert type(model.tokenizer) is PreTrainedTokenizerFast
+
+
+def test_a_folder_without_a_processor_gives_the_tokenizer(tmp_path: Path) -> None:
+    tokenizer = _tokenizer()
+    assert load_processor(str(tmp_path), False, lambda: tokenizer) is tokenizer
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert load_processor(str(tmp_path), True, lambda: tokenizer) is tokenizer
+
+
+@pytest.mark.parametrize("written", ["{", '{"processor_class": "NoneProcessor"}', "[]"])
+def test_a_damaged_processor_says_so_in_one_line(written: str, tmp_path: Path) -> None:
+    (tmp_path / "processor_config.json").write_text(written)
+    with pytest.raises(RequestError, match=r"no usable processor in .*; model.tokenizer takes text") as caught:
+        load_processor(str(tmp_path), False, _tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_processor_that_needs_a_package_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ImportError("\nVideos require the Torchvision library. Check out " + "the instructions " * 20)
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", refuse)
+    (tmp_path / "processor_config.json").write_text("{}")
+    with pytest.raises(RequestError) as caught:
+        load_processor(str(tmp_path), False, _tokenizer)
+    said = f"no usable processor in {tmp_path}: Videos require the Torchvision library; model.tokenizer takes text"
+    assert str(caught.value) == said
+
+
 def test_an_attribute_that_is_set_is_set_on_the_real_one(lazy: Any) -> None:
     model, _ = lazy
     held = model.tokenizer
@@ -77,7 +117,7 @@ def test_an_attribute_that_is_set_is_set_on_the_real_one(lazy: Any) -> None:
 
 def test_it_outlives_its_model(lazy: Any) -> None:
     held = lazy[0].tokenizer
-    made = LazyTokenizer(nn.Module(), _tokenizer)  # type: ignore[arg-type]
+    made = Lazy(nn.Module(), _tokenizer)  # type: ignore[arg-type]
     assert held("hello")["input_ids"] == made("hello")["input_ids"] == [2]
 
 
