@@ -317,35 +317,61 @@ _KINDS: Mapping[Any, tuple[int, str | Callable[[Any, frozenset[int]], str]]] = {
 """Of an operation: where among its tensors a weight stands, and what is then done with it; elsewhere it is "other"."""
 
 
-_SHAPE_ONLY = (torch.Tensor.expand_as, torch.Tensor.view_as, torch.Tensor.reshape_as)  # of their second argument
-
-
 def _has_values(args: Any) -> bool:
     """Whether the tensor that an operation is of has values."""
     return bool(args) and isinstance(args[0], torch.Tensor) and args[0].device.type != "meta"
 
 
 def _all_on_meta(func: Any, args: Any, kwargs: Any) -> Any:
-    """Arguments of an operation of which one has no values: then none has; a mask that picks becomes indices first."""
-    leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    if not any(leaf.device.type == "meta" for leaf in leaves) or all(leaf.device.type == "meta" for leaf in leaves):
+    """Arguments of an operation of which some tensors have values and some have none: then none has."""
+    kinds = {leaf.device.type == "meta" for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+    if len(kinds) < 2:
         return args, kwargs
-    if func in _SHAPE_ONLY:
-        return (args[0], torch.empty((), dtype=args[1].dtype).expand(args[1].shape)), kwargs
-    if func in (torch.repeat_interleave, torch.Tensor.repeat_interleave):
-        times = args[1] if len(args) > 1 else kwargs.get("repeats")
-        if isinstance(times, torch.Tensor) and times.device.type != "meta":
-            kwargs = {**kwargs, "output_size": int(times.sum())}
-    if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
-        picked = args[1] if isinstance(args[1], tuple) else (args[1],)
-        places: list[Any] = []
-        for each in picked:
-            mask = isinstance(each, torch.Tensor) and each.dtype is torch.bool and each.dim() > 0
-            places.extend(each.nonzero(as_tuple=True) if mask and each.device.type != "meta" else (each,))
-        args = (args[0], tuple(places) if len(places) > 1 else places[0], *args[2:])
-    return tree_map(
-        lambda leaf: leaf.to("meta") if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf, (args, kwargs)
-    )
+    prepare = _PREPARED.get(func)
+    if prepare is not None:
+        args, kwargs = prepare(args, kwargs)
+    return tree_map(_on_meta, (args, kwargs))
+
+
+def _on_meta(leaf: Any) -> Any:
+    return leaf.to("meta") if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf
+
+
+def _picked_by_indices(args: Any, kwargs: Any) -> Any:
+    """A mask with values picks as many as it has: by its indices, of which the number is then known."""
+
+    def indices(each: Any) -> tuple[Any, ...]:
+        known = isinstance(each, torch.Tensor) and each.device.type != "meta"
+        return each.nonzero(as_tuple=True) if known and each.dtype is torch.bool and each.dim() else (each,)
+
+    picked = args[1] if isinstance(args[1], tuple) else (args[1],)
+    places = tuple(place for each in picked for place in indices(each))
+    return (args[0], places if len(places) > 1 else places[0], *args[2:]), kwargs
+
+
+def _shaped_like(args: Any, kwargs: Any) -> Any:
+    """Of the second only the shape counts."""
+    return (args[0], torch.empty((), dtype=args[1].dtype).expand(args[1].shape)), kwargs
+
+
+def _repeated(args: Any, kwargs: Any) -> Any:
+    """Numbers of repeats with values say how large the result is."""
+    times = args[1] if len(args) > 1 else kwargs.get("repeats")
+    if isinstance(times, torch.Tensor) and times.device.type != "meta":
+        kwargs = {**kwargs, "output_size": int(times.sum())}
+    return args, kwargs
+
+
+_PREPARED: Mapping[Any, Callable[[Any, Any], Any]] = {
+    torch.Tensor.__getitem__: _picked_by_indices,
+    torch.Tensor.__setitem__: _picked_by_indices,
+    torch.Tensor.expand_as: _shaped_like,
+    torch.Tensor.view_as: _shaped_like,
+    torch.Tensor.reshape_as: _shaped_like,
+    torch.repeat_interleave: _repeated,
+    torch.Tensor.repeat_interleave: _repeated,
+}
+"""What is taken from arguments with values before they are dropped."""
 
 
 def _made_up_number(func: Any, args: Any, kwargs: Any) -> Any:

@@ -48,7 +48,7 @@ class Sizing:
         self.fallback: str | None = None
 
     def activations(self, kwargs: Mapping[str, Any], tower: str | None = None) -> int:
-        """Bytes of activations and kernels' workspaces of a pass; 0 of one over text.
+        """Bytes of activations and kernels' workspaces of a pass; 0 of one over text, and of a later one of a text.
 
         Where the model's own code asks for values that only a real pass has it is what was alive until there, which
         is behind the tower in most families; `fallback` then says so.
@@ -57,7 +57,7 @@ class Sizing:
             kwargs: of `forward`, or of the method.
             tower: name of the method that runs a tower alone.
         """
-        if not media(kwargs):
+        if not media(kwargs) or cached_tokens(cache_of(kwargs)):
             return 0
         shapes = tuple((name, value.shape) for name, value in kwargs.items() if isinstance(value, torch.Tensor))
         if (tower, shapes) not in self._known:
@@ -97,4 +97,4 @@ def _light(value: Any) -> Any:
         return value.to("cpu") if keeps and value.numel() <= MOST_VALUES else value.to("meta")
     if isinstance(value, ModelOutput):
         return type(value)(**{name: _light(each) for name, each in value.items()})
-    return copy.deepcopy(value) if cache_of({"cache": value}) is not None and not cached_tokens(value) else value
+    return copy.deepcopy(value)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -31,6 +31,8 @@ WORKSPACE = 1.25  # kernels' workspaces and what the allocator keeps (docs/log.m
 LENGTHS = (16, 32, 64)  # tokens of the traced prefills: enough to fit a + b T + c T^2
 # (guarded, answering) where code asks for values: as it is, failing modules stubbed, values made up, both
 _WAYS_ROUND = ((False, False), (True, False), (False, True), (True, True))
+MEDIA = 64 << 20  # bytes that a model for images or sound has room for in every plan
+MEDIA_NAMES = ("pixel_values", "input_features", "input_values")
 SAMPLES = 16_000  # of a made-up sound, a second
 LONG_SOUND = 1500  # positions of a made-up sound, where the config names none
 _OF_META = ("meta", "DataDependent", "data-dependent", "data dependent", "item()", "FakeTensor")
@@ -54,6 +56,7 @@ class Trace:
         traced: False for the order of definition.
         fallbacks: second ways that were taken, each with its reason.
         operations: of torch in a pass, the experts' own left out.
+        media_bytes: what an image or a sound of the size that the config names takes; 0 of a model for text alone.
     """
 
     root: Call
@@ -68,12 +71,13 @@ class Trace:
     fallbacks: tuple[str, ...] = ()
     operations: int = 0
     moments: tuple[tuple[int, ...], ...] = ()
+    media_bytes: int = 0
 
     def activations(self, tokens: int) -> int:
         """Bytes of activations and kernels' workspaces for a prefill of `tokens`, from the traced lengths."""
         lengths = sorted(self.activation_bytes)
         points = (self.activation_bytes, *(dict(zip(lengths, moment, strict=True)) for moment in self.moments))
-        return int(WORKSPACE * max(_extrapolate(each, tokens) for each in points))
+        return int(WORKSPACE * max(self.media_bytes, *(_extrapolate(each, tokens) for each in points)))
 
     def cache(self, tokens: int) -> int:
         """Bytes of the key-value cache after `tokens`."""
@@ -130,9 +134,31 @@ def trace(model: PreTrainedModel) -> Trace:
             excused = excused or _excuses(error, model, kind)
             continue
         found = _made_of(model, passes, kind, _second_ways(model, kind, guarded, answering, failure))
-        return _with_encoder(model, found) if _decodes(model) else found
+        found = _with_encoder(model, found) if _decodes(model) else found
+        return replace(found, media_bytes=_media_bytes(model))
     assert failure is not None
-    return _by_definition(model, failure)
+    return replace(_by_definition(model, failure), media_bytes=_media_bytes(model))
+
+
+def _media_bytes(model: PreTrainedModel) -> int:
+    """Activations of a pass with an image or a sound of the size that the config names, and no less than `MEDIA`.
+
+    Counted as far as the pass runs without values, which is behind the tower in most families.
+    """
+    if not any(name.startswith(MEDIA_NAMES) for name in arguments_of(model)):
+        return 0
+    made = _made_up_inputs(model)
+    if not made:
+        return MEDIA
+    tensors, recorder = _recorder(model, answering=True)
+    ids = torch.zeros(1, min(LENGTHS), dtype=torch.long, device="meta")
+    accepted = arguments_of(model)
+    text: dict[str, Any] = {name: ids for name in ("input_ids", "decoder_input_ids") if name in accepted}
+    if "decoder_input_ids" in accepted:
+        text.pop("input_ids", None)
+    with suppress(Exception), torch.no_grad(), standing_in(model), recorder.watching(model), recorder.memory, recorder:
+        torch.func.functional_call(model, tensors, kwargs={**text, **made})
+    return max(recorder.memory.peak, MEDIA)
 
 
 def _lengths(model: PreTrainedModel) -> tuple[int, ...]:
@@ -362,16 +388,20 @@ def _run(
     answering: bool = False,
 ) -> tuple[Recorder, int]:
     """One forward on meta tensors; the recorder that watched it and the bytes of its cache."""
-    named = weight_names(model)
-    tensors = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in named.items()}
-    names = {id(tensor): name for name, tensor in tensors.items()}
-    recorder = Recorder(names, Memory(tensors.values()), answering, experts_by_config(model.config))
+    tensors, recorder = _recorder(model, answering)
     inputs = way(tokens)
     inside = recorder.guarding(model) if guarded else nullcontext()
     with torch.no_grad(), standing_in(model), recorder.watching(model), inside, recorder.memory, recorder:
         outputs = torch.func.functional_call(model, tensors, kwargs=inputs)
     cache = cache_of(inputs) or (cache_of(outputs) if isinstance(outputs, Mapping) else None)
     return recorder, sum(_nbytes(leaf) for leaf in _tensors_of(cache)) if cache is not None else 0
+
+
+def _recorder(model: PreTrainedModel, answering: bool) -> tuple[dict[str, torch.Tensor], Recorder]:
+    """Weights without memory in place of a model's own, and a recorder that knows them."""
+    tensors = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in weight_names(model).items()}
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    return tensors, Recorder(names, Memory(tensors.values()), answering, experts_by_config(model.config))
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

@@ -85,6 +85,12 @@ def minimum_memory(schedule: Schedule, budget: Budget) -> tuple[int, int]:
     return _Planner(schedule, budget, Hardware()).minimum()
 
 
+def _streamable(schedule: Schedule, call: Call) -> list[Weight]:
+    """The weights of a call that may stream, in the order of first use."""
+    touched = [schedule.weights[name] for name in call.touched()]
+    return [weight for weight in touched if not (weight.always or weight.gathered)]
+
+
 class _Kinds:
     """The weights of a pass by what may be done with them.
 
@@ -101,12 +107,11 @@ class _Kinds:
         weights = schedule.weights
         self.always = [w for w in weights.values() if w.always]
         self.gathered = [w for w in weights.values() if w.gathered and not w.always]
-        touched = [weights[name] for name in schedule.root.touched()]
-        passing = [w for w in touched if not (w.always or w.gathered)]
+        passing = _streamable(schedule, schedule.root)
         self.experts = experts_of(schedule, passing)
         routed = names_of(self.experts)
         self.movable = [w for w in passing if w.name not in routed]
-        self.aside = [weights[name] for branch in schedule.branches for name in branch.touched()]
+        self.aside = list(itertools.chain.from_iterable(_streamable(schedule, each) for each in schedule.branches))
 
     def bytes_per_token(self) -> tuple[int, int, int]:
         """What one token needs of them, wherever it is: all of it, of that the packed weights, and those unpacked."""

@@ -20,6 +20,7 @@ from lamina.checkpoint.choose import choose_gguf, find_gguf, local_names, split_
 from lamina.errors import BudgetError, RequestError
 from lamina.hf.arguments import check_format
 from lamina.hf.building.build import Request, build, config_place
+from lamina.hf.building.classes import text_alone
 from lamina.hf.building.gguf import load_gguf
 from lamina.hf.config import blaming, fields_of, refuse_adapter
 from lamina.hf.names import PreTrainedModel
@@ -279,7 +280,9 @@ def _found(prepared: Prepared, not_written: bool) -> tuple[Hardware, tuple[str, 
 
 def _fallbacks(prepared: Described, readers: Readers | None) -> tuple[str, ...]:
     """Second ways of a model: in its files, in the trace, in unpacking, in reading as far as was read."""
+    said = text_alone(prepared.model, prepared.there.tensors)
     found = [
+        *([] if said is None else [said]),
         *prepared.there.fallbacks,
         *prepared.trace.fallbacks,
         *without_kernels(prepared.weights.schedule.weights.values()),

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from transformers import PreTrainedConfig
 
 from helpers.families import tiny_config
 from lamina.errors import UnsupportedError
-from lamina.hf.building.classes import model_class
+from lamina.hf.building.classes import FAILS, model_class
 
 
 def chosen(family: str, architectures: Any) -> str:
@@ -112,3 +113,22 @@ def test_what_transformers_says_of_a_config_that_it_cannot_use_is_not_hidden(mon
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_config", fails)
     with pytest.raises(ValueError, match="hidden_size is odd"):
         chosen("llama", None)
+
+
+def test_a_class_whose_passes_fail_does_so_still() -> None:
+    """`FAILS` names what is broken in the installed version, and nothing that works again."""
+    for kind, version in FAILS:
+        if not transformers.__version__.startswith(version):
+            continue
+        model = getattr(transformers, kind)(tiny_config("llama4"))
+        with pytest.raises(AttributeError):
+            model(input_ids=torch.tensor([[1, 2, 3]]))
+
+
+def test_the_text_model_is_taken_in_place_of_one_that_fails() -> None:
+    if not any(transformers.__version__.startswith(version) for _, version in FAILS):
+        assert model_class(tiny_config("llama4")).__name__
+        return
+    config = tiny_config("llama4")
+    config.architectures = ["Llama4ForConditionalGeneration"]
+    assert model_class(config).__name__ == "Llama4ForCausalLM"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lamina.errors import UnsupportedError
 from lamina.hf.internals import silent
+
+FAILS = (("Llama4ForConditionalGeneration", "5.24"),)
+"""Classes of which every pass fails, and in which minor version of transformers."""
 
 TASKS = (  # of a config whose checkpoint names no class that transformers has, in this order
     "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForSeq2SeqLM",
@@ -49,12 +53,31 @@ def _named(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     names = config.architectures
     name = names[0] if isinstance(names, list | tuple) and names else None
     found: Any = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
-    if not inspect.isclass(found) or not issubclass(found, PreTrainedModel):
+    if not inspect.isclass(found) or not issubclass(found, PreTrainedModel) or _fails(found.__name__):
         return None
     kind: Any = found
     kinds = {*type(config).__mro__, *(config.sub_configs or {}).values()} - {PreTrainedConfig, object}
     whole = kind.forward is not torch.nn.Module.forward
     return kind if whole and kind.config_class in kinds else None
+
+
+def _fails(name: str) -> bool:
+    """Whether every pass of a class fails in the installed transformers."""
+    return any(name == kind and transformers.__version__.startswith(version) for kind, version in FAILS)
+
+
+def text_alone(model: PreTrainedModel, tensors: Iterable[str]) -> str | None:
+    """What a user has to know where the text model stands for one with images, whose class fails; else None.
+
+    Args:
+        model: as it was built.
+        tensors: names of the checkpoint's tensors.
+    """
+    for kind, version in FAILS:
+        stands = type(model).__name__ == kind.replace("ForConditionalGeneration", "ForCausalLM")
+        if _fails(kind) and stands and any("vision_model." in name for name in tensors):
+            return f"every pass of {kind} fails in transformers {version}: the text model is loaded, without images"
+    return None
 
 
 def _mapped(config: PreTrainedConfig, remote: dict[str, Any], code_revision: str | None) -> type[PreTrainedModel]:
@@ -78,7 +101,7 @@ def _mapped(config: PreTrainedConfig, remote: dict[str, Any], code_revision: str
 
 def _rank(config: PreTrainedConfig, remote: dict[str, Any], task: str) -> tuple[bool, int]:
     """Before others what gives the class that the config names, then in the order of `TASKS`."""
-    names = [str(name) for name in config.architectures or ()]
+    names = [str(name) for name in config.architectures or ()] if isinstance(config.architectures, list) else []
     value = remote[task]
     classes = [str(each).rpartition(".")[2] for each in (value if isinstance(value, list | tuple) else [value])]
     return not set(classes) & set(names), TASKS.index(task) if task in TASKS else len(TASKS)
