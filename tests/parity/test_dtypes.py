@@ -130,6 +130,9 @@ def test_experts_of_one_layer_lie_in_several_shards(tmp_path: Path) -> None:
 def test_a_checkpoint_of_the_base_model_alone(tmp_path: Path) -> None:
     tiny_model("llama", tie=True).model.save_pretrained(tmp_path)
     assert "embed_tokens.weight" in load_file(tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == ["LlamaModel"]  # which is what then loads: tests/parity/test_multimodal.py
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
     _parity(tmp_path, "llama")
 
 

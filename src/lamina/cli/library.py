@@ -16,7 +16,7 @@ from typing import Any
 
 from lamina.cli import interrupt
 from lamina.cli.options import ModelOptions, SourceOptions
-from lamina.errors import CheckpointError
+from lamina.errors import CheckpointError, RequestError
 from lamina.progress import Progress
 
 
@@ -58,6 +58,11 @@ def opened(model: str, options: ModelOptions, report: Progress | None = None) ->
         verify(model, report)
     loaded = library(options).AutoModel.from_pretrained(model, progress=report, **options.as_kwargs())
     with loaded.lamina:
+        if not hasattr(loaded, "generate"):
+            raise RequestError(
+                f"{model} is a {type(loaded).__name__}, which gives no text: call it from Python, "
+                f"lamina.AutoModel.from_pretrained({model!r}) loads it"
+            )
         yield loaded
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import ModelOutput
 
 from lamina.fallbacks import cause
 from lamina.hf.experts import standing_in
@@ -95,6 +94,6 @@ def _light(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         keeps = not value.is_floating_point() or value.numel() <= 1
         return value.to("cpu") if keeps and value.numel() <= MOST_VALUES else value.to("meta")
-    if isinstance(value, ModelOutput):
+    if isinstance(value, Mapping):  # what an encoder gave
         return type(value)(**{name: _light(each) for name, each in value.items()})
     return copy.deepcopy(value)

@@ -74,10 +74,14 @@ class Trace:
     media_bytes: int = 0
 
     def activations(self, tokens: int) -> int:
+        """Bytes to keep for activations and kernels' workspaces: a prefill of `tokens`, an image or a sound."""
+        return max(self.of_tokens(tokens), int(WORKSPACE * self.media_bytes))
+
+    def of_tokens(self, tokens: int) -> int:
         """Bytes of activations and kernels' workspaces for a prefill of `tokens`, from the traced lengths."""
         lengths = sorted(self.activation_bytes)
         points = (self.activation_bytes, *(dict(zip(lengths, moment, strict=True)) for moment in self.moments))
-        return int(WORKSPACE * max(self.media_bytes, *(_extrapolate(each, tokens) for each in points)))
+        return int(WORKSPACE * max(_extrapolate(each, tokens) for each in points))
 
     def cache(self, tokens: int) -> int:
         """Bytes of the key-value cache after `tokens`."""

@@ -80,6 +80,8 @@ def bench_model(
     file = check_trace_file(trace) if profile else None
     loaded = load(model, memory=memory, context=context, progress=progress, **options)
     with loaded.lamina:
+        if not hasattr(loaded, "generate"):
+            raise RequestError(f"{model} is a {type(loaded).__name__}, which gives no text: it has no decode step")
         meter = _Meter(loaded)
         tokens = generate_greedily(loaded, ids, new_tokens, meter)
         meter.disk_after()

@@ -181,6 +181,8 @@ class Lamina:
         sequences = getattr(out, "sequences", out)
         if isinstance(sequences, torch.Tensor):
             length = prompt.shape[-1] if isinstance(prompt, torch.Tensor) else 0
+            if getattr(self.model.config, "is_encoder_decoder", False):
+                length = 1  # the token that the decoder begins with
             self._meter.generated(sequences.shape[0] * max(sequences.shape[-1] - length, 0))
         return out
 

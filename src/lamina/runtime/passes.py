@@ -31,7 +31,6 @@ from lamina.tensors.guard import asking, refused
 from lamina.tensors.ids import check_tokens
 from lamina.tensors.padded_rows import even_rows
 
-SMALL = 1 << 20  # bytes that nothing is given up for: the allocator rounds by more
 GROWTH = 1.5  # of the cache, when it outgrows the plan: so that a long answer replans a few times, not every token
 
 
@@ -81,7 +80,7 @@ class Passes:
         self._fallbacks = fallbacks
         self.batches: dict[int, int] = {}
         self._logits, self._sizing = Logits(model), Sizing(model)
-        self._activations = functools.lru_cache(maxsize=64)(traced.activations)  # decode steps are of one token each
+        self._activations = functools.lru_cache(maxsize=64)(traced.of_tokens)  # decode steps are of one token each
 
     @contextmanager
     def a_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any], with_head: bool = True) -> Iterator[None]:
@@ -199,9 +198,9 @@ class Passes:
         """
         budget = self._engine.plan.budget
         others = sum(self.batches.values())
-        activations = max(self._activations(tokens), extra.media) + extra.logits
+        activations = max(self._activations(tokens) + extra.logits, extra.media)
         cache = others if batched and others else others + self._trace.cache(cached + tokens)
-        if activations + cache <= budget.activation_bytes + budget.kv_cache_bytes + SMALL:
+        if activations + cache <= budget.activation_bytes + budget.kv_cache_bytes:
             return
         grown = others + self._trace.cache(int((cached + tokens) * GROWTH))
         for wanted in (grown, cache):
