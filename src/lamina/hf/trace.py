@@ -32,7 +32,7 @@ LENGTHS = (16, 32, 64)  # tokens of the traced prefills: enough to fit a + b T +
 # (guarded, answering) where code asks for values: as it is, failing modules stubbed, values made up, both
 _WAYS_ROUND = ((False, False), (True, False), (False, True), (True, True))
 MEDIA = 64 << 20  # bytes that a model for images or sound has room for in every plan
-MEDIA_NAMES = ("pixel_values", "input_features", "input_values")
+MEDIA_NAMES = ("pixel_values", "input_features", "input_values", "flattened_patches")
 SAMPLES = 16_000  # of a made-up sound, a second
 LONG_SOUND = 1500  # positions of a made-up sound, where the config names none
 _OF_META = ("meta", "DataDependent", "data-dependent", "data dependent", "item()", "FakeTensor")
