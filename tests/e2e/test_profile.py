@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from helpers.families import write_tiny
 from helpers.judge import minimum_of, steady, streamed_model
 from lamina import AutoModel
+from lamina.codec import AFFINE
 from lamina.errors import LaminaError, RequestError, WriteError
 from lamina.measure import profile
 from lamina.measure.bench import bench_model
@@ -41,8 +42,9 @@ from lamina.measure.timeline import (
     owners,
 )
 from lamina.measure.trace_file import BEGIN, check_trace_file, write_trace
+from lamina.plan.schedule import PanelSpan
 from lamina.store import split
-from lamina.tensors.packed import PackedTensor
+from lamina.tensors.packed import PackedTensor, Scratch
 
 PROMPT = [1, 2, 3, 4]
 
@@ -229,6 +231,23 @@ def test_a_step_reads_what_the_plan_says(model: PreTrainedModel) -> None:
     assert sum(read.nbytes for read in recording.reads) == model.lamina.stats.bytes_read - before
     assert all(read.begin < read.end and read.thread.startswith("lamina-reader") for read in recording.reads)
     assert max(level for _, level in recording.levels) <= model.lamina.plan.ring_bytes
+
+
+def test_a_product_a_lookup_and_an_expert_of_packed_weights_are_heard(model: PreTrainedModel) -> None:
+    panels = AFFINE["q4"].encode(torch.randn(6, 64))
+    span = PanelSpan("q4", 0, 6, 1, panels.shape[1], 6, 0, 6)
+    table, experts = (
+        PackedTensor(shape, torch.float32, panels.flatten(), (span,), Scratch()) for shape in ((6, 64), (2, 3, 64))
+    )
+    recording = Recording(model)
+    recording.start()
+    torch.nn.functional.linear(torch.ones(1, 64), table)
+    torch.nn.functional.embedding(torch.tensor([1, 1]), table)
+    experts[1]
+    recording.stop()
+    heard = [(span.kind, span.name) for span in recording.spans]
+    assert {(THROUGH, "linear"), (UNPACK, "product"), (THROUGH, "look_up"), (UNPACK, "unpack")} < {*heard}
+    assert heard[-1] == (THROUGH, "expert")
 
 
 def state(model: PreTrainedModel) -> list[Any]:

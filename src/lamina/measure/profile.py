@@ -5,7 +5,7 @@ thing that Lamina does: their wall time is what the split adds up to. In the *pr
 besides when an operation runs. What is left of a timed step after waiting, unpacking, copying and Lamina's hooks is
 torch's arithmetic and the Python between its calls, divided as in the profiled steps.
 
-What the runtime and the stream do is heard at their points (`lamina.stream.observe`).
+What the runtime, the stream and packed weights do is heard at their points (`lamina.stream.observe`).
 """
 
 from __future__ import annotations
@@ -34,8 +34,6 @@ from lamina.measure.timeline import (
     OP,
     PASS,
     STEP,
-    THROUGH,
-    UNPACK,
     ChromeTrace,
     ReadSpan,
     Span,
@@ -46,8 +44,7 @@ from lamina.measure.timeline import (
     owners,
 )
 from lamina.runtime.engine import Engine
-from lamina.stream.observe import COPY, LAMINA, WAIT, listen
-from lamina.tensors.packed import PackedTensor
+from lamina.stream.observe import COPY, LAMINA, THROUGH, UNPACK, WAIT, listen
 
 STEPS = 3  # of each kind
 TOKENS = 2 * STEPS + 3  # of the prompt's pass, one that nothing is measured in, the steps, one to count operations in
@@ -56,9 +53,6 @@ MOST_OPERATIONS = 30_000  # the same for torch's profiler, which takes 2.4 kB fo
 MARKS = 5  # readings of both clocks, of which the closest pair counts
 MARK = "lamina: both clocks"
 WARMING, TIMED, COUNTED, PROFILED = "warming", "timed", "counted", "profiled"
-UNPACKING = dict.fromkeys(("_unpack", "_product", "unpack"), UNPACK)  # what of `PackedTensor` is timed
-UNPACKING |= dict.fromkeys(("linear", "gather", "expert"), THROUGH)
-Function = Callable[..., Any]
 
 
 class Recording:
@@ -83,11 +77,9 @@ class Recording:
         self._undo: list[Callable[[], None]] = []
 
     def start(self) -> None:
-        """Listen to the runtime, the readers, the model's modules and what unpacks its weights."""
+        """Listen to the points, the readers and the model's modules."""
         self._thread = threading.get_ident()
         self._undo.append(listen(self))
-        for name, kind in UNPACKING.items():
-            self._replace(PackedTensor, name, self._timed(getattr(PackedTensor, name), kind, name.strip("_")))
         self._watch_modules({id(module): name for name, module in self.model.named_modules()})
         self.engine.readers.tell(self._on_read)
 
@@ -116,21 +108,6 @@ class Recording:
         for recorded in (self.spans, self.reads, self.full):
             recorded.clear()
         del self.levels[:-1]
-
-    def _replace(self, owner: Any, name: str, replacement: Any) -> None:
-        own, before = name in vars(owner), getattr(owner, name)
-        setattr(owner, name, replacement)
-        self._undo.append(lambda: setattr(owner, name, before) if own else delattr(owner, name))
-
-    def _timed(self, call: Function, kind: str, name: str) -> Function:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter_ns()
-            try:
-                return call(*args, **kwargs)
-            finally:
-                self.span(kind, name, began, time.perf_counter_ns())
-
-        return timed
 
     def _watch_modules(self, names: dict[int, str]) -> None:
         """The model itself, for its passes, and its decoder layers."""

@@ -11,11 +11,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from lamina.stream.observe import COPY, LAMINA, WAIT
+from lamina.stream.observe import COPY, LAMINA, THROUGH, UNPACK, WAIT
 
-UNPACK = "unpack"
 STEP, PASS, LAYER, OP = "step", "pass", "layer", "op"  # a decode step, one forward, a decoder layer, a call of torch
-THROUGH = "through"  # Lamina's code that calls torch to compute: only what is no `OP` within is its own
 MODEL, COMPUTE, BETWEEN = "model", "compute", "between"  # owners: the model's Python, torch, what surrounds the passes
 OWN = frozenset({WAIT, UNPACK, COPY, LAMINA})  # all that happens within is theirs
 MOST_EVENTS = 200_000  # in a file: what Perfetto still opens at once

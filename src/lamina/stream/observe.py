@@ -1,4 +1,4 @@
-"""The points at which a listener is called; they cover the stream and the runtime. Without one a point costs a test.
+"""The points at which a listener is called: in the stream, the runtime, packed weights. Without one they cost a test.
 
 A point is a method in `timed`: the listener is called when the method has ended, after an error too. There is one
 listener at a time, for all models of the process; it is called in the thread that called the method.
@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable
 from typing import Any, ParamSpec, Protocol, TypeVar
 
-WAIT, COPY, LAMINA = "wait", "copy", "lamina"  # what a point is: for the disk, of bytes, anything else
+WAIT, COPY, UNPACK = "wait", "copy", "unpack"  # what a point is: a wait for the disk, work on bytes
+THROUGH = "through"  # code that calls torch to compute: only what is no operation of torch within is its own
+LAMINA = "lamina"  # anything else
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -52,7 +54,7 @@ def timed(kind: str, name: str | None = None) -> Callable[[Callable[P, R]], Call
     """A method as a point.
 
     Args:
-        kind: `WAIT`, `COPY` or `LAMINA`.
+        kind: `WAIT`, `COPY`, `UNPACK`, `THROUGH` or `LAMINA`.
         name: passed to the listener; by default that of the method, with what it is called for.
     """
 

@@ -21,6 +21,7 @@ from lamina.codec import codec_for
 from lamina.errors import UnsupportedError
 from lamina.plan.layout import ROW_MULTIPLE
 from lamina.plan.schedule import PanelSpan
+from lamina.stream.observe import THROUGH, UNPACK, timed
 from lamina.tensors.disk import (
     SET_DATA,
     DiskTensor,
@@ -131,6 +132,7 @@ class PackedTensor(torch.Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise not_pickled()
 
+    @timed(UNPACK, "unpack")
     def unpack(self) -> torch.Tensor:
         """All of it, as a plain tensor."""
         if self.whole is not None:
@@ -143,6 +145,7 @@ class PackedTensor(torch.Tensor):
             at += span.rows
         return (out if self.order is None else out[self.order]).view(self.shape)
 
+    @timed(THROUGH, "linear")
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`x @ self.T + bias`, for a weight of two dimensions.
 
@@ -167,6 +170,7 @@ class PackedTensor(torch.Tensor):
             at += span.rows
         return out if self.order is None else out[..., self.order]
 
+    @timed(THROUGH, "look_up")
     def look_up(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows of a weight of two dimensions, of shape (*ids.shape, columns).
 
@@ -187,6 +191,7 @@ class PackedTensor(torch.Tensor):
                 row -= span.rows
         return out[inverse]
 
+    @timed(THROUGH, "expert")
     def expert(self, index: int) -> PackedTensor:
         """One index of dimension 0, of a weight of three dimensions and more."""
         return self._seen(self.shape[1:], self._spans_of(index, 1))
@@ -223,6 +228,7 @@ class PackedTensor(torch.Tensor):
     def _panels(self, span: PanelSpan) -> torch.Tensor:
         return self.memory[span.at : span.at + span.panels * span.panel_bytes].view(span.panels, span.panel_bytes)
 
+    @timed(UNPACK, "unpack")
     def _unpack(self, span: PanelSpan, first: int, rows: int, out: torch.Tensor) -> None:
         part = _part(span, first, rows)
         codec, columns = codec_for(part.codec), out.shape[1]
@@ -236,6 +242,7 @@ class PackedTensor(torch.Tensor):
         codec.unpack(self._panels(part), part.held, columns, held)
         out.copy_(held[part.skip : part.skip + rows])
 
+    @timed(UNPACK, "product")
     def _product(self, flat: torch.Tensor, span: PanelSpan, out: torch.Tensor) -> bool:
         """Whether the codec multiplied by itself."""
         codec, panels = codec_for(span.codec), self._panels(span)
