@@ -1,12 +1,16 @@
-"""What this process and its machine have of memory: resident, free, allowed by control groups."""
+"""This process and its machine: memory that is resident, free, allowed by control groups; and forks."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import sys
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
 
@@ -16,6 +20,7 @@ KEPT_FREE = 16 << 20  # bytes at the top of the heap
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _MALLOC_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
 NO_LIMIT = 1 << 60  # cgroup v1 writes a number near 2^63 for "none"
+T = TypeVar("T")
 
 
 def resident_bytes() -> int:
@@ -104,3 +109,21 @@ def free_memory() -> int:
     limit = memory_limit()
     own = resident_bytes()
     return beyond + own if limit is None else min(beyond + own, limit)
+
+
+def watching_forks(**calls: Callable[[T], Any]) -> weakref.WeakSet[T]:
+    """A set of objects that are called when this process forks, for as long as they live.
+
+    Args:
+        calls: what each is called with, by the names that `os.register_at_fork` has: `before`, `after_in_parent`,
+            `after_in_child`. Never called where a process cannot fork.
+    """
+    living: weakref.WeakSet[T] = weakref.WeakSet()
+
+    def every(call: Callable[[T], Any]) -> None:
+        for each in list(living):
+            call(each)
+
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(**{when: functools.partial(every, call) for when, call in calls.items()})
+    return living

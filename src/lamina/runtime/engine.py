@@ -8,7 +8,6 @@ demand: slow, but right.
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -20,6 +19,7 @@ from torch import nn
 
 from lamina.errors import BudgetError, UnsupportedError
 from lamina.hf.names import PreTrainedModel
+from lamina.host import watching_forks
 from lamina.plan.plan import Budget, Plan
 from lamina.plan.planner import make_plan
 from lamina.plan.schedule import Weight
@@ -257,7 +257,7 @@ class Turn:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._lost = False
-        _watch_forks(self)
+        _living.add(self)
 
     def __enter__(self) -> None:
         self.check()
@@ -282,18 +282,4 @@ class Turn:
             self._lost = True
 
 
-_living: weakref.WeakSet[Turn] = weakref.WeakSet()
-_forks_watched = False
-
-
-def _watch_forks(turn: Turn) -> None:
-    global _forks_watched
-    _living.add(turn)
-    if not _forks_watched and hasattr(os, "register_at_fork"):
-        _forks_watched = True
-        os.register_at_fork(after_in_child=_after_fork)
-
-
-def _after_fork() -> None:
-    for turn in list(_living):
-        turn.after_fork()
+_living = watching_forks(after_in_child=Turn.after_fork)

@@ -13,7 +13,6 @@ import functools
 import os
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from typing import NamedTuple, ParamSpec
 
 from lamina.checkpoint import Fingerprint
 from lamina.errors import ChangedError, CheckpointError, ClosedError, ReadError, TruncatedError
+from lamina.host import watching_forks
 from lamina.plan.layout import ALIGNMENT, Read, align
 from lamina.retry import PAUSES, is_transient
 from lamina.stream.direct_io import Area, File, Samples, open_file
@@ -220,7 +220,7 @@ class Readers:
         self._shared = _Shared(opener, fingerprints or {})
         self._pool: list[threading.Thread] = []
         self.generation = 0  # of the process: a forked child's is one more
-        _watch_forks(self)
+        _living.add(self)
 
     @property
     def changed(self) -> threading.Condition:
@@ -520,24 +520,5 @@ def _read(file: File, job: _Job, bounce: list[Area]) -> None:
         ctypes.memmove(job.area.address + job.at, bounce[0].address + skip, job.needed)
 
 
-_living: weakref.WeakSet[Readers] = weakref.WeakSet()
-_forks_watched = False
-
-
-def _watch_forks(readers: Readers) -> None:
-    """A fork copies memory but no threads: no read may be under way in it, and the child starts afresh."""
-    global _forks_watched
-    _living.add(readers)
-    if _forks_watched or not hasattr(os, "register_at_fork"):
-        return
-    _forks_watched = True
-    os.register_at_fork(
-        before=lambda: _every(Readers.pause),
-        after_in_parent=lambda: _every(Readers.resume),
-        after_in_child=lambda: _every(Readers.restart_in_child),
-    )
-
-
-def _every(do: Callable[[Readers], None]) -> None:
-    for readers in list(_living):
-        do(readers)
+# a fork copies memory but no threads: no read may be under way in it, and the child starts afresh
+_living = watching_forks(before=Readers.pause, after_in_parent=Readers.resume, after_in_child=Readers.restart_in_child)
