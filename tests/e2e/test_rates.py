@@ -18,6 +18,7 @@ from lamina.codec import AFFINE
 from lamina.plan.forecast import Hardware
 from lamina.runtime import rates
 from lamina.store import split
+from lamina.stream.probe import drive_rate
 from lamina.stream.readers import Readers
 
 LAYERS = 2
@@ -155,8 +156,8 @@ def test_what_lies_on_the_hub_is_not_read(folder: Path) -> None:
         name: dataclasses.replace(entry, extent=Extent("hf://a/b/c", entry.extent.offset, entry.extent.length))
         for name, entry in checkpoint.tensors.items()
     }
-    assert rates.drive_rate(dataclasses.replace(checkpoint, tensors=there), 1.0, 1 << 20) is None
-    assert rates.drive_rate(checkpoint, 1.0, 1 << 20) is not None
+    assert drive_rate(dataclasses.replace(checkpoint, tensors=there), 1.0, 1 << 20) is None
+    assert drive_rate(checkpoint, 1.0, 1 << 20) is not None
 
 
 @pytest.mark.parametrize("codec", ["", "q4", "q8", "bf16z"])

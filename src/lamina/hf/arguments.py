@@ -17,11 +17,13 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 from transformers import GenerationConfig, PreTrainedConfig
 
+from lamina.caller import option
 from lamina.checkpoint import Checkpoint
 from lamina.checkpoint.choose import is_pickled
 from lamina.checkpoint.manifest import MANIFEST
 from lamina.errors import RequestError, UnsupportedError
 from lamina.hf.config import short
+from lamina.hf.internals import attention_names
 from lamina.hub import HUB_OPTIONS
 
 P = ParamSpec("P")
@@ -141,6 +143,36 @@ def check_format(options: dict[str, Any], checkpoint: Checkpoint) -> None:
         raise RequestError(f"use_safetensors=False, but {checkpoint.root} is read from its safetensors: leave it out")
     if pickled and not weights_only:
         raise UnsupportedError("weights_only=False would run code of the pickle: leave it out, its tensors are read")
+
+
+def check_computing(options: Mapping[str, Any]) -> None:
+    """Refuse a dtype, or a way of computing attention, that there is not.
+
+    Raises:
+        RequestError: it says which, and what may be given.
+    """
+    for name in ("dtype", "torch_dtype"):
+        _check_dtype(name, options.get(name))
+    _check_attention(options.get("attn_implementation"))
+
+
+def _check_dtype(name: str, dtype: Any) -> None:
+    if dtype is None or dtype == "auto":
+        return
+    known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(known, torch.dtype):
+        raise RequestError(f"{option(name, dtype)} is no dtype of torch: give bfloat16, float16, float32 or auto")
+    if not known.is_floating_point:
+        raise RequestError(f"{option(name, dtype)} is not what a model computes in: give bfloat16, float16 or float32")
+
+
+def _check_attention(name: Any) -> None:
+    if not isinstance(name, str) or "/" in name:  # a kernel on the hub is named as a repository
+        return
+    known = attention_names()
+    if name.removeprefix("paged|") not in known:
+        shown = ", ".join(known)
+        raise RequestError(f"{option('attn_implementation', name)} is not known to transformers, which has {shown}")
 
 
 def _asks(value: Any) -> bool:

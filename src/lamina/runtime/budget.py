@@ -13,7 +13,7 @@ import torch
 from lamina.caller import option
 from lamina.checkpoint.manifest import check_compression
 from lamina.errors import RequestError
-from lamina.hf.internals import attention_names
+from lamina.hf.arguments import check_computing
 from lamina.hf.trace import Trace
 from lamina.host import free_memory, release_freed, resident_bytes
 from lamina.plan.plan import SHORTEST_CONTEXT, Budget
@@ -126,9 +126,7 @@ def check_options(
         check_compression(compression)
     if context is not None:
         check_context(context)
-    for name in ("dtype", "torch_dtype"):
-        _check_dtype(name, options.get(name))
-    _check_attention(options.get("attn_implementation"))
+    check_computing(options)
 
 
 def check_context(context: int) -> None:
@@ -137,25 +135,6 @@ def check_context(context: int) -> None:
         raise RequestError(f"{option('context')} must be a whole number of tokens, got {context!r}")
     if not 1 <= context <= MOST_CONTEXT:
         raise RequestError(f"{option('context')} must be 1 to {MOST_CONTEXT} tokens, got {context}")
-
-
-def _check_dtype(name: str, dtype: Any) -> None:
-    if dtype is None or dtype == "auto":
-        return
-    known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(known, torch.dtype):
-        raise RequestError(f"{option(name, dtype)} is no dtype of torch: give bfloat16, float16, float32 or auto")
-    if not known.is_floating_point:
-        raise RequestError(f"{option(name, dtype)} is not what a model computes in: give bfloat16, float16 or float32")
-
-
-def _check_attention(name: Any) -> None:
-    if not isinstance(name, str) or "/" in name:  # a kernel on the hub is named as a repository
-        return
-    known = attention_names()
-    if name.removeprefix("paged|") not in known:
-        shown = ", ".join(known)
-        raise RequestError(f"{option('attn_implementation', name)} is not known to transformers, which has {shown}")
 
 
 def choose_device(device: str | torch.device) -> torch.device:

@@ -9,7 +9,7 @@ import gc
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -299,7 +299,7 @@ def _prepare(
     also = asked.reserve(described, device) if asked.reserve is not None else None
     most = default_context(described.model.config)
     plan = plan_described(described, asked.memory, asked.device_memory, device, asked.context, most, also)
-    return Prepared(plan=plan, device=device, **{f.name: getattr(described, f.name) for f in fields(described)})
+    return Prepared(plan=plan, device=device, **vars(described))
 
 
 def plan_described(

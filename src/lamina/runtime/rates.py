@@ -25,7 +25,7 @@ from lamina.plan.layout import Part, lay_out
 from lamina.plan.schedule import Convert, PanelSpan, Schedule, Weight
 from lamina.runtime.engine import Engine
 from lamina.stream.direct_io import Area
-from lamina.stream.probe import measure_disk
+from lamina.stream.probe import drive_rate
 from lamina.stream.readers import Readers
 from lamina.tensors.packed import PackedTensor, Scratch
 
@@ -34,9 +34,7 @@ LARGEST_PART = 16 << 20  # of one weight
 SAMPLE_SHARE = 0.5  # of what the budget has for weights, where that is less
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 15
 PRODUCT_SECONDS = 0.05  # no further round begins after that
-DRIVE_BYTES = 1 << 30
 DRIVE_SECONDS = 0.1
-DRIVE_SETTING = ((8, 8 << 20),)  # threads, bytes of a read: what the stream uses
 MADE_UP = 1 << 20  # numbers that are encoded where no weights can be read
 FLOATS = ("float", "bfloat")
 PLAIN = ""  # the codec of weights that have none
@@ -93,22 +91,6 @@ def machine(device: torch.device) -> Hardware:
     """What is known without weights or a drive."""
     cost = READING_CORES / torch.get_num_threads() if device.type == "cpu" else 0.0
     return Hardware(operation_seconds=PLUMBING * _probe(), reading_cost=cost)
-
-
-def drive_rate(checkpoint: Checkpoint, seconds: float, room: int) -> float | None:
-    """Bytes per second at which the checkpoint's bytes come; None for one that is still on the hub.
-
-    Args:
-        seconds: to read for, or until `DRIVE_BYTES` are read, which lie all over its files.
-        room: bytes of memory for it.
-    """
-    extents = [entry.extent for entry in checkpoint.tensors.values() if entry.extent.length]
-    if not extents or extents[0].file.startswith("hf://"):
-        return None
-    extents.sort(key=lambda extent: (extent.file, extent.offset))
-    area = Area(min(room, DRIVE_SETTING[0][0] * DRIVE_SETTING[0][1]))
-    area.tensor.fill_(0)  # a first touch of memory would be counted as reading
-    return measure_disk(extents, DRIVE_BYTES, DRIVE_SETTING, area, seconds)
 
 
 def products(engine: Engine, readers: Readers, sample: int) -> dict[str, float]:

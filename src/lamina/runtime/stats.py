@@ -338,13 +338,12 @@ class Meter:
             draft_bytes=plan.budget.draft_bytes,
             fallbacks=tuple(fallbacks),
             read_retries=engine.readers.retries,
-            **_of_experts(counts),
-            **_of_drafts(speculation),
+            **_counted(counts, speculation),
         )
 
 
-def _of_experts(counts: Counts) -> dict[str, Any]:
-    """What the stream of experts counted, by field of `Stats`."""
+def _counted(counts: Counts, speculation: SpeculationStats) -> dict[str, Any]:
+    """What the stream of experts and speculation counted, by field of `Stats`."""
     return {
         "experts_routed": counts.routed,
         "expert_hits": counts.hits,
@@ -352,12 +351,6 @@ def _of_experts(counts: Counts) -> dict[str, Any]:
         "expert_misses": counts.misses,
         "expert_bytes_read": counts.nbytes,
         "expert_tokens": {module: tuple(tokens) for module, tokens in counts.tokens.items()},
-    }
-
-
-def _of_drafts(speculation: SpeculationStats) -> dict[str, Any]:
-    """What speculation counted, by field of `Stats`."""
-    return {
         "draft": speculation.name,
         "draft_reason": speculation.said,
         "drafted_tokens": speculation.drafted,

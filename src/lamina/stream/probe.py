@@ -6,12 +6,14 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 
-from lamina.checkpoint import Extent
+from lamina.checkpoint import Checkpoint, Extent
 from lamina.plan.layout import ALIGNMENT, Read, align
 from lamina.stream.direct_io import Area
 from lamina.stream.readers import Readers, Ticket
 
-SETTINGS = ((8, 8 << 20), (4, 8 << 20), (16, 4 << 20), (4, 16 << 20), (2, 16 << 20))  # threads, bytes of a read
+SETTINGS = ((8, 8 << 20), (4, 8 << 20), (16, 4 << 20), (4, 16 << 20), (2, 16 << 20))
+"""Threads and bytes of a read; the first is what the stream uses."""
+DRIVE_BYTES = 1 << 30  # of a checkpoint, that are enough to know its drive by
 
 
 def measure_disk(
@@ -41,6 +43,23 @@ def measure_disk(
         finally:
             readers.close()
     return best
+
+
+def drive_rate(checkpoint: Checkpoint, seconds: float, room: int) -> float | None:
+    """Bytes per second at which the checkpoint's bytes come; None for one that is still on the hub.
+
+    Args:
+        seconds: to read for, or until `DRIVE_BYTES` are read, which lie all over its files.
+        room: bytes of memory for it.
+    """
+    extents = [entry.extent for entry in checkpoint.tensors.values() if entry.extent.length]
+    if not extents or extents[0].file.startswith("hf://"):
+        return None
+    extents.sort(key=lambda extent: (extent.file, extent.offset))
+    threads, chunk = SETTINGS[0]
+    area = Area(min(room, threads * chunk))
+    area.tensor.fill_(0)  # a first touch of memory would be counted as reading
+    return measure_disk(extents, DRIVE_BYTES, area=area, most_seconds=seconds)
 
 
 def _spans(extents: Sequence[Extent], chunk: int, most_bytes: int | None) -> Iterable[Read]:
