@@ -79,26 +79,21 @@ class Affine(Codec):
 
     def linear(self, x: torch.Tensor, panels: torch.Tensor, rows: int, out: torch.Tensor) -> bool:
         """See `Codec`. Sums are in fp32, of weights that are not rounded to x's type."""
-        tokens, columns = x.shape
-        kernels, type_code = native.library(), native.type_code(x.dtype)
-        if kernels is None or type_code is None or x.device.type != "cpu" or not 0 < tokens <= LINEAR_TOKENS:
-            return False
-        self._check(panels, rows, columns)
-        weights = (panels.data_ptr(), rows, columns, self.bits)
-        failed: int = kernels.lamina_affine_linear(
-            x.data_ptr(), tokens, *weights, type_code, out.data_ptr(), out.stride(0), torch.get_num_threads()
-        )
-        return not failed
+        return self._multiply("lamina_affine_linear", x, panels, rows, out)
 
     def linear_quick(self, x: torch.Tensor, panels: torch.Tensor, rows: int, out: torch.Tensor) -> bool:
         """See `Codec`. x is rounded to 8 bits, a scale for each group of 32 columns; sums of groups are in fp32."""
+        return self._multiply("lamina_affine_quick", x, panels, rows, out)
+
+    def _multiply(self, kernel: str, x: torch.Tensor, panels: torch.Tensor, rows: int, out: torch.Tensor) -> bool:
+        """Whether a kernel made the product: there are kernels, and they take x."""
         tokens, columns = x.shape
         kernels, type_code = native.library(), native.type_code(x.dtype)
         if kernels is None or type_code is None or x.device.type != "cpu" or not 0 < tokens <= LINEAR_TOKENS:
             return False
         self._check(panels, rows, columns)
         weights = (panels.data_ptr(), rows, columns, self.bits)
-        failed: int = kernels.lamina_affine_quick(
+        failed: int = getattr(kernels, kernel)(
             x.data_ptr(), tokens, *weights, type_code, out.data_ptr(), out.stride(0), torch.get_num_threads()
         )
         return not failed

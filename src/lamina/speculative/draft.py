@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -27,6 +27,12 @@ class Proposal:
 
     tokens: list[int] = field(default_factory=list)
     confidence: list[float] = field(default_factory=list)
+
+
+def shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """Length of the common beginning of two texts."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 class Draft(Protocol):

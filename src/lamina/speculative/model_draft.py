@@ -8,7 +8,7 @@ import torch
 
 from lamina.hf import internals
 from lamina.hf.names import DynamicCache
-from lamina.speculative.draft import GoOn, Pick, Proposal
+from lamina.speculative.draft import GoOn, Pick, Proposal, shared
 from lamina.tensors.ids import vocabulary_rows
 
 
@@ -105,7 +105,7 @@ class ModelDraft:
     @torch.no_grad()
     def propose(self, text: list[int], most: int, go_on: GoOn, pick: Pick) -> Proposal:
         """See `Draft`."""
-        same = _shared(self._held, text[:-1])
+        same = shared(self._held, text[:-1])
         if self._unknown(text[same:]) is not None:
             return Proposal()
         internals.crop(self._cache, len(self._held) - same)
@@ -119,11 +119,3 @@ class ModelDraft:
         """One of these tokens that it has no row for: tables are padded to different numbers."""
         rows = vocabulary_rows(self.model)
         return None if rows is None else next((token for token in tokens if token >= rows), None)
-
-
-def _shared(a: list[int], b: list[int]) -> int:
-    """Length of the common beginning."""
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))

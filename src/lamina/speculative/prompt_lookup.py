@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from math import exp, log2
 from typing import Any
 
-from lamina.speculative.draft import GoOn, Pick, Proposal
+from lamina.speculative.draft import GoOn, Pick, Proposal, shared
 from lamina.speculative.ngrams import LONGEST, Index
 
 WINDOW = 32
@@ -151,9 +151,7 @@ class Lookup:
 
     def begin(self, prompt: list[int], cache: Any = None) -> None:
         """A new text begins; what it shares with the last one at its beginning stays indexed."""
-        known = self._index.tokens
-        shared = next((i for i, (old, new) in enumerate(zip(known, prompt, strict=False)) if old != new), None)
-        self._index.truncate(min(len(known), len(prompt)) if shared is None else shared)
+        self._index.truncate(shared(self._index.tokens, prompt))
         self._index.extend(prompt[len(self._index) :])
         self._restart(len(prompt))
 

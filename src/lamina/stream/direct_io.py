@@ -105,8 +105,6 @@ class PosixFile:
 
     def _open_direct(self) -> bool:
         """Open for direct reads and try one; False where the file system refuses either."""
-        import mmap
-
         try:
             self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
             with mmap.mmap(-1, ALIGNMENT) as probe:

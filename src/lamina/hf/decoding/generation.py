@@ -14,26 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation import (
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    GenerationMode,
-    LogitsProcessorList,
-    MinLengthLogitsProcessor,
-    MinNewTokensLengthLogitsProcessor,
-    MinPLogitsWarper,
-    NoBadWordsLogitsProcessor,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    StoppingCriteriaList,
-    StopStringCriteria,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
+from transformers import GenerationConfig, PreTrainedModel, generation
+from transformers.generation import GenerationMode, LogitsProcessorList, StoppingCriteriaList, StopStringCriteria
 
 from lamina.errors import LaminaError, RequestError
 from lamina.fallbacks import cause
@@ -42,19 +24,19 @@ from lamina.hf.internals import silent
 from lamina.tensors.ids import vocabulary_rows
 
 FOLLOWED = (
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    MinLengthLogitsProcessor,
-    MinNewTokensLengthLogitsProcessor,
-    MinPLogitsWarper,
-    NoBadWordsLogitsProcessor,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
+    generation.EpsilonLogitsWarper,
+    generation.EtaLogitsWarper,
+    generation.MinLengthLogitsProcessor,
+    generation.MinNewTokensLengthLogitsProcessor,
+    generation.MinPLogitsWarper,
+    generation.NoBadWordsLogitsProcessor,
+    generation.NoRepeatNGramLogitsProcessor,
+    generation.RepetitionPenaltyLogitsProcessor,
+    generation.SuppressTokensLogitsProcessor,
+    generation.TemperatureLogitsWarper,
+    generation.TopKLogitsWarper,
+    generation.TopPLogitsWarper,
+    generation.TypicalLogitsWarper,
 )  # processors that remember nothing from call to call: a draft may ask them about tokens that never come
 
 
