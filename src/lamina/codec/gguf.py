@@ -154,9 +154,9 @@ def _give_book(kernels: Any, book: int, kind: str) -> bool:
     return given == 0
 
 
-def _half(blocks: Tensor, at: int, count: int = 1) -> Tensor:
-    """fp16 numbers as fp32 of shape (blocks, count)."""
-    return blocks[:, at : at + 2 * count].contiguous().view(torch.float16).float()
+def _half(blocks: Tensor, at: int) -> Tensor:
+    """An fp16 number of each block as fp32, of shape (blocks, 1)."""
+    return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
 
 
 def _nibbles(packed: Tensor, run: int) -> Tensor:

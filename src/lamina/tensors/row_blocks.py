@@ -151,7 +151,7 @@ def _picked(func: Any, args: Any, kwargs: Any) -> Any:
     if weight is None or weight.expert is None or number is None or weight.shape[0] != weight.experts:
         return _with_whole(func, args, kwargs)
     picked = weight.expert(number).view(weight.shape[1:])
-    return Guarded(picked, weight.requires_grad) if torch.is_grad_enabled() and _is_plain(picked) else picked
+    return Guarded(picked, weight.requires_grad) if torch.is_grad_enabled() and type(picked) is torch.Tensor else picked
 
 
 def _experts(args: Any, kwargs: Any) -> Blocks | None:
@@ -180,19 +180,13 @@ def shape_of_view(weight: torch.Tensor, size: Any) -> torch.Size:
 
 def picked_index(weight: torch.Tensor, index: Any) -> int | None:
     """The index of dimension 0, from 0 on, that `weight[index]` takes alone; None for any other or one that is out."""
-    if isinstance(index, bool) or not (isinstance(index, int) or is_number(index)):
+    if isinstance(index, torch.Tensor):
+        if index.dim() or index.dtype is torch.bool:
+            return None
+    elif not isinstance(index, int) or isinstance(index, bool):
         return None
     number = int(index)
     return number % weight.shape[0] if -weight.shape[0] <= number < weight.shape[0] else None
-
-
-def _is_plain(weight: torch.Tensor) -> bool:
-    return type(weight) is torch.Tensor
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a tensor without dimensions that holds a number, which a bool is not."""
-    return isinstance(value, torch.Tensor) and value.dim() == 0 and value.dtype is not torch.bool
 
 
 def _whole(value: Any) -> Any:
