@@ -69,13 +69,12 @@ class Affine(Codec):
     def unpack(self, panels: torch.Tensor, rows: int, columns: int, out: torch.Tensor) -> None:
         """See `Codec`."""
         self._check(panels, rows, columns)
-        kernels, type_code = native.library(), native.type_code(out.dtype)
-        if kernels is None or type_code is None or out.device.type != "cpu":
+        kernels = native.kernels_for(out)
+        if kernels is None:
             self._unpack_in_torch(panels, rows, columns, out)
             return
-        kernels.lamina_affine_decode(
-            panels.data_ptr(), rows, columns, self.bits, type_code, out.data_ptr(), torch.get_num_threads()
-        )
+        weights = (panels.data_ptr(), rows, columns, self.bits, native.type_code(out.dtype))
+        kernels.lamina_affine_decode(*weights, out.data_ptr(), torch.get_num_threads())
 
     def linear(self, x: torch.Tensor, panels: torch.Tensor, rows: int, out: torch.Tensor) -> bool:
         """See `Codec`. Sums are in fp32, of weights that are not rounded to x's type."""
@@ -88,13 +87,13 @@ class Affine(Codec):
     def _multiply(self, kernel: str, x: torch.Tensor, panels: torch.Tensor, rows: int, out: torch.Tensor) -> bool:
         """Whether a kernel made the product: there are kernels, and they take x."""
         tokens, columns = x.shape
-        kernels, type_code = native.library(), native.type_code(x.dtype)
-        if kernels is None or type_code is None or x.device.type != "cpu" or not 0 < tokens <= LINEAR_TOKENS:
+        kernels = native.kernels_for(x)
+        if kernels is None or not 0 < tokens <= LINEAR_TOKENS:
             return False
         self._check(panels, rows, columns)
-        weights = (panels.data_ptr(), rows, columns, self.bits)
+        weights = (panels.data_ptr(), rows, columns, self.bits, native.type_code(x.dtype))
         failed: int = getattr(kernels, kernel)(
-            x.data_ptr(), tokens, *weights, type_code, out.data_ptr(), out.stride(0), torch.get_num_threads()
+            x.data_ptr(), tokens, *weights, out.data_ptr(), out.stride(0), torch.get_num_threads()
         )
         return not failed
 

@@ -33,8 +33,8 @@ def encode(block: torch.Tensor, bits: int, panel_bytes: int) -> torch.Tensor:
     if not block.numel():
         return panels
     block = block.contiguous()
-    kernels, type_code = native.library(), native.type_code(block.dtype)
-    if kernels is None or type_code is None or block.device.type != "cpu":
+    kernels = native.kernels_for(block)
+    if kernels is None:
         step = max(1, ELEMENTS // block.shape[1])
         for row in range(0, len(block), step):
             some = block[row : row + step]
@@ -42,7 +42,7 @@ def encode(block: torch.Tensor, bits: int, panel_bytes: int) -> torch.Tensor:
         return panels
     ranges = _ranges(bits)
     failed = kernels.lamina_affine_encode(
-        *(block.data_ptr(), *block.shape, bits, type_code, ranges.data_ptr(), len(ranges)),
+        *(block.data_ptr(), *block.shape, bits, native.type_code(block.dtype), ranges.data_ptr(), len(ranges)),
         *(panels.data_ptr(), torch.get_num_threads()),
     )
     if failed:

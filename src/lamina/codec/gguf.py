@@ -91,10 +91,10 @@ class GgufBlocks(Codec):
 
     def _kernels(self, tensor: Tensor) -> Any:
         """The kernels, if they take such a tensor and have this type's code book; or None."""
-        kernels = native.library() if tensor.device.type == "cpu" else None
-        if kernels is None or native.type_code(tensor.dtype) is None:
-            return None
-        return kernels if self.kind not in _BOOKS or _give_book(kernels, *_BOOKS[self.kind]) else None
+        kernels = native.kernels_for(tensor)
+        if kernels is None or self.kind not in _BOOKS:
+            return kernels
+        return kernels if _give_book(kernels, *_BOOKS[self.kind]) else None
 
     def _unpack(self, blocks: Tensor, out: Tensor) -> None:
         if self._parts is None:

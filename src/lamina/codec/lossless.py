@@ -58,7 +58,7 @@ class Lossless(Codec):
         """
         if block.numel() == 0:
             return HEAD
-        if (kernels := _kernels(block)) is not None:
+        if (kernels := native.kernels_for(block)) is not None:
             return _encode_natively(kernels, block, panel_rows, 0, None)
         return max(_need(_split(panel)[1]) for panel in torch.split(block, panel_rows))
 
@@ -83,7 +83,7 @@ class Lossless(Codec):
         panels = torch.empty(math.ceil(len(block) / panel_rows), panel_bytes, dtype=torch.uint8)
         if block.numel() == 0:
             return panels.zero_()
-        if (kernels := _kernels(block)) is not None:
+        if (kernels := native.kernels_for(block)) is not None:
             need = _encode_natively(kernels, block, panel_rows, panel_bytes, panels)
         else:
             encoded = [_encode(panel, panel_rows) for panel in torch.split(block, panel_rows)]
@@ -109,7 +109,7 @@ class Lossless(Codec):
         if out.dtype != torch.bfloat16:
             self._unpack_and_convert(panels, rows, columns, panel_rows, out)
             return
-        kernels = _kernels(out)
+        kernels = native.kernels_for(out)
         if kernels is None:
             parts = zip(panels, torch.split(out, panel_rows), strict=True)
             wrong = sum(_unpack(panel, some) for panel, some in parts)
@@ -143,10 +143,6 @@ class Lossless(Codec):
         for index, some in enumerate(torch.split(out, panel_rows)):
             self.unpack(panels[index : index + 1], len(some), columns, scratch[: len(some)])
             some.copy_(scratch[: len(some)])
-
-
-def _kernels(tensor: torch.Tensor) -> ctypes.CDLL | None:
-    return native.library() if tensor.device.type == "cpu" else None
 
 
 def _encode_natively(

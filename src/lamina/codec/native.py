@@ -86,9 +86,14 @@ def missing() -> str:
     return "switched off" if _state.switched_off else _state.reason
 
 
-def type_code(dtype: torch.dtype) -> int | None:
-    """The number by which the kernels know a dtype; None where they do not."""
-    return _TYPES.get(dtype)
+def kernels_for(tensor: torch.Tensor) -> ctypes.CDLL | None:
+    """The kernels, where they take such a tensor: on the processor, of a dtype that they know."""
+    return library() if tensor.device.type == "cpu" and tensor.dtype in _TYPES else None
+
+
+def type_code(dtype: torch.dtype) -> int:
+    """The number by which the kernels know a dtype."""
+    return _TYPES[dtype]
 
 
 @contextlib.contextmanager
