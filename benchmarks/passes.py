@@ -12,7 +12,7 @@ from lamina.codec import AFFINE, LOSSLESS
 from lamina.plan.plan import Budget
 from lamina.plan.schedule import Call, Convert, Cut, Piece, Schedule, Segment, Weight
 from lamina.store.preview import LOSSLESS_SHARE
-from lamina.weights.schedule import scratch_bytes
+from lamina.weights.describe import scratch_bytes
 
 FORMS = {"bf16": "", "lossless": LOSSLESS.name, "8bit": "q8", "4bit": "q4"}
 PANEL_ROWS = 128  # of a lossless panel

@@ -107,7 +107,7 @@ def test_experts_on_demand(family: str, tmp_path: Path) -> None:
     said = judge(tmp_path, family)
     model = assert_equal(said, said.minimum)
     stats = model.lamina.stats
-    assert model.lamina.plan.experts
+    assert model.lamina.plan.expert_slots
     assert stats.experts_routed >= stats.expert_misses > 0
     assert stats.expert_bytes_read > 0
 

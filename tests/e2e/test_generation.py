@@ -14,7 +14,7 @@ from transformers.generation import LogitsProcessorList
 
 from helpers.tiny import letters, write_llama
 from lamina import AutoModel
-from lamina.hf.decoding import generation
+from lamina.hf.decoding import custom_generate
 from lamina.speculative.draft import GoOn, Pick, Proposal
 from lamina.speculative.draft_length import DraftLength
 
@@ -93,9 +93,9 @@ def test_the_processors_that_a_draft_follows_remember_nothing(model: PreTrainedM
         asked = {name: value, "do_sample": True, "eos_token_id": 7, "max_new_tokens": 30}
         model.generate(IDS, custom_generate=look, draft=None, **asked)
     kinds = {type(each): each for processors in seen for each in processors}
-    assert set(generation.FOLLOWED) <= set(kinds)
+    assert set(custom_generate.FOLLOWED) <= set(kinds)
     scores = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
-    for kind in generation.FOLLOWED:
+    for kind in custom_generate.FOLLOWED:
         first = kinds[kind](IDS, scores.clone())
         kinds[kind](torch.tensor([[9, 9, 9, 1]]), scores.flip(-1))
         assert torch.equal(kinds[kind](IDS, scores.clone()), first), kind

@@ -16,7 +16,7 @@ from lamina.hf.building.build import Request, build
 from lamina.hf.trace import trace
 from lamina.plan.schedule import Convert, Cut, Weight
 from lamina.weights import addresses
-from lamina.weights.schedule import Weights, describe
+from lamina.weights.describe import Weights, describe
 
 
 def _described(folder: Path, **options: object) -> Weights:

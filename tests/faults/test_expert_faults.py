@@ -19,7 +19,7 @@ from lamina import AutoModel
 from lamina.checkpoint import Fingerprint
 from lamina.checkpoint.extent import Extent
 from lamina.errors import BudgetError, CheckpointError, ClosedError
-from lamina.plan.experts import Experts
+from lamina.plan.expert_slots import Experts
 from lamina.plan.schedule import Cut, Piece, Weight
 from lamina.stream.experts import ExpertStream
 from lamina.stream.readers import Readers
@@ -205,7 +205,7 @@ def load(folder: Path, more: int = 0) -> Any:
         except BudgetError as error:
             _least[0] = error.minimum_bytes
         else:
-            assert model.lamina.plan.experts
+            assert model.lamina.plan.expert_slots
             return model
     raise AssertionError("the memory that a refusal named is refused")
 

@@ -79,7 +79,7 @@ def test_a_batch_with_padding(said: Said, budget: str) -> None:
     assert torch.equal(logits, wanted_logits)
     assert torch.equal(tokens, wanted_tokens)
     assert not demanded
-    assert bool(model.lamina.plan.experts) is (budget != "resident")
+    assert bool(model.lamina.plan.expert_slots) is (budget != "resident")
     assert bool(routed) is (budget != "resident")
 
 
@@ -271,7 +271,7 @@ def test_experts_that_are_multiplied_at_once_stream_by_layer(implementation: str
         with model.lamina, torch.no_grad():
             assert torch.equal(model(verdict.ids).logits, verdict.logits)
     assert not demanded
-    assert not model.lamina.plan.experts
+    assert not model.lamina.plan.expert_slots
     parts = {part.weight for item in model.lamina.plan.items for part in item.parts}
     assert any("experts" in name for name in parts)
 

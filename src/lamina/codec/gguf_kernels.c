@@ -1,6 +1,6 @@
 /* The blocks of GGUF files. A part of kernels.c, which includes it: rows and products are the same as of other codecs.
 
-   Layouts are those of ggml-quants.c, see gguf.py for what each part of a block means. A scale has 11 bits, what it is
+   Layouts are those of ggml-quants.c, see gguf_blocks.py for what each part of a block means. A scale has 11 bits, what it is
    multiplied with at most 8 and a level at most 6: where something is taken off afterwards the product is exact, so
    that it does not matter whether the compiler fuses the two. */
 

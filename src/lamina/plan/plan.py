@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from lamina.plan.experts import Experts
+from lamina.plan.expert_slots import Experts
 from lamina.plan.forecast import READ_OPERATIONS, Hardware, Work, seconds_per_token
 from lamina.plan.layout import Item
 from lamina.sizes import format_size

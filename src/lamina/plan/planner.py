@@ -10,7 +10,7 @@ reading, while a cache that evicts the least recently used would save nothing. T
    never idles.
 
 Experts are no part of the scan: they are read when a token is routed to them, and have what the dense weights
-leave as a cache (`lamina.plan.experts`).
+leave as a cache (`lamina.plan.expert_slots`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import replace
 
 from lamina.caller import option
 from lamina.errors import BudgetError
-from lamina.plan.experts import KNOWN, divide, experts_of, names_of, slot_bytes
+from lamina.plan.expert_slots import KNOWN, divide, experts_of, names_of, slot_bytes
 from lamina.plan.forecast import CALL_OPERATIONS, EXPERT_OPERATIONS, UNTRACED_OPERATIONS, Hardware
 from lamina.plan.layout import Item, Part, align, cut_up, lay_out, widest_window
 from lamina.plan.plan import Budget, Plan

@@ -27,8 +27,8 @@ from lamina.stream.stream import Held, Stream
 from lamina.tensors.guard import guarded
 from lamina.tensors.padded_rows import product
 from lamina.tensors.row_blocks import Blocks
+from lamina.weights.describe import Weights
 from lamina.weights.materialize import Materializer
-from lamina.weights.schedule import Weights
 from lamina.weights.sites import WeightSites
 from lamina.weights.values import Overrides
 

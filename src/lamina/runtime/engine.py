@@ -30,8 +30,8 @@ from lamina.stream.observe import LAMINA, timed
 from lamina.stream.readers import Readers
 from lamina.stream.stream import Stream
 from lamina.tensors.packed import PackedTensor
+from lamina.weights.describe import Weights
 from lamina.weights.materialize import Materializer, is_differentiable, load_residents
-from lamina.weights.schedule import Weights
 from lamina.weights.sites import Site, WeightSites, move_buffers
 from lamina.weights.values import Home, Overrides, Values
 

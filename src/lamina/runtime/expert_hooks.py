@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lamina.hf.experts import picks, routed_tokens
-from lamina.plan.experts import Experts
+from lamina.plan.expert_slots import Experts
 from lamina.plan.layout import Placed
 from lamina.plan.schedule import Weight
 from lamina.stream.experts import ExpertStream

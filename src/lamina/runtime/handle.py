@@ -14,7 +14,7 @@ import torch
 from lamina.caller import option
 from lamina.errors import StorageError, UnsupportedError
 from lamina.fallbacks import Fallbacks
-from lamina.hf.decoding.generation import blame
+from lamina.hf.decoding.custom_generate import blame
 from lamina.hf.names import PreTrainedModel
 from lamina.hf.sizing import TOWERS
 from lamina.hf.trace import Trace

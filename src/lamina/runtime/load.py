@@ -38,7 +38,7 @@ from lamina.runtime.handle import Lamina
 from lamina.runtime.rates import assume, measure
 from lamina.stream.readers import Readers
 from lamina.tensors.torch_pickle import read_pickled
-from lamina.weights.schedule import Weights, describe, prepare, without_kernels
+from lamina.weights.describe import Weights, describe, prepare, without_kernels
 
 LONG = 0.3  # seconds to read the drive for a plan alone
 Encode = Callable[[PreTrainedModel, Checkpoint, Trace, Weights], Checkpoint]

@@ -19,7 +19,7 @@ import torch
 
 from lamina.checkpoint import Checkpoint
 from lamina.codec import AFFINE, LOSSLESS
-from lamina.plan.experts import experts_of
+from lamina.plan.expert_slots import experts_of
 from lamina.plan.forecast import Hardware
 from lamina.plan.layout import Part, lay_out
 from lamina.plan.schedule import Convert, PanelSpan, Schedule, Weight

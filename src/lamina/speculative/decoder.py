@@ -11,7 +11,7 @@ import torch
 
 from lamina.caller import option
 from lamina.errors import RequestError
-from lamina.hf.decoding import generation
+from lamina.hf.decoding import custom_generate
 from lamina.hf.decoding.draft_attention import quicken
 from lamina.hf.decoding.exact_rows import covers
 from lamina.plan.forecast import compute_seconds
@@ -113,7 +113,7 @@ class Speculator:
         try:
             draft, length = self._draft(name, exact)
             self.speculation.on(name)
-            request, streamer = generation.taken_out(request)
+            request, streamer = custom_generate.taken_out(request)
             turn = self._model.lamina.engine.lock
             return generate(
                 **request, custom_generate=Speculation(draft, length, self.speculation, exact, streamer, turn)
@@ -130,7 +130,7 @@ class Speculator:
             exact: they would, wherever there are such kernels.
             asked: exactness was asked for.
         """
-        why = generation.why_plain(self._model, request)
+        why = custom_generate.why_plain(self._model, request)
         uncovered = covers(self._model) if why is None and exact else None
         if uncovered is None:
             return why, exact

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lamina.hf import internals
-from lamina.hf.decoding import generation
+from lamina.hf.decoding import custom_generate
 from lamina.hf.decoding.exact_rows import one_row
 from lamina.hf.names import GenerationConfig, LogitsProcessorList, StaticCache, StoppingCriteriaList
 from lamina.runtime.stats import SpeculationStats
@@ -118,7 +118,7 @@ class Speculation:
         if self.exact and rows > 1:
             mode = one_row(rows, text.ids.device)
         with mode:
-            outputs = generation.verify(model, ids, rows, kwargs)
+            outputs = custom_generate.verify(model, ids, rows, kwargs)
         ended = time.perf_counter()
         kept, accepted = text.follow(tokens, outputs.logits[:, -rows:])
         if drafting:

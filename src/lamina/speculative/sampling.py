@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lamina.hf.decoding.generation import followed
+from lamina.hf.decoding.custom_generate import followed
 from lamina.hf.names import LogitsProcessorList
 
 

@@ -17,7 +17,7 @@ from lamina.hf.trace import Trace
 from lamina.store.recipe import check_coded, make_runs
 from lamina.store.shards import StoreFile, header_of, make_files
 from lamina.store.source import check_not_encoded
-from lamina.weights.schedule import Weights
+from lamina.weights.describe import Weights
 
 NOT_WRITTEN = "unwritten://"
 LOSSLESS_SHARE = 0.685  # of bf16: what it comes to is known only when the numbers were read

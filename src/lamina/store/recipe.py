@@ -24,7 +24,7 @@ from lamina.store.encode import BLOCK_ELEMENTS
 from lamina.store.shards import Run, Stored, file_nbytes, make_files
 from lamina.tensors.disk import DiskTensor
 from lamina.tensors.expressions import Box, Computed, sources_of
-from lamina.weights.schedule import Weights
+from lamina.weights.describe import Weights
 
 FLOATS = ("BF16", "F16", "F32")
 PANEL_ROWS = (256, 192, 128, 96, 64, 32)  # of a lossless panel: few least common multiples with blocks of 256

@@ -28,7 +28,7 @@ from lamina.store.shards import StoreFile, make_files
 from lamina.store.size import estimate, seconds_of
 from lamina.store.source import Source, explain_change
 from lamina.store.writer import write_file
-from lamina.weights.schedule import describe
+from lamina.weights.describe import describe
 
 DEEPEST = 2  # folders in folders, in which code that comes with a model may be
 SPARE_BYTES = 1 << 20  # for the journal and what the file system needs for itself

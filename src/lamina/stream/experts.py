@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lamina.plan.experts import Experts
+from lamina.plan.expert_slots import Experts
 from lamina.plan.layout import Layout
 from lamina.stream.device import Device, Event
 from lamina.stream.direct_io import Area

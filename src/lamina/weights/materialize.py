@@ -18,7 +18,7 @@ from lamina.stream.direct_io import Area
 from lamina.stream.observe import COPY, LAMINA, timed
 from lamina.stream.readers import Readers, Ticket
 from lamina.tensors.packed import PackedTensor, Scratch
-from lamina.weights.schedule import Weights
+from lamina.weights.describe import Weights
 
 AT_ONCE = 16 << 20  # bytes of a weight that are in host memory beside the place they go to
 Finish = Callable[[Placed, torch.Tensor], torch.Tensor]

@@ -16,7 +16,7 @@ from helpers.gguf_files import FAMILIES, blocks, field, header, llama3_divisors,
 from lamina.checkpoint.choose import find_gguf
 from lamina.checkpoint.gguf import BLOCK_TYPES, open_gguf
 from lamina.codec import codec_for, native
-from lamina.codec.gguf import register_all
+from lamina.codec.gguf_blocks import register_all
 from lamina.errors import CheckpointError, UnsupportedError
 from lamina.hf.building.gguf import load_gguf
 
@@ -79,7 +79,7 @@ def test_blocks_of_any_bytes_at_any_address_are_unpacked(name: str) -> None:
 @pytest.mark.parametrize("name", ["Q4_0", "Q6_K"])
 @pytest.mark.usefixtures("either")
 def test_more_rows_than_are_unpacked_at_once_are_all_unpacked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lamina.codec.gguf.CHUNK", 512)
+    monkeypatch.setattr("lamina.codec.gguf_blocks.CHUNK", 512)
     kind = gguf.GGMLQuantizationType[name]
     raw = blocks(kind, (5, 768), 2)
     out = torch.empty(5, 768)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from helpers.schedules import Checkpoint, llama, mixture, random_schedule
 from lamina.cli.report import plan_table
 from lamina.errors import BudgetError
-from lamina.plan.experts import KNOWN
+from lamina.plan.expert_slots import KNOWN
 from lamina.plan.layout import widest_window
 from lamina.plan.plan import Budget, Plan
 from lamina.plan.planner import MOST_UNITS, make_plan, resident_size

@@ -18,7 +18,7 @@ from helpers.fake_device import FakeDevice
 from helpers.schedules import Checkpoint, Disk
 from helpers.walker import watchdog
 from lamina.errors import ClosedError, ReadError, TruncatedError
-from lamina.plan.experts import Experts, slot_bytes
+from lamina.plan.expert_slots import Experts, slot_bytes
 from lamina.plan.layout import Layout, Part
 from lamina.plan.schedule import Cut
 from lamina.stream import expert_cache as cache_module

@@ -26,7 +26,7 @@ from lamina.checkpoint import Checkpoint
 from lamina.errors import CheckpointError, LaminaError, MissingTensorError, RequestError, UnsupportedError
 from lamina.hf.arguments import HUB_KEYS
 from lamina.hf.building.classes import model_class
-from lamina.hf.building.quantized import QUANTIZATION_KEYS, check_unpacked, take_quantization, unpacked_state
+from lamina.hf.building.quantized_readers import QUANTIZATION_KEYS, check_unpacked, take_quantization, unpacked_state
 from lamina.hf.config import Unstored, as_many_as, blaming, check_counts, check_generation, fields_of, read_json
 from lamina.hf.internals import generation_config_in, silent
 from lamina.sizes import format_size

@@ -31,7 +31,7 @@ from transformers import (
 from lamina.checkpoint import DTYPE_BYTES, Checkpoint, TensorEntry
 from lamina.checkpoint.extent import Encoding
 from lamina.checkpoint.gguf import CODEC_PREFIX, GgufFile, open_gguf
-from lamina.codec.gguf import register_all
+from lamina.codec.gguf_blocks import register_all
 from lamina.errors import MissingTensorError, UnsupportedError
 from lamina.hf import internals
 from lamina.hf.building.gguf_config import CAUSES, load_gguf_config, refused

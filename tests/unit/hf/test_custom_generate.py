@@ -13,7 +13,7 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 from helpers.families import tiny_model
 from helpers.tiny import letters
-from lamina.hf.decoding import generation
+from lamina.hf.decoding import custom_generate
 
 LETTERS = string.ascii_letters + string.digits + "+/"
 IDS = torch.tensor([[5, 9, 23, 17, 5, 9, 23]])
@@ -56,21 +56,21 @@ DRAFTED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", PLAIN)
 def test_why_a_call_decodes_as_it_always_did(model: PreTrainedModel, name: str) -> None:
     request, why = PLAIN[name]
-    said = generation.why_plain(model, request)
+    said = custom_generate.why_plain(model, request)
     assert said is not None and why in said
     assert "\n" not in said
 
 
 @pytest.mark.parametrize("name", DRAFTED)
 def test_calls_that_may_have_a_draft(model: PreTrainedModel, name: str) -> None:
-    assert generation.why_plain(model, DRAFTED[name]) is None
+    assert custom_generate.why_plain(model, DRAFTED[name]) is None
 
 
 def test_asking_leaves_the_call_as_it_is(model: PreTrainedModel) -> None:
     config = GenerationConfig(num_beams=3)
     before = config.to_dict()
     request = {"generation_config": config, "temperature": 0.5, "do_sample": True}
-    generation.why_plain(model, request)
+    custom_generate.why_plain(model, request)
     assert config.to_dict() == before
     assert set(request) == {"generation_config", "temperature", "do_sample"}
     assert model.generation_config.num_beams in (None, 1)
@@ -78,9 +78,9 @@ def test_asking_leaves_the_call_as_it_is(model: PreTrainedModel) -> None:
 
 def test_stop_strings_of_the_models_own_config(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model.generation_config, "stop_strings", ["w5"])
-    said = generation.why_plain(model, {})
+    said = custom_generate.why_plain(model, {})
     assert said is not None and "stop strings" in said
-    assert generation.why_plain(model, {"stop_strings": ["w6"]}) is None
+    assert custom_generate.why_plain(model, {"stop_strings": ["w6"]}) is None
 
 
 # -- what transformers would lose on the way
@@ -89,17 +89,17 @@ def test_stop_strings_of_the_models_own_config(model: PreTrainedModel, monkeypat
 def test_the_streamer_stays_in_the_call_and_is_given_back() -> None:
     streamer = TextStreamer(letters(LETTERS))
     given = {"streamer": streamer, "max_new_tokens": 3}
-    request, found = generation.taken_out(given)
+    request, found = custom_generate.taken_out(given)
     assert found is streamer
     assert request == given
     assert request is not given
-    assert generation.taken_out({"max_new_tokens": 3}) == ({"max_new_tokens": 3}, None)
+    assert custom_generate.taken_out({"max_new_tokens": 3}) == ({"max_new_tokens": 3}, None)
 
 
 def test_stop_strings_become_a_criterion() -> None:
     mine = MaxLengthCriteria(99)
     given = {"stop_strings": ["w5"], "tokenizer": letters(LETTERS), "stopping_criteria": StoppingCriteriaList([mine])}
-    request, _ = generation.taken_out(given)
+    request, _ = custom_generate.taken_out(given)
     assert set(request) == {"stopping_criteria"}
     first, second = request["stopping_criteria"]
     assert first is mine
@@ -109,7 +109,7 @@ def test_stop_strings_become_a_criterion() -> None:
 
 def test_stop_strings_of_a_config_become_a_criterion() -> None:
     config = GenerationConfig(stop_strings=["w5"], max_new_tokens=3)
-    request, _ = generation.taken_out({"generation_config": config, "tokenizer": letters(LETTERS)})
+    request, _ = custom_generate.taken_out({"generation_config": config, "tokenizer": letters(LETTERS)})
     assert request["generation_config"].stop_strings is None
     assert request["generation_config"].max_new_tokens == 3
     assert config.stop_strings == ["w5"]
@@ -118,4 +118,4 @@ def test_stop_strings_of_a_config_become_a_criterion() -> None:
 
 def test_stop_strings_need_a_tokenizer() -> None:
     with pytest.raises(ValueError, match="pass tokenizer=model"):
-        generation.taken_out({"stop_strings": "w5"})
+        custom_generate.taken_out({"stop_strings": "w5"})

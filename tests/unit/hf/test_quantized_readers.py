@@ -18,7 +18,7 @@ from lamina.checkpoint import Checkpoint, Extent, TensorEntry
 from lamina.codec import codec, quantized_layouts
 from lamina.codec.quantized_layouts import Gptq, Scaled, unpack
 from lamina.errors import RequestError, UnsupportedError
-from lamina.hf.building.quantized import take_quantization, unpacked_state
+from lamina.hf.building.quantized_readers import take_quantization, unpacked_state
 from lamina.tensors.disk import DiskTensor
 from lamina.tensors.expressions import Op, replay
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from helpers.schedules import Checkpoint, mixture, random_schedule
 from lamina.errors import BudgetError
-from lamina.plan.experts import IN_FLIGHT, KNOWN, Experts, divide, experts_of, slot_bytes
+from lamina.plan.expert_slots import IN_FLIGHT, KNOWN, Experts, divide, experts_of, slot_bytes
 from lamina.plan.layout import ALIGNMENT, Part
 from lamina.plan.plan import Budget
 from lamina.plan.planner import make_plan, minimum_memory, resident_size
