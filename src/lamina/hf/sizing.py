@@ -27,10 +27,10 @@ TOWERS = ("get_image_features", "get_video_features", "get_audio_features")
 TEXT = ("inputs_embeds", "attention_mask", "decoder_inputs_embeds", "decoder_attention_mask", "labels")
 
 
-def media(kwargs: Mapping[str, Any]) -> tuple[tuple[str, torch.Size], ...]:
-    """Names and shapes of the images and sounds among the arguments of a pass; none of a pass over text."""
-    given = ((name, value) for name, value in kwargs.items() if isinstance(value, torch.Tensor) and name not in TEXT)
-    return tuple((name, value.shape) for name, value in given if value.is_floating_point() and value.dim() > 1)
+def has_media(kwargs: Mapping[str, Any]) -> bool:
+    """Whether there are images or sounds among the arguments of a pass."""
+    given = (value for name, value in kwargs.items() if isinstance(value, torch.Tensor) and name not in TEXT)
+    return any(value.is_floating_point() and value.dim() > 1 for value in given)
 
 
 class Sizing:
@@ -56,7 +56,7 @@ class Sizing:
             kwargs: of `forward`, or of the method.
             tower: name of the method that runs a tower alone.
         """
-        if not media(kwargs) or cached_tokens(cache_of(kwargs)):
+        if not has_media(kwargs) or cached_tokens(cache_of(kwargs)):
             return 0
         shapes = tuple((name, value.shape) for name, value in kwargs.items() if isinstance(value, torch.Tensor))
         if (tower, shapes) not in self._known:
@@ -67,12 +67,11 @@ class Sizing:
         peak = 0
         try:
             twin = self._model()
-            named = weight_names(twin)
-            memory = Memory(named.values())
-            recorder = Recorder({id(t): name for name, t in named.items()}, memory, answering=True, mixed=True)
+            memory = Memory(weight_names(twin).values())
+            recorder = Recorder({}, memory, answering=True, mixed=True)
             inputs = {name: _light(value) for name, value in kwargs.items()}
             try:
-                with torch.no_grad(), standing_in(twin), recorder.watching(twin), memory, recorder:
+                with torch.no_grad(), standing_in(twin), memory, recorder:
                     (twin if tower is None else getattr(twin.base_model, tower))(**inputs)
             finally:
                 peak = memory.peak

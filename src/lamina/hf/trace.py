@@ -155,12 +155,9 @@ def _media_bytes(model: PreTrainedModel) -> int:
     if not made:
         return MEDIA
     tensors, recorder = _recorder(model, answering=True)
-    ids = torch.zeros(1, min(LENGTHS), dtype=torch.long, device="meta")
-    accepted = arguments_of(model)
-    text: dict[str, Any] = {name: ids for name in ("input_ids", "decoder_input_ids") if name in accepted}
-    if "decoder_input_ids" in accepted:
-        text.pop("input_ids", None)
-    with suppress(Exception), torch.no_grad(), standing_in(model), recorder.watching(model), recorder.memory, recorder:
+    of_text = "decoder_input_ids" if "decoder_input_ids" in arguments_of(model) else "input_ids"
+    text = {of_text: _ids(min(LENGTHS))} if of_text in arguments_of(model) else {}
+    with suppress(Exception), torch.no_grad(), standing_in(model), recorder.memory, recorder:
         torch.func.functional_call(model, tensors, kwargs={**text, **made})
     return max(recorder.memory.peak, MEDIA)
 
@@ -209,7 +206,7 @@ def _excuses(error: Exception, model: PreTrainedModel, kind: _Cache) -> bool:
 
 def only_text(model: PreTrainedModel) -> bool:
     """Whether a model takes tokens alone: no images, no sound, nothing for a decoder of its own."""
-    return not arguments_of(model) & {"pixel_values", "input_features", "input_values", "decoder_input_ids", "bbox"}
+    return not any(name.startswith((*MEDIA_NAMES, "decoder_input_ids", "bbox")) for name in arguments_of(model))
 
 
 def _wants_more(model: PreTrainedModel, error: Exception) -> bool:
@@ -226,6 +223,10 @@ class _Cache(Enum):
     GIVEN = "a DynamicCache is given, as generation gives it"
     OWN = "the model makes one, of its own kind"
     NONE = "there is none"
+
+
+Way = tuple[_Cache, Callable[[int], dict[str, Any]]]
+"""Where the cache comes from, and (tokens -> arguments of `forward`)."""
 
 
 def _second_ways(
@@ -274,46 +275,48 @@ def _uses(kinds: Mapping[tuple[str, str], set[str]]) -> tuple[dict[str, frozense
     return uses, frozenset(key for key, own in kinds.items() if own == {"embedding"})
 
 
-def _ways_in(model: PreTrainedModel) -> Iterator[tuple[_Cache, Callable[[int], dict[str, Any]]]]:
+def _ids(tokens: int) -> torch.Tensor:
+    return torch.zeros(1, tokens, dtype=torch.long, device="meta")
+
+
+def _ways_in(model: PreTrainedModel) -> Iterator[Way]:
     """Inputs to try, from what generation passes to the barest."""
     config = model.config
     accepted, cache = arguments_of(model), cache_argument(model)
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-
-    def ids(tokens: int) -> torch.Tensor:
-        return torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    last_only = {KEEP: 1} if KEEP in accepted else {}
 
     def cached(tokens: int) -> dict[str, Any]:
         return {
-            "input_ids": ids(tokens),
+            "input_ids": _ids(tokens),
             str(cache): DynamicCache(config=config),
             "use_cache": True,
             **last_only,
         }
 
     def positioned(tokens: int) -> dict[str, Any]:
-        positions = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-        return {**cached(tokens), "position_ids": positions}
+        return {**cached(tokens), "position_ids": _ids(tokens)}
 
     def bare(tokens: int) -> dict[str, Any]:
-        return {"input_ids": ids(tokens), "use_cache": False}
+        return {"input_ids": _ids(tokens), "use_cache": False}
 
     def masked(tokens: int) -> dict[str, Any]:
         return {**bare(tokens), "attention_mask": torch.ones(1, tokens, dtype=torch.long, device="meta")}
 
+    if _decodes(model) and model.can_generate():
+        yield from _ways_of_decoder(model)
     if "decoder_input_ids" in accepted:
-        yield from _ways_into_two(model)
+        yield from _ways_of_both(model)
     if cache is not None:
         yield _Cache.GIVEN, cached
         if "position_ids" in accepted:
             yield _Cache.GIVEN, positioned
-        yield _Cache.OWN, lambda tokens: {"input_ids": ids(tokens), "use_cache": True, **last_only}
+        yield _Cache.OWN, lambda tokens: {"input_ids": _ids(tokens), "use_cache": True, **last_only}
     yield _Cache.NONE, bare
     yield _Cache.NONE, masked
-    yield _Cache.NONE, lambda tokens: {"input_ids": ids(tokens)}
+    yield _Cache.NONE, lambda tokens: {"input_ids": _ids(tokens)}
     if more := _made_up_inputs(model):
-        yield _Cache.OWN, lambda tokens: {"input_ids": ids(tokens), "use_cache": True, **last_only, **more}
-        yield _Cache.NONE, lambda tokens: {"input_ids": ids(tokens), **more}
+        yield _Cache.OWN, lambda tokens: {"input_ids": _ids(tokens), "use_cache": True, **last_only, **more}
+        yield _Cache.NONE, lambda tokens: {"input_ids": _ids(tokens), **more}
         if "input_ids" not in accepted:
             yield _Cache.NONE, lambda tokens: dict(more)
 
@@ -323,35 +326,33 @@ def _decodes(model: PreTrainedModel) -> bool:
     return "decoder_input_ids" in arguments_of(model) and "encoder_outputs" in arguments_of(model)
 
 
-def _ways_into_two(model: PreTrainedModel) -> Iterator[tuple[_Cache, Callable[[int], dict[str, Any]]]]:
-    """Inputs of an encoder and a decoder.
+def _decoder_inputs(model: PreTrainedModel, tokens: int) -> dict[str, Any]:
+    last_only = {KEEP: 1} if KEEP in arguments_of(model) else {}
+    return {"decoder_input_ids": _ids(tokens), "use_cache": True, **last_only}
 
-    Where the model generates, first those of the decoder alone, which is what each step after the first one runs.
-    """
-    width, cache, more = _width(model.config), str(cache_argument(model)), _made_up_inputs(model)
-    asked: dict[str, Any] = {"use_cache": True, **({KEEP: 1} if KEEP in arguments_of(model) else {})}
 
-    def ids(tokens: int) -> torch.Tensor:
-        return torch.zeros(1, tokens, dtype=torch.long, device="meta")
+def _ways_of_decoder(model: PreTrainedModel) -> Iterator[Way]:
+    """Inputs of a decoder alone, which is what each step of generation after the first one runs."""
+    width, cache = _width(model.config), str(cache_argument(model))
 
-    def decoding(tokens: int) -> dict[str, Any]:
+    def read(tokens: int) -> dict[str, Any]:
         states = torch.zeros(1, tokens, width, dtype=model.dtype, device="meta")
-        return {"encoder_outputs": encoded(states), "decoder_input_ids": ids(tokens), **asked}
+        return {"encoder_outputs": encoded(states), **_decoder_inputs(model, tokens)}
 
-    def cached(tokens: int) -> dict[str, Any]:
-        return {**decoding(tokens), cache: EncoderDecoderCache(DynamicCache(), DynamicCache())}
+    yield _Cache.GIVEN, lambda tokens: {**read(tokens), cache: EncoderDecoderCache(DynamicCache(), DynamicCache())}
+    yield _Cache.OWN, read
 
-    if _decodes(model) and model.can_generate():
-        yield _Cache.GIVEN, cached
-        yield _Cache.OWN, decoding
-    yield _Cache.OWN, lambda tokens: {"input_ids": ids(tokens), "decoder_input_ids": ids(tokens), **asked}
-    if more:
-        yield _Cache.OWN, lambda tokens: {**more, "decoder_input_ids": ids(tokens), **asked}
+
+def _ways_of_both(model: PreTrainedModel) -> Iterator[Way]:
+    """Inputs of an encoder and its decoder."""
+    yield _Cache.OWN, lambda tokens: {"input_ids": _ids(tokens), **_decoder_inputs(model, tokens)}
+    if more := _made_up_inputs(model):
+        yield _Cache.OWN, lambda tokens: {**more, **_decoder_inputs(model, tokens)}
 
 
 def _with_encoder(model: PreTrainedModel, found: Trace) -> Trace:
     """The trace of a decoder, with the activations of a pass that goes through its encoder as well."""
-    for kind, inputs in list(_ways_into_two(model))[2 if model.can_generate() else 0 :]:
+    for kind, inputs in _ways_of_both(model):
         try:
             passes = {tokens: _run(model, tokens, inputs, answering=True) for tokens in _lengths(model)}
         except Exception:  # it is then counted when such a pass comes

@@ -19,6 +19,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from lamina.caller import option
 from lamina.errors import BudgetError
@@ -123,6 +124,10 @@ class _Kinds:
         return active, sum(stored for stored, _ in packed), sum(unpacked for _, unpacked in packed)
 
 
+BranchCut = tuple[Call, tuple[Item, ...], tuple[int, ...]]
+"""A branch, its units, and the order in which it needs them."""
+
+
 class _Planner:
     def __init__(
         self, schedule: Schedule, budget: Budget, hardware: Hardware, keep: frozenset[str] | None = None
@@ -139,6 +144,7 @@ class _Planner:
         finest = sum(w.nbytes for w in (*self.movable, *self.aside)) // MOST_UNITS
         self.sizes = [size for size in UNIT_SIZES if size >= finest] or [finest]
         self._cuts: dict[int, tuple[tuple[Item, ...], tuple[int, ...]]] = {}
+        self._branch_cuts: dict[Any, list[BranchCut]] = {}
         self.least_ring = self._windows(self.sizes[-1])[0] if self.movable or self.aside else 0
 
     def minimum(self) -> tuple[int, int]:
@@ -262,21 +268,24 @@ class _Planner:
         """The resident weights with those of branches that fit as well, once all others are there."""
         if not resident.issuperset(w.name for w in self.movable):
             return resident
+        room -= self._resident_bytes(resident)
+        more = set[str]()
         for weight in self.aside:
-            more = resident | {weight.name}
-            if self._may_stay([weight.name]) and self._resident_bytes(more) <= room:
-                resident = more
-        return resident
+            if self._may_stay([weight.name]) and (nbytes := resident_size([weight])) <= room:
+                room -= nbytes
+                more.add(weight.name)
+        return resident | more
 
-    def _cut_branches(
-        self, size: int, resident: frozenset[str] = frozenset()
-    ) -> list[tuple[Call, tuple[Item, ...], tuple[int, ...]]]:
+    def _cut_branches(self, size: int, resident: frozenset[str] = frozenset()) -> list[BranchCut]:
         """The branches in units of about `size` bytes, each with the order in which it needs them."""
         streaming = {w.name: w for w in self.aside if w.name not in resident}
-        cut = ((call, *cut_up(replace(self.schedule, root=call), streaming, size)) for call in self.schedule.branches)
-        return [(call, items, steps) for call, items, steps in cut if steps]
+        if (size, *streaming) not in self._branch_cuts:
+            branches = ((call, replace(self.schedule, root=call)) for call in self.schedule.branches)
+            cut = ((call, *cut_up(schedule, streaming, size)) for call, schedule in branches)
+            self._branch_cuts[size, *streaming] = [(call, items, steps) for call, items, steps in cut if steps]
+        return self._branch_cuts[size, *streaming]
 
-    def _least_ring_of(self, apart: Iterable[tuple[Call, tuple[Item, ...], tuple[int, ...]]]) -> int:
+    def _least_ring_of(self, apart: Iterable[BranchCut]) -> int:
         return max((self._least_ring(items, steps, call) for call, items, steps in apart), default=0)
 
     def _spread(self, size: int, room: int) -> frozenset[str]:

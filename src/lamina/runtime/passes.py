@@ -6,10 +6,11 @@ bound when its module is entered and released when it is left.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -119,8 +120,7 @@ class Passes:
         # the whole model is never inside its own pass: what an interrupt left of the one before does not count
         if module is not self._model and self._meter.in_own_pass:  # inside that of the whole model
             return type(module).forward(module, *args, **kwargs)
-        if engine.device.type != "cpu":
-            args, kwargs = tree_map(lambda value: _to(value, engine.device), (args, kwargs))
+        args, kwargs = self._on_device(args, kwargs)
         guarded = engine.plan.streams and torch.is_grad_enabled()
         sources = asking(args, kwargs, *module.parameters()) if guarded else []
         try:
@@ -148,15 +148,23 @@ class Passes:
         engine, method = self._engine, functools.partial(getattr(type(module), name), module)
         if engine.in_pass:
             return method(*args, **kwargs)
+        args, kwargs = self._on_device(args, kwargs)
         given = inspect.signature(method).bind_partial(*args, **kwargs).arguments
         with engine.lock, torch.set_grad_enabled(torch.is_grad_enabled() and not engine.plan.streams):
             try:
-                self._make_room(0, 0, extra=Extra(media=self._sizing.activations({**given, **kwargs}, name)))
+                extra, budget = Extra(media=self._sizing.activations({**given, **kwargs}, name)), engine.plan.budget
+                if extra.media > budget.activation_bytes:  # its tokens come later, and their room stays
+                    self._replan([dataclasses.replace(budget, activation_bytes=extra.media)], extra)
                 self._say_uncounted()
                 engine.begin_pass()
                 return method(*args, **kwargs)
             finally:
                 engine.end_pass()
+
+    def _on_device(self, args: Any, kwargs: Any) -> Any:
+        """Arguments where the model computes."""
+        device = self._engine.device
+        return (args, kwargs) if device.type == "cpu" else tree_map(lambda each: _to(each, device), (args, kwargs))
 
     def _say_uncounted(self) -> None:
         if self._sizing.fallback is not None:
@@ -202,18 +210,24 @@ class Passes:
         cache = others if batched and others else others + self._trace.cache(cached + tokens)
         if activations + cache <= budget.activation_bytes + budget.kv_cache_bytes:
             return
+        larger = dataclasses.replace(budget, activation_bytes=activations, context_tokens=cached + tokens)
         grown = others + self._trace.cache(int((cached + tokens) * GROWTH))
-        for wanted in (grown, cache):
-            larger = dataclasses.replace(
-                budget, activation_bytes=activations, kv_cache_bytes=wanted, context_tokens=cached + tokens
-            )
-            try:
-                self._engine.replan(larger)
-                return
-            except BudgetError as error:
-                if wanted != cache:
-                    continue
-                raise BudgetError(f"{error}{extra}", error.minimum_bytes) from None
+        self._replan([dataclasses.replace(larger, kv_cache_bytes=nbytes) for nbytes in (grown, cache)], extra)
+
+    def _replan(self, budgets: Sequence[Budget], extra: Extra) -> None:
+        """Go over to a plan for the first of these budgets that there is one for.
+
+        Raises:
+            BudgetError: there is none for any.
+        """
+        *generous, last = budgets
+        for budget in generous:
+            with contextlib.suppress(BudgetError):
+                return self._engine.replan(budget)
+        try:
+            self._engine.replan(last)
+        except BudgetError as error:
+            raise BudgetError(f"{error}{extra}", error.minimum_bytes) from None
 
     def give_room(self, nbytes: int) -> None:
         """Let go of weights until so many bytes of the budget are free for a draft.

@@ -250,7 +250,7 @@ class Stream:
             return
         for order in self._orders:
             if (module, block) in order.places:
-                self._turn_to(order)
+                return self._turn_to(order)
 
     def _turn_to(self, order: _Order) -> None:
         if order is not self._order:

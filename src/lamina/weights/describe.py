@@ -114,6 +114,7 @@ def _branches(model: torch.nn.Module, used: Collection[str], large: Collection[s
         large: names of those that may stream.
     """
     names = {id(tensor): name for name, tensor in weight_names(model).items()}
+    idle = set(large).difference(used)
 
     def own(module: torch.nn.Module) -> list[str]:
         found = (names.get(id(tensor)) for tensor in module.parameters(recurse=False))
@@ -127,9 +128,9 @@ def _branches(model: torch.nn.Module, used: Collection[str], large: Collection[s
 
     def outermost(name: str, module: torch.nn.Module) -> Iterator[Call]:
         held = {names[id(tensor)] for tensor in module.parameters() if id(tensor) in names}
-        if not held & set(large) - set(used):
+        if not held & idle:
             return
-        if not held & set(used) and not isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict):
+        if held.isdisjoint(used) and not isinstance(module, torch.nn.ModuleList | torch.nn.ModuleDict):
             yield from calls(name, module)
             return
         for child, inner in module.named_children():

@@ -8,9 +8,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from helpers.multimodal import CASES, class_of, config_of, whole_of
 from lamina.hf.recorder import Memory
-from lamina.hf.sizing import Sizing, media
+from lamina.hf.sizing import Sizing, has_media
 
-WITH_MEDIA = [name for name in CASES if media(whole_of(name))]
+WITH_MEDIA = [name for name in CASES if has_media(whole_of(name))]
 LLAVA = "LlavaForConditionalGeneration"
 
 
