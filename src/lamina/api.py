@@ -36,7 +36,11 @@ PLAIN = "plain"
 
 
 class AutoModel:
-    """Loads any causal language model that transformers knows, inside a memory budget."""
+    """Loads a model of the class that its checkpoint names, inside a memory budget.
+
+    Causal language models, models with images or sound, encoders with decoders, heads for classification, and base
+    models: what transformers has a class for.
+    """
 
     def __init__(self) -> None:
         raise RequestError("AutoModel is made with AutoModel.from_pretrained(model)")

@@ -51,7 +51,7 @@ def chat(
       lamina chat org/model --system "Answer in one sentence." --temperature 0.7
       lamina chat ./model --memory 4GB --context 8192
 
-    `/image PATH` in a chat attaches a picture to the next message.
+    `/image PATH` in a chat attaches a picture to the next message, `/audio PATH` a sound.
     """
     check_tokens("max_new_tokens", max_new_tokens)
     if system is not None:

@@ -4,8 +4,8 @@ What an expert is worth is how often tokens were routed to it lately: the share 
 fast moving average, and a little less the longer it takes until its layer comes round again. What is worth least
 goes first, whichever layer it belongs to. The cache knows no memory and no files: it hands out numbers of slots.
 
-`benchmarks/eviction.py` compares ways to choose on routing traces; the figures are in `docs/log.md`. Least recently
-used, the usual one, finds nothing at all while the cache is smaller than a pass's working set.
+Other ways to choose were compared on routing traces: the figures are in `docs/log.md`. Least recently used, the usual
+one, finds nothing at all while the cache is smaller than a pass's working set.
 """
 
 from __future__ import annotations
