@@ -16,7 +16,7 @@ from lamina.cli.attachments import ATTACH, Attachment, Message, check_number, co
 from lamina.cli.generation import Notes, encode_chat, generate, text_of
 from lamina.cli.lines import BLOCK, Messages, leaves
 from lamina.cli.live import StatusLine, Terminal, stdio
-from lamina.cli.options import MOST_TOKENS, ModelArgument, ModelOptions, Sampling, Verbosity, check_tokens
+from lamina.cli.options import MOST_TOKENS, MaxNewTokens, ModelArgument, ModelOptions, Sampling, Verbosity, check_tokens
 from lamina.cli.report import one_line
 from lamina.errors import BudgetError, RequestError
 
@@ -33,9 +33,7 @@ SHARE_FOR_ANSWER = 4  # of the context a quarter is kept for the answer, or less
 def chat(
     model: ModelArgument,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system prompt.")] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, help="The longest answer.")
-    ] = 512,
+    max_new_tokens: MaxNewTokens = 512,
     *,
     sampling: Sampling,
     options: ModelOptions,
@@ -190,11 +188,7 @@ class Conversation:
             try:
                 inputs, most = self._fitting(asked)
                 with suppress(KeyboardInterrupt):
-                    most = min(self._max_new_tokens, most)
-                    model, tokenizer = self.model, self.model.tokenizer
-                    generate(
-                        model, inputs, self._sampling, most, show, tokenizer=tokenizer, count=counted, stopped=stopped
-                    )
+                    self._generate(inputs, min(self._max_new_tokens, most), show, counted, stopped)
             except BudgetError as error:
                 if tokens:
                     self._note(f"lamina: the answer ends here, for want of memory: {one_line(error)}")
@@ -206,6 +200,18 @@ class Conversation:
             tell()
             self.messages = [*self.messages, asked, _said("assistant", "".join(pieces))]
             return tokens
+
+    def _generate(
+        self,
+        inputs: dict[str, Any],
+        most: int,
+        write: Callable[[str], None],
+        count: Callable[[int], None],
+        stopped: Callable[[], bool],
+    ) -> None:
+        """Answer with `most` tokens or fewer."""
+        tokenizer = self.model.tokenizer
+        generate(self.model, inputs, self._sampling, most, write, tokenizer=tokenizer, count=count, stopped=stopped)
 
     def _say_dropped(self, turns: int) -> None:
         """Say that so many turns were forgotten, if any was."""

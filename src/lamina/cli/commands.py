@@ -13,6 +13,7 @@ from lamina.cli.generation import Notes, encode, generate, read_prompt
 from lamina.cli.live import StatusLine, stdio
 from lamina.cli.options import (
     Json,
+    MaxNewTokens,
     ModelArgument,
     ModelOptions,
     Sampling,
@@ -43,9 +44,7 @@ def run(
     prompt: Annotated[
         str | None, typer.Argument(metavar="PROMPT", help="The text to continue; standard input where omitted or -.")
     ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, help="The longest answer.")
-    ] = 64,
+    max_new_tokens: MaxNewTokens = 64,
     prompt_ids: PromptIds = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt as a question, with the chat template.")] = False,
     image: Images = None,
@@ -69,8 +68,7 @@ def run(
       lamina run ./whisper --audio talk.wav
     """
     check_tokens("max_new_tokens", max_new_tokens)
-    request = read_prompt(model, prompt, prompt_ids, bool(image or audio))
-    _check_text(request, {"chat": chat, "image": image, "audio": audio})
+    request = read_prompt(model, prompt, prompt_ids, chat=chat, image=image, audio=audio)
     attached = attachments.opened(image or (), audio or ())  # before the model, whose memory is what they leave
     terminal = stdio(json=json, quiet=verbosity.quiet)
     progress = StatusLine(max_new_tokens)
@@ -93,12 +91,6 @@ def run(
     notes.answered(stats)
     if not verbosity.quiet:
         output.tell(report.summary(stats, len(tokens)))
-
-
-def _check_text(request: str | list[int], given: dict[str, Any]) -> None:
-    """Refuse token ids where an option needs text."""
-    if isinstance(request, list) and (wrong := next((name for name, value in given.items() if value), None)):
-        raise RequestError(f"--{wrong} needs the prompt as text, not as --prompt-ids")
 
 
 def plan(

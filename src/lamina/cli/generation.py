@@ -13,11 +13,12 @@ from lamina.cli.text import TextStream, TokenStream
 from lamina.errors import RequestError
 
 
-def read_prompt(model: str, prompt: str | None, prompt_ids: str | None, attached: bool = False) -> str | list[int]:
+def read_prompt(model: str, prompt: str | None, prompt_ids: str | None, **with_text: Any) -> str | list[int]:
     """The prompt as text or token ids: from the arguments, or from standard input where none or `-` is given.
 
     Args:
-        attached: something goes with it, and it may be empty.
+        with_text: what was given for the options that need it as text, by their names; with a picture or a sound it
+            may be empty.
 
     Raises:
         RequestError: there is no prompt, more than one, or one that cannot be read.
@@ -25,19 +26,31 @@ def read_prompt(model: str, prompt: str | None, prompt_ids: str | None, attached
     if prompt_ids is not None:
         if prompt is not None:
             raise RequestError("a prompt and --prompt-ids were given: give one of them")
-        ids = parse_prompt_ids(prompt_ids)
-        check_prompt_ids(ids, vocabulary_of(model))
-        return ids
+        return _ids(model, prompt_ids, with_text)
+    attached = with_text.get("image") or with_text.get("audio")
     if prompt is None or prompt == "-":
-        if sys.stdin is None or sys.stdin.isatty():
-            if attached:
-                return ""
-            raise RequestError("no prompt: write one after the model, pipe one in, or give --prompt-ids")
-        prompt = text_of(getattr(sys.stdin, "buffer", sys.stdin).read(), "the prompt on standard input")
-        prompt = prompt.removesuffix("\n").removesuffix("\r")
+        prompt = _piped()
+    if prompt is None and not attached:
+        raise RequestError("no prompt: write one after the model, pipe one in, or give --prompt-ids")
     if not prompt and not attached:
         raise RequestError("the prompt is empty")
-    return text_of(prompt, "the prompt")
+    return text_of(prompt or "", "the prompt")
+
+
+def _ids(model: str, prompt_ids: str, with_text: Mapping[str, Any]) -> list[int]:
+    ids = parse_prompt_ids(prompt_ids)
+    check_prompt_ids(ids, vocabulary_of(model))
+    if wrong := next((name for name, given in with_text.items() if given), None):
+        raise RequestError(f"--{wrong} needs the prompt as text, not as --prompt-ids")
+    return ids
+
+
+def _piped() -> str | None:
+    """What stands on standard input, without a newline at its end; None where that is nothing but keys."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return None
+    read = text_of(getattr(sys.stdin, "buffer", sys.stdin).read(), "the prompt on standard input")
+    return read.removesuffix("\n").removesuffix("\r")
 
 
 def text_of(read: str | bytes, what: str) -> str:

@@ -11,9 +11,10 @@ import logging
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from functools import cached_property
+from time import monotonic as now
 from typing import IO, Any
 
 from lamina.cli import interrupt, output
@@ -35,11 +36,10 @@ class Terminal:
         self._status = status
         self._shared = text.isatty()  # the text's cursor is then the one that the status is drawn at
         self._quiet = not shown
-        self._shown = shown and _is_terminal(status)
+        self._shown = shown and status.isatty() and not self._console.is_dumb_terminal
         self._notebook = in_notebook()
         self._lock = threading.RLock()  # Ctrl-C may come while it is held, and clears as well
         self._drawn = 0  # letters of the status line that stands there
-        self._colours: bool | None = None
         self._column = 0
 
     def write(self, piece: str) -> None:
@@ -96,19 +96,15 @@ class Terminal:
         self._clear()
         if self._notebook and self._column:  # it cannot go back to anywhere but the beginning of the line
             return
-        line = fit(parts, self._width(), self._column)
+        line = fit(parts, self._console.width, self._column)
         if line:
             self._drawn = len(line)
             self._send(f"\r{line}" if self._notebook else f"{_SAVE}{self._dim(line)}")
 
     def _dim(self, line: str) -> str:
         """The line as the terminal and the user (NO_COLOR) want it."""
-        if self._colours is None:
-            from rich.console import Console
-
-            console = Console(file=self._status)
-            self._colours = console.color_system is not None and not console.no_color
-        return f"{_DIM}{line}{_PLAIN}" if self._colours else line
+        colours = self._console.color_system is not None and not self._console.no_color
+        return f"{_DIM}{line}{_PLAIN}" if colours else line
 
     def _leave(self) -> None:
         """Called when Ctrl-C ends the process as it is."""
@@ -125,10 +121,12 @@ class Terminal:
             self._status.write(codes)
             self._status.flush()
 
-    def _width(self) -> int:
+    @cached_property
+    def _console(self) -> Any:
+        """What rich knows of the terminal; it is imported where there is one."""
         from rich.console import Console
 
-        return Console(file=self._status).width
+        return Console(file=self._status)
 
 
 def fit(parts: list[str], width: int, column: int) -> str:
@@ -175,19 +173,6 @@ def in_notebook() -> bool:
     """
     names = ("JPY_PARENT_PID", "COLAB_RELEASE_TAG", "DATABRICKS_RUNTIME_VERSION")
     return "ipykernel" in sys.modules or any(name in os.environ for name in names)
-
-
-def _is_terminal(stream: IO[str]) -> bool:
-    if not stream.isatty():
-        return False
-    from rich.console import Console
-
-    return not Console(file=stream).is_dumb_terminal
-
-
-def now() -> float:
-    """Seconds on a clock that only goes forward."""
-    return time.monotonic()
 
 
 def stdio(*, json: bool, quiet: bool) -> Terminal:

@@ -34,6 +34,7 @@ ModelArgument = Annotated[
         metavar="MODEL", help="A local folder or file, or a Hugging Face id; with :FILE or :Q4_K_M one GGUF file of it."
     ),
 ]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, help="The longest answer.")]
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout.")]
 
 
