@@ -1,9 +1,10 @@
-"""What every test runs under: no network, and no CUDA test where there is no CUDA device."""
+"""What every test runs under: no network, and no CUDA test where there is no CUDA device. `steadily` is asked for."""
 
 from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -22,3 +23,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="module")
+def steadily() -> Iterator[None]:
+    """The tests of a module under `helpers.judge.steady`."""
+    from helpers.judge import steady
+
+    with steady():
+        yield

@@ -6,7 +6,6 @@ import io
 import json
 import sys
 import wave
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,12 @@ from transformers import (
     WhisperTokenizer,
 )
 
-from helpers.judge import CONTEXT, minimum_of, steady, streamed_model
+from helpers.judge import CONTEXT, minimum_of, streamed_model
 from helpers.tiny import BYTES, words, write_llama
 from lamina.cli.main import main
 from unit.cli.test_commands import Result, Run
+
+pytestmark = pytest.mark.usefixtures("steadily")
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -44,12 +45,6 @@ TEMPLATE = (
 )
 SEED = 0  # of weights with which one picture and two give other answers
 TRANSCRIPT = "<|endoftext|> <|startoftranscript|> <|en|> <|transcribe|> <|translate|> <|notimestamps|> <|startofprev|>"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steadily() -> Iterator[None]:
-    with steady():
-        yield
 
 
 def spread(model: PreTrainedModel, folder: Path) -> None:

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from helpers.judge import steady
 from helpers.tiny import write_llama
 from lamina.cli import report
 from lamina.speculative.draft_length import DraftLength
 from unit.cli.test_commands import Result, Run, one_line
 
+pytestmark = pytest.mark.usefixtures("steadily")
+
 PROMPT = "5,9,23,17,5,9,23,17,5,9"
 NEW = 40
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steadily() -> Iterator[None]:
-    with steady():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 import lamina.speculative.setup
 from helpers.always import Always
 from helpers.families import write_tiny
-from helpers.judge import CONTEXT, minimum_of, plain_model, steady
+from helpers.judge import CONTEXT, minimum_of, plain_model
 from helpers.tiny import words, write_llama
 from lamina import (
     AutoModel,
@@ -38,15 +38,11 @@ from lamina.speculative.decoder import MOST
 from lamina.store import split
 from lamina.store.work import Splitter
 
+pytestmark = pytest.mark.usefixtures("steadily")
+
 IDS = torch.tensor([[5, 99, 23, 77, 5, 99, 23, 77, 5, 99, 23]])
 NEW = 24
 VOCABULARY = 256
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steadily() -> Iterator[None]:
-    with steady():
-        yield
 
 
 def write(folder: Path, seed: int = 1, **fields: Any) -> Path:

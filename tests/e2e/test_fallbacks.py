@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 
 import lamina
 from helpers.families import write_tiny
-from helpers.judge import CONTEXT, minimum_of, steady, streamed_model
+from helpers.judge import CONTEXT, minimum_of, streamed_model
 from lamina import FallbackWarning
 from lamina.codec import native
 from lamina.fallbacks import Fallbacks, cause
@@ -20,13 +19,9 @@ from lamina.store import split
 from lamina.stream import direct_io
 from unit.cli.test_commands import Run
 
+pytestmark = pytest.mark.usefixtures("steadily")
+
 IDS = torch.tensor([[5, 9, 23, 17, 5, 9, 23]])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steadily() -> Iterator[None]:
-    with steady():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from helpers.families import tiny_model, write_tiny
-from helpers.judge import minimum_of, plain_model, steady, streamed_model
+from helpers.judge import minimum_of, plain_model, streamed_model
 from helpers.tiny import BYTES, letters, write_llama
 from lamina import (
     AutoModel,
@@ -40,17 +40,13 @@ from lamina import (
     UnsupportedError,
 )
 
+pytestmark = pytest.mark.usefixtures("steadily")
+
 VOCABULARY = 320
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 )
 IDS = torch.tensor([[5, 99, 23, 77, 5, 99, 23, 77, 5, 99]])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steadily() -> Iterator[None]:
-    with steady():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,16 @@ from transformers import PreTrainedModel
 import lamina.store
 from helpers.families import write_tiny
 from helpers.gguf_files import write_model
-from helpers.judge import minimum_of, plain_model, steady, streamed_model
+from helpers.judge import minimum_of, plain_model, streamed_model
 from helpers.quantize import fp8, write_quantized
 from lamina import UnsupportedError
 from lamina.hf.decoding.exact_rows import one_row
 from lamina.tensors.packed import PackedTensor
 
+pytestmark = pytest.mark.usefixtures("steadily")
+
 IDS = torch.arange(3, 40)[None]
 WHY = "gradient was asked for that needs weights which stream"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steadily() -> Iterator[None]:
-    with steady():
-        yield
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)

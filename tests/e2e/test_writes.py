@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,14 @@ from transformers import AutoConfig, PreTrainedModel
 
 import lamina.store
 from helpers.families import FAMILIES, input_ids, write_tiny
-from helpers.judge import CONTEXT, minimum_of, plain_model, steady, streamed_model
+from helpers.judge import CONTEXT, minimum_of, plain_model, streamed_model
 from helpers.tiny import write_llama
 from lamina import AutoModel, BudgetError, LaminaError, UnsupportedError
 
+pytestmark = pytest.mark.usefixtures("steadily")
+
 ROOM = 24_000  # bytes beside the minimum, in float32: for a few written weights of the 315 kB of a tiny llama
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steadily() -> Iterator[None]:
-    with steady():
-        yield
 
 
 @pytest.fixture(scope="module", params=DTYPES, ids=str)

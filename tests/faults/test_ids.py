@@ -13,18 +13,14 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from helpers.families import VOCAB, tiny_model, write_tiny
 from helpers.gguf_files import write_model
-from helpers.judge import CONTEXT, minimum_of, steady, streamed_model
+from helpers.judge import CONTEXT, minimum_of, streamed_model
 from lamina import AutoModel, LaminaError, RequestError, TokenError
+
+pytestmark = pytest.mark.usefixtures("steadily")
 
 ENCODINGS = ("F32", "cast", "tied", "lossless", "4bit", "gguf")
 ROOM = 100_000  # bytes, for a table that is written to
 EXTREMES = (-1, -100, -(2**63), 999_999, 2**31, 2**63 - 1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steadily() -> Iterator[None]:
-    with steady():
-        yield
 
 
 @pytest.fixture(scope="module", params=ENCODINGS)

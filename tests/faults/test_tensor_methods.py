@@ -14,16 +14,12 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from helpers.families import write_tiny
-from helpers.judge import CONTEXT, minimum_of, steady, streamed_model
+from helpers.judge import CONTEXT, minimum_of, streamed_model
 from lamina import AutoModel, LaminaError, StorageError
 
+pytestmark = pytest.mark.usefixtures("steadily")
+
 TESTS = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steadily() -> Iterator[None]:
-    with steady():
-        yield
 
 
 @pytest.fixture(scope="module")

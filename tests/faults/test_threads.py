@@ -13,19 +13,15 @@ import torch
 from transformers import PreTrainedModel
 
 from helpers.families import tiny_model, write_tiny
-from helpers.judge import CONTEXT, minimum_of, steady, streamed_model
+from helpers.judge import CONTEXT, minimum_of, streamed_model
 from helpers.walker import watchdog
 from lamina import AutoModel, BudgetError
 from lamina.speculative.model_draft import CopyDraft
 
+pytestmark = pytest.mark.usefixtures("steadily")
+
 IDS = torch.tensor([[5, 99, 23, 77, 5, 99, 23, 77, 5, 99]])
 NEW = 6
-
-
-@pytest.fixture(scope="module", autouse=True)
-def steadily() -> Iterator[None]:
-    with steady():
-        yield
 
 
 @pytest.fixture(autouse=True)

@@ -26,34 +26,22 @@ class Kind:
     """What can be attached.
 
     Attributes:
-        name: as chat templates call it, and the option.
-        words: for one and for several, in an error.
-        inputs: as models call them; a model that takes none of them takes none of this kind.
+        name: as chat templates call it, and the option; `{name}_token` of a processor stands for one in a text.
+        word: for one, in an error.
         argument: of a processor.
-        token: attribute of a processor: what stands for one in a text.
+        inputs: as models call them; a model that takes none of them takes none of this kind.
     """
 
     name: str
-    words: tuple[str, str]
-    inputs: frozenset[str]
+    word: str
     argument: str
-    token: str
+    inputs: frozenset[str]
 
 
 IMAGE = Kind(
-    "image",
-    ("picture", "pictures"),
-    frozenset({"pixel_values", "image_pixel_values", "flattened_patches", "image_patches"}),
-    "images",
-    "image_token",
+    "image", "picture", "images", frozenset("pixel_values image_pixel_values flattened_patches image_patches".split())
 )
-AUDIO = Kind(
-    "audio",
-    ("sound", "sounds"),
-    frozenset({"input_features", "input_values", "audio_input_features"}),
-    "audio",
-    "audio_token",
-)
+AUDIO = Kind("audio", "sound", "audio", frozenset("input_features input_values audio_input_features".split()))
 
 
 @dataclass(frozen=True)
@@ -97,18 +85,16 @@ def open_image(path: str) -> Attachment:
     pil = _package("PIL.Image", "Pillow", "vision")
     turned = importlib.import_module("PIL.ImageOps").exif_transpose
     try:
-        with warnings.catch_warnings(), open(path, "rb") as read:
-            warnings.simplefilter("error", pil.DecompressionBombWarning)
-            with pil.open(read) as picture:
-                return Attachment(IMAGE, path, turned(picture).convert("RGB"))
+        with warnings.catch_warnings(action="error", category=pil.DecompressionBombWarning), pil.open(path) as picture:
+            return Attachment(IMAGE, path, turned(picture).convert("RGB"))
     except (pil.DecompressionBombWarning, pil.DecompressionBombError) as error:
         most = f"{pil.MAX_IMAGE_PIXELS:,}".replace(",", " ")
         raise RequestError(f"{path} has more than {most} pixels: make it smaller first") from error
     except pil.UnidentifiedImageError as error:
         raise RequestError(f"{path} is no picture of a known format") from error
+    except MemoryError:
+        raise
     except Exception as error:  # of the many decoders, which raise whatever bytes lead them to
-        if isinstance(error, MemoryError):
-            raise
         raise RequestError(f"{path} cannot be read as a picture: {one_line(error)}") from error
 
 
@@ -164,14 +150,10 @@ def _file(path: str, kind: Kind) -> str:
         RequestError: there is none, or something else.
     """
     path = os.path.expanduser(path)
-    if not path:
-        raise RequestError(f"the path of a {kind.words[0]} is empty")
     if not os.path.exists(path):
-        raise RequestError(f"there is no {kind.words[0]} {path}")
+        raise RequestError(f"there is no {kind.word} {path}" if path else f"the path of a {kind.word} is empty")
     if not os.path.isfile(path):
-        raise RequestError(f"{path} is {'a folder' if os.path.isdir(path) else 'no file'}: name a {kind.words[0]}")
-    if not os.access(path, os.R_OK):
-        raise RequestError(f"{path} may not be read by this user")
+        raise RequestError(f"{path} is {'a folder' if os.path.isdir(path) else 'no file'}: name a {kind.word}")
     return path
 
 
@@ -182,21 +164,31 @@ def _package(module: str, package: str, extra: str) -> Any:
         raise RequestError(f"{package} is needed for this and not installed: pip install 'lamina[{extra}]'") from error
 
 
+def kinds_taken(model: Any) -> list[Kind]:
+    """What a model has inputs for beside text."""
+    # Its `input_modalities` do not tell: a class for text alone inherits those of its family.
+    return [kind for kind in (IMAGE, AUDIO) if kind.inputs & library.inputs_taken(model)]
+
+
 def check_taken(model: Any, attached: Sequence[Attachment]) -> None:
     """Refuse what the model has no inputs for.
 
     Raises:
         RequestError: it names the model's class.
     """
-    for kind in dict.fromkeys(each.kind for each in attached):
-        if not kind.inputs & library.inputs_taken(model):
-            raise RequestError(f"{type(model).__name__} takes no {kind.words[1]}")
+    taken = kinds_taken(model)
+    if refused := next((each.kind for each in attached if each.kind not in taken), None):
+        raise RequestError(f"{type(model).__name__} takes no {refused.word}s")
+
+
+def content_of(attached: Sequence[Attachment], text: str) -> str | list[Attachment | str]:
+    """The content of a message."""
+    return [*attached, *([text] if text else [])] if attached else text
 
 
 def attached_to(messages: Sequence[Message]) -> list[Attachment]:
     """All of a conversation, in their order."""
-    contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
-    return [part for content in contents for part in content if isinstance(part, Attachment)]
+    return [part for message in messages for part in message["content"] if isinstance(part, Attachment)]
 
 
 def in_parts(messages: Sequence[Message], processor: Any) -> list[Message]:
@@ -222,27 +214,19 @@ def encode_bare(model: Any, name: str, prompt: str, attached: Sequence[Attachmen
         RequestError: the model does not take them.
     """
     processor = processor_of(model, name, attached)
-    kinds = dict.fromkeys(each.kind for each in attached)
-    values = {kind: [_value(each, processor) for each in attached if each.kind is kind] for kind in kinds}
-    arguments: dict[str, Any] = {"return_tensors": "pt", **{kind.argument: values[kind] for kind in kinds}}
-    if AUDIO in kinds:
+    arguments: dict[str, Any] = {"return_tensors": "pt"}
+    text = prompt
+    for kind in dict.fromkeys(each.kind for each in attached):
+        values = arguments[kind.argument] = [_value(each, processor) for each in attached if each.kind is kind]
+        if isinstance(token := getattr(processor, f"{kind.name}_token", None), str):
+            text = token * max(len(values) - text.count(token), 0) + text
+    if AUDIO.argument in arguments:
         arguments["sampling_rate"] = _rate(processor)
-    with refusals(f"the processor of {name}"):
+    with refusals(name):
         if hasattr(processor, "get_prompt_ids"):  # of one that only listens the prompt is what was said before
             before = {"prompt_ids": processor.get_prompt_ids(prompt, return_tensors="pt")} if prompt else {}
             return on_device(model, {**processor(**arguments), **before})
-        if text := _with_tokens(prompt, processor, {kind: len(values[kind]) for kind in kinds}):
-            arguments["text"] = text
-        return on_device(model, processor(**arguments))
-
-
-def _with_tokens(prompt: str, processor: Any, wanted: Mapping[Kind, int]) -> str:
-    """A prompt after as many tokens of each kind as it lacks."""
-    for kind, count in wanted.items():
-        token = getattr(processor, kind.token, None)
-        if isinstance(token, str) and token:
-            prompt = token * max(count - prompt.count(token), 0) + prompt
-    return prompt
+        return on_device(model, processor(**arguments, **({"text": text} if text else {})))
 
 
 def processor_of(model: Any, name: str, attached: Sequence[Attachment]) -> Any:
@@ -254,7 +238,7 @@ def processor_of(model: Any, name: str, attached: Sequence[Attachment]) -> Any:
     check_taken(model, attached)
     processor = model.processor
     if hasattr(processor, "convert_tokens_to_ids") and not hasattr(processor, "tokenizer"):
-        kinds = " and ".join(dict.fromkeys(each.kind.words[1] for each in attached))
+        kinds = " and ".join(dict.fromkeys(f"{each.kind.word}s" for each in attached))
         raise RequestError(f"{name} has a tokenizer and no processor of {kinds} (preprocessor_config.json)")
     return processor
 
@@ -275,16 +259,22 @@ def _rate(processor: Any) -> int:
 
 
 @contextmanager
-def refusals(who: str) -> Iterator[None]:
-    """What a processor or a template raises over its input, as a refusal in one line."""
+def refusals(name: str) -> Iterator[None]:
+    """What the processor or the template of a model raises over its input, as a refusal in one line."""
     try:
         yield
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, ImportError) as error:
-        raise RequestError(f"{who} refuses this: {one_line(error)}") from error
+        raise RequestError(f"the processor of {name} refuses this: {one_line(error)}") from error
+    except Exception as error:
+        # Templates say no with their own raise_exception; jinja2's tree is no dependency of ours.
+        if type(error).__module__.partition(".")[0] != "jinja2":
+            raise
+        raise RequestError(f"the chat template of {name} refuses this conversation: {error}") from error
 
 
 def on_device(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs beside the model, numbers that are no ids in the model's own type."""
+    # A BatchFeature has this as its `to`; some processors give a BatchEncoding, whose `to` takes no type.
     dtype = getattr(model, "dtype", None)
 
     def moved(value: Any) -> Any:
@@ -298,44 +288,19 @@ def on_device(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 ATTACH: dict[str, Callable[[str], Attachment]] = {"/image": open_image, "/audio": open_audio}
+"""The commands of a chat that attach a file to the next message."""
 
 
-class Pending:
-    """What is attached to the next message of a chat.
+def open_typed(command: str, path: str, model: Any) -> Attachment:
+    """What a command of a chat attaches, its path with or without the quotes that a terminal puts around a drop.
 
-    Args:
-        model: refuses what it has no inputs for.
+    Raises:
+        RequestError: it cannot be read, or the model has no inputs for it.
     """
-
-    def __init__(self, model: Any) -> None:
-        self._attached: list[Attachment] = []
-        self._model = model
-
-    def attach(self, command: str, path: str) -> str:
-        """Attach a file; what to tell about it.
-
-        Raises:
-            RequestError: it cannot be.
-        """
-        if not path:
-            raise RequestError(f"{command} needs a path: {command} PATH")
-        check_number(len(self._attached) + 1)
-        attached = ATTACH[command](_unquoted(path))
-        check_taken(self._model, [attached])
-        self._attached.append(attached)
-        return f"{os.path.basename(attached.path)} goes with the next message"
-
-    def forget(self) -> None:
-        """Attach nothing."""
-        self._attached = []
-
-    def with_text(self, text: str) -> str | list[Attachment | str]:
-        """The content of a message; nothing is attached to the one after it."""
-        attached, self._attached = self._attached, []
-        return [*attached, text] if attached else text
-
-
-def _unquoted(path: str) -> str:
-    """A path without the quotes that a terminal puts around what is dropped on it."""
-    quoted = len(path) > 1 and path[0] == path[-1] and path[0] in "'\""
-    return path[1:-1] if quoted and not os.path.exists(path) else path
+    if not path:
+        raise RequestError(f"{command} needs a path: {command} PATH")
+    if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"" and not os.path.exists(path):
+        path = path[1:-1]
+    attached = ATTACH[command](path)
+    check_taken(model, [attached])
+    return attached

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
@@ -11,11 +12,11 @@ import typer
 
 from lamina.caller import option
 from lamina.cli import interrupt, library, output, report
-from lamina.cli.attachments import ATTACH, Attachment, Message, Pending
+from lamina.cli.attachments import ATTACH, Attachment, Message, check_number, content_of, open_typed
 from lamina.cli.generation import Notes, encode_chat, generate, text_of
 from lamina.cli.lines import BLOCK, Messages, leaves
-from lamina.cli.live import StatusLine, Terminal, now, stdio, telling
-from lamina.cli.options import MOST_TOKENS, ModelArgument, ModelOptions, Sampling, Verbosity, check_tokens
+from lamina.cli.live import StatusLine, Terminal, stdio
+from lamina.cli.options import MOST_TOKENS, MaxNewTokens, ModelArgument, ModelOptions, Sampling, Verbosity, check_tokens
 from lamina.cli.report import one_line
 from lamina.errors import BudgetError, RequestError
 
@@ -32,9 +33,7 @@ SHARE_FOR_ANSWER = 4  # of the context a quarter is kept for the answer, or less
 def chat(
     model: ModelArgument,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system prompt.")] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, help="The longest answer.")
-    ] = 512,
+    max_new_tokens: MaxNewTokens = 512,
     *,
     sampling: Sampling,
     options: ModelOptions,
@@ -59,7 +58,7 @@ def chat(
     terminal = stdio(json=False, quiet=verbosity.quiet)
     progress = StatusLine(max_new_tokens)
     with ExitStack() as stack:
-        with terminal.showing(progress.describe), telling(terminal, quiet=verbosity.quiet):
+        with terminal.showing(progress.describe):
             loaded = stack.enter_context(library.opened(model, options, progress.report))
         progress.watch(loaded)
         talk = Conversation(loaded, model, system, sampling, max_new_tokens, options.context, terminal.note)
@@ -86,7 +85,7 @@ def _obeyed(message: str, talk: Conversation) -> str | None:
         output.tell(_HELP)
     elif word in ATTACH:
         try:
-            return talk.pending.attach(word, rest.strip())
+            return talk.attach(word, rest.strip())
         except RequestError as error:
             output.tell(f"lamina: {one_line(error)}")
     elif message.startswith("/") and message[1:].isalpha():
@@ -116,7 +115,7 @@ class Conversation:
     ) -> None:
         self.model = model
         self.messages: list[Message] = []
-        self.pending = Pending(model)
+        self._attached: list[Attachment] = []  # to the next message
         self._name = name
         self._begun = [] if system is None else [{"role": "system", "content": system}]
         self._sampling = sampling
@@ -129,8 +128,19 @@ class Conversation:
 
     def reset(self) -> None:
         """Forget everything but the system prompt."""
-        self.pending.forget()
+        self._attached = []
         self.messages = list(self._begun)
+
+    def attach(self, command: str, path: str) -> str:
+        """Attach a file to the next message; what to tell about it.
+
+        Raises:
+            RequestError: it cannot be.
+        """
+        check_number(len(self._attached) + 1)
+        attached = open_typed(command, path, self.model)
+        self._attached.append(attached)
+        return f"{os.path.basename(attached.path)} goes with the next message"
 
     def check(self) -> None:
         """Raise now what the first question would raise: no tokenizer or chat template, a system prompt too long."""
@@ -153,7 +163,8 @@ class Conversation:
         Raises:
             RequestError: the question cannot be answered, such as one longer than the context; it is forgotten.
         """
-        before, noted, asked = self.messages, False, _said("user", self.pending.with_text(question))
+        before, noted, asked = self.messages, False, _said("user", content_of(self._attached, question))
+        self._attached = []
         pieces: list[str] = []
         tokens = 0
 
@@ -256,15 +267,10 @@ def _answer(
     talk: Conversation, question: str, terminal: Terminal, progress: StatusLine, notes: Notes, *, quiet: bool
 ) -> None:
     progress.begin()
-    before, clock = library.as_dict(talk.model.lamina.stats), Clock()
-
-    def count(tokens: int) -> None:
-        clock.count(tokens)
-        progress.count(tokens)
-
+    before = library.as_dict(talk.model.lamina.stats)
     try:
         with terminal.showing(progress.describe), _interrupt_once(progress) as stopped:
-            tokens = talk.ask(question, terminal.write, count, stopped)
+            tokens = talk.ask(question, terminal.write, progress.count, stopped)
     except RequestError as error:
         output.tell(f"lamina: {one_line(error)}")
         return
@@ -272,39 +278,7 @@ def _answer(
     stats = library.as_dict(talk.model.lamina.stats)
     notes.answered(stats)
     if not quiet:
-        output.tell(report.summary(report.of_one_answer(before, stats, clock), tokens))
-
-
-class Clock:
-    """When an answer's tokens came."""
-
-    def __init__(self) -> None:
-        self._began = self._last = now()
-        self._first: float | None = None
-        self._after = 0  # tokens after those that came first
-
-    def count(self, tokens: int) -> None:
-        """So many came now."""
-        self._last = now()
-        if self._first is None:
-            self._first = self._last
-        else:
-            self._after += tokens
-
-    @property
-    def seconds(self) -> float:
-        """From the question to the last token."""
-        return self._last - self._began
-
-    @property
-    def seconds_to_first_token(self) -> float | None:
-        """None where none came."""
-        return None if self._first is None else self._first - self._began
-
-    @property
-    def seconds_per_token(self) -> float | None:
-        """Of those after the first."""
-        return None if self._first is None or not self._after else (self._last - self._first) / self._after
+        output.tell(report.summary(report.of_one_answer(before, stats, progress), tokens))
 
 
 @contextmanager

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
 
 from lamina.cli import attachments, library, output, report
-from lamina.cli.attachments import Attachment
-from lamina.cli.generation import Notes, encode, encode_attached, encode_chat, generate, read_prompt
-from lamina.cli.live import StatusLine, Terminal, stdio, telling
+from lamina.cli.generation import Notes, encode, generate, read_prompt
+from lamina.cli.live import StatusLine, stdio
 from lamina.cli.options import (
     Json,
+    MaxNewTokens,
     ModelArgument,
     ModelOptions,
     Sampling,
@@ -45,9 +44,7 @@ def run(
     prompt: Annotated[
         str | None, typer.Argument(metavar="PROMPT", help="The text to continue; standard input where omitted or -.")
     ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, help="The longest answer.")
-    ] = 64,
+    max_new_tokens: MaxNewTokens = 64,
     prompt_ids: PromptIds = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt as a question, with the chat template.")] = False,
     image: Images = None,
@@ -71,51 +68,29 @@ def run(
       lamina run ./whisper --audio talk.wav
     """
     check_tokens("max_new_tokens", max_new_tokens)
-    request = read_prompt(model, prompt, prompt_ids, bool(image or audio))
-    _check_text(request, {"chat": chat, "image": image, "audio": audio})
+    request = read_prompt(model, prompt, prompt_ids, chat=chat, image=image, audio=audio)
     attached = attachments.opened(image or (), audio or ())  # before the model, whose memory is what they leave
     terminal = stdio(json=json, quiet=verbosity.quiet)
     progress = StatusLine(max_new_tokens)
     notes = Notes(None if verbosity.quiet else terminal.note)
-    with _stdout_for_the_result(json), _shown(terminal, progress, quiet=verbosity.quiet):
-        with library.opened(model, options, progress.report) as loaded:
-            progress.watch(loaded)
-            inputs = _inputs(loaded, model, request, attached, chat=chat)
-            notes.loaded(loaded)
-            write, tokenizer = _nowhere if json else terminal.write, _tokenizer(loaded, needed=prompt_ids is None)
-            tokens, text = generate(
-                loaded, inputs, sampling, max_new_tokens, write, tokenizer=tokenizer, count=progress.count
-            )
-            stats = library.as_dict(loaded.lamina.stats)
-        if not json:
-            terminal.write("\n")
+    aside = contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext()  # what a library prints
+    with aside, terminal.showing(progress.describe), library.opened(model, options, progress.report) as loaded:
+        progress.watch(loaded)
+        inputs = encode(loaded, model, request, attached, chat=chat)
+        notes.loaded(loaded)
+        write = (lambda piece: None) if json else terminal.write
+        tokenizer = _tokenizer(loaded, needed=prompt_ids is None)
+        tokens, text = generate(
+            loaded, inputs, sampling, max_new_tokens, write, tokenizer=tokenizer, count=progress.count
+        )
+        stats = library.as_dict(loaded.lamina.stats)
     if json:
         output.put(report.as_json({"text": text, "tokens": tokens, "stats": stats}))
+    else:
+        terminal.write("\n")
     notes.answered(stats)
     if not verbosity.quiet:
         output.tell(report.summary(stats, len(tokens)))
-
-
-def _check_text(request: str | list[int], given: dict[str, Any]) -> None:
-    """Refuse token ids where an option needs text."""
-    if isinstance(request, list) and (wrong := next((name for name, value in given.items() if value), None)):
-        raise RequestError(f"--{wrong} needs the prompt as text, not as --prompt-ids")
-
-
-def _inputs(
-    loaded: Any, model: str, request: str | list[int], attached: list[Attachment], *, chat: bool
-) -> dict[str, Any]:
-    """What the model is given for a prompt: as it is, or as a question."""
-    if attached:
-        return encode_attached(loaded, model, str(request), attached, chat=chat)
-    return encode_chat(loaded, model, [{"role": "user", "content": str(request)}]) if chat else encode(loaded, request)
-
-
-@contextlib.contextmanager
-def _shown(terminal: Terminal, progress: StatusLine, *, quiet: bool) -> Iterator[None]:
-    """Show how far the work is, and what is logged meanwhile."""
-    with terminal.showing(progress.describe), telling(terminal, quiet=quiet):
-        yield
 
 
 def plan(
@@ -135,7 +110,7 @@ def plan(
       lamina plan org/model --memory 8GB --context 8192 --json
     """
     progress = StatusLine(1)
-    with _stdout_for_the_result(True), stdio(json=True, quiet=verbosity.quiet).showing(progress.describe):
+    with contextlib.redirect_stdout(sys.stderr), stdio(json=True, quiet=verbosity.quiet).showing(progress.describe):
         planned = library.plan(model, options, progress.report)
     output.put(report.as_json(planned) if json else report.plan_table(planned))
     if json and not verbosity.quiet:
@@ -175,7 +150,7 @@ def bench(
     check_prompt_ids(ids or [], vocabulary_of(model))
     asked = _profile(profile, trace)
     progress, terminal = StatusLine(new_tokens), stdio(json=True, quiet=verbosity.quiet)
-    with _stdout_for_the_result(True), _shown(terminal, progress, quiet=verbosity.quiet):
+    with contextlib.redirect_stdout(sys.stderr), terminal.showing(progress.describe):
         result = library.bench(
             model, options, progress.report, prompt_tokens=prompt_tokens, new_tokens=new_tokens, prompt_ids=ids, **asked
         )
@@ -196,13 +171,6 @@ def _profile(wanted: bool, trace: str | None) -> dict[str, Any]:
     return {"profile": True} if trace is None else {"profile": True, "trace": trace}
 
 
-@contextlib.contextmanager
-def _stdout_for_the_result(alone: bool) -> Iterator[None]:
-    """What a library prints meanwhile goes to stderr, so that stdout holds the result and nothing else."""
-    with contextlib.redirect_stdout(sys.stderr) if alone else contextlib.nullcontext():
-        yield
-
-
 def _tokenizer(model: Any, *, needed: bool) -> Any | None:
     """The model's tokenizer; None where it has none and the prompt did not need one."""
     try:
@@ -212,7 +180,3 @@ def _tokenizer(model: Any, *, needed: bool) -> Any | None:
         if needed:
             raise
         return None
-
-
-def _nowhere(piece: str) -> None:
-    del piece

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 from lamina.cli import attachments, library, report
@@ -14,11 +13,12 @@ from lamina.cli.text import TextStream, TokenStream
 from lamina.errors import RequestError
 
 
-def read_prompt(model: str, prompt: str | None, prompt_ids: str | None, attached: bool = False) -> str | list[int]:
+def read_prompt(model: str, prompt: str | None, prompt_ids: str | None, **with_text: Any) -> str | list[int]:
     """The prompt as text or token ids: from the arguments, or from standard input where none or `-` is given.
 
     Args:
-        attached: something goes with it, and it may be empty.
+        with_text: what was given for the options that need it as text, by their names; with a picture or a sound it
+            may be empty.
 
     Raises:
         RequestError: there is no prompt, more than one, or one that cannot be read.
@@ -26,19 +26,31 @@ def read_prompt(model: str, prompt: str | None, prompt_ids: str | None, attached
     if prompt_ids is not None:
         if prompt is not None:
             raise RequestError("a prompt and --prompt-ids were given: give one of them")
-        ids = parse_prompt_ids(prompt_ids)
-        check_prompt_ids(ids, vocabulary_of(model))
-        return ids
+        return _ids(model, prompt_ids, with_text)
+    attached = with_text.get("image") or with_text.get("audio")
     if prompt is None or prompt == "-":
-        if sys.stdin is None or sys.stdin.isatty():
-            if attached:
-                return ""
-            raise RequestError("no prompt: write one after the model, pipe one in, or give --prompt-ids")
-        prompt = text_of(getattr(sys.stdin, "buffer", sys.stdin).read(), "the prompt on standard input")
-        prompt = prompt.removesuffix("\n").removesuffix("\r")
+        prompt = _piped()
+    if prompt is None and not attached:
+        raise RequestError("no prompt: write one after the model, pipe one in, or give --prompt-ids")
     if not prompt and not attached:
         raise RequestError("the prompt is empty")
-    return text_of(prompt, "the prompt")
+    return text_of(prompt or "", "the prompt")
+
+
+def _ids(model: str, prompt_ids: str, with_text: Mapping[str, Any]) -> list[int]:
+    ids = parse_prompt_ids(prompt_ids)
+    check_prompt_ids(ids, vocabulary_of(model))
+    if wrong := next((name for name, given in with_text.items() if given), None):
+        raise RequestError(f"--{wrong} needs the prompt as text, not as --prompt-ids")
+    return ids
+
+
+def _piped() -> str | None:
+    """What stands on standard input, without a newline at its end; None where that is nothing but keys."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return None
+    read = text_of(getattr(sys.stdin, "buffer", sys.stdin).read(), "the prompt on standard input")
+    return read.removesuffix("\n").removesuffix("\r")
 
 
 def text_of(read: str | bytes, what: str) -> str:
@@ -56,27 +68,24 @@ def text_of(read: str | bytes, what: str) -> str:
         ) from error
 
 
-def encode(model: Any, prompt: str | list[int]) -> dict[str, Any]:
-    """The inputs of `generate` for a prompt taken as it is."""
+def encode(model: Any, name: str, prompt: str | list[int], attached: list[Attachment], *, chat: bool) -> dict[str, Any]:
+    """The inputs of `generate` for a prompt: as it is, or as a question.
+
+    Args:
+        attached: goes with the prompt, which is a question then wherever there is a chat template.
+        chat: it has to be a question.
+
+    Raises:
+        RequestError: the model does not take what is attached, or there is no chat template.
+    """
     if isinstance(prompt, list):
         check_prompt_ids(prompt, library.vocabulary(model))
         return library.token_inputs(model, prompt)
+    if chat or (attached and _has_template(attachments.processor_of(model, name, attached))):
+        return encode_chat(model, name, [{"role": "user", "content": attachments.content_of(attached, prompt)}])
+    if attached:
+        return attachments.encode_bare(model, name, prompt, attached)
     return dict(model.tokenizer(prompt, return_tensors="pt").to(model.device))
-
-
-def encode_attached(model: Any, name: str, prompt: str, attached: list[Attachment], *, chat: bool) -> dict[str, Any]:
-    """The inputs of `generate` for a prompt with pictures or sounds: with the chat template, if there is one.
-
-    Args:
-        chat: it has to be with the chat template.
-
-    Raises:
-        RequestError: the model does not take them, or there is no chat template.
-    """
-    if chat or has_template(attachments.processor_of(model, name, attached)):
-        content = [*attached, prompt] if prompt else attached
-        return encode_chat(model, name, [{"role": "user", "content": content}])
-    return attachments.encode_bare(model, name, prompt, attached)
 
 
 def encode_chat(model: Any, name: str, messages: list[Message]) -> dict[str, Any]:
@@ -86,41 +95,25 @@ def encode_chat(model: Any, name: str, messages: list[Message]) -> dict[str, Any
         RequestError: the model has no chat template, or it refuses the conversation; or it takes no such attachment.
     """
     attached = attachments.attached_to(messages)
-    writer = attachments.processor_of(model, name, attached) if attached else _writer(model)
-    if not has_template(writer):
+    more_than_text = bool(attachments.kinds_taken(model))
+    if attached:
+        writer = attachments.processor_of(model, name, attached)
+    else:  # text alone: the tokenizer writes it, or the processor where only that has a template
+        writer = model.processor if more_than_text and not _has_template(model.tokenizer) else model.tokenizer
+    if not _has_template(writer):
         raise RequestError(f"{name} has no chat template: it completes text, use 'lamina run' without --chat")
-    if attached or _reads_parts(model, writer):
+    if attached or (more_than_text and "type" in str(writer.chat_template)):  # some take no bare text then
         messages = attachments.in_parts(messages, writer)
-    with attachments.refusals(f"the processor of {name}") if attached else nullcontext():
-        try:
-            inputs = writer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-            )
-        except Exception as error:
-            # Templates say no with their own raise_exception; jinja2's tree is no dependency of ours.
-            if type(error).__module__.partition(".")[0] != "jinja2":
-                raise
-            raise RequestError(f"the chat template of {name} refuses this conversation: {error}") from error
-        return attachments.on_device(model, inputs) if attached else dict(inputs.to(model.device))
+    with attachments.refusals(name):
+        inputs = writer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        return attachments.on_device(model, inputs)
 
 
-def has_template(writer: Any) -> bool:
+def _has_template(writer: Any) -> bool:
     """Whether a tokenizer or processor has a chat template."""
     return bool(getattr(writer, "chat_template", None))
-
-
-def _sees_or_hears(model: Any) -> bool:
-    return bool((attachments.IMAGE.inputs | attachments.AUDIO.inputs) & library.inputs_taken(model))
-
-
-def _writer(model: Any) -> Any:
-    """What writes a conversation of text alone: the tokenizer, or the processor where only that has a template."""
-    return model.processor if _sees_or_hears(model) and not has_template(model.tokenizer) else model.tokenizer
-
-
-def _reads_parts(model: Any, writer: Any) -> bool:
-    """Whether the template of a model that sees or hears tells texts from pictures: some take no bare text."""
-    return _sees_or_hears(model) and "type" in str(writer.chat_template)
 
 
 class Notes:

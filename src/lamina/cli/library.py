@@ -20,7 +20,7 @@ from lamina.errors import CheckpointError, RequestError
 from lamina.progress import Progress
 
 
-def library(options: ModelOptions) -> Any:
+def library(options: SourceOptions) -> Any:
     """`lamina.api`, with the process set up as `options` say."""
     return _imported("lamina.api", options)
 
@@ -30,7 +30,7 @@ def store_library(options: SourceOptions) -> Any:
     return _imported("lamina.store", options)
 
 
-def _imported(name: str, options: ModelOptions | SourceOptions) -> Any:
+def _imported(name: str, options: SourceOptions) -> Any:
     # Read by their libraries once, at import. The user's own setting wins.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -118,18 +118,20 @@ def reads_first(model: Any) -> bool:
 
 
 def vocabulary(model: Any) -> int | None:
-    """How many tokens a loaded model has."""
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
-    found = getattr(text, "vocab_size", None)
-    return found if isinstance(found, int) else None
+    """How many tokens a loaded model has; None where it does not say."""
+    return _stated(model, "vocab_size")
 
 
 def most_tokens(model: Any) -> int | None:
     """The longest text that a loaded model was made for; None where it does not say."""
+    return _stated(model, "max_position_embeddings")
+
+
+def _stated(model: Any, name: str) -> int | None:
+    """A number above zero of the config of a model's text."""
     config = getattr(model, "config", None)
     text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
-    found = getattr(text, "max_position_embeddings", None)
+    found = getattr(text, name, None)
     return found if isinstance(found, int) and found > 0 else None
 
 

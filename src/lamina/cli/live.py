@@ -11,9 +11,10 @@ import logging
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from functools import cached_property
+from time import monotonic as now
 from typing import IO, Any
 
 from lamina.cli import interrupt, output
@@ -34,11 +35,11 @@ class Terminal:
         self._text = text
         self._status = status
         self._shared = text.isatty()  # the text's cursor is then the one that the status is drawn at
-        self._shown = shown and _is_terminal(status)
+        self._quiet = not shown
+        self._shown = shown and status.isatty() and not self._console.is_dumb_terminal
         self._notebook = in_notebook()
         self._lock = threading.RLock()  # Ctrl-C may come while it is held, and clears as well
         self._drawn = 0  # letters of the status line that stands there
-        self._colours: bool | None = None
         self._column = 0
 
     def write(self, piece: str) -> None:
@@ -62,10 +63,15 @@ class Terminal:
 
     @contextmanager
     def showing(self, describe: Callable[[], list[str]]) -> Iterator[None]:
-        """Keep the status line up to date with `describe()`, most important part first, while the block runs."""
-        if not self._shown:
+        """Keep the status line up to date with `describe()`, most important part first, while the block runs.
+
+        What the library has to tell meanwhile (such as what it is about to write) is shown as lines.
+        """
+        with nullcontext() if self._quiet else _told(self), self._drawing(describe) if self._shown else nullcontext():
             yield
-            return
+
+    @contextmanager
+    def _drawing(self, describe: Callable[[], list[str]]) -> Iterator[None]:
         ended = threading.Event()
 
         def tick() -> None:
@@ -90,19 +96,15 @@ class Terminal:
         self._clear()
         if self._notebook and self._column:  # it cannot go back to anywhere but the beginning of the line
             return
-        line = fit(parts, self._width(), self._column)
+        line = fit(parts, self._console.width, self._column)
         if line:
             self._drawn = len(line)
             self._send(f"\r{line}" if self._notebook else f"{_SAVE}{self._dim(line)}")
 
     def _dim(self, line: str) -> str:
         """The line as the terminal and the user (NO_COLOR) want it."""
-        if self._colours is None:
-            from rich.console import Console
-
-            console = Console(file=self._status)
-            self._colours = console.color_system is not None and not console.no_color
-        return f"{_DIM}{line}{_PLAIN}" if self._colours else line
+        colours = self._console.color_system is not None and not self._console.no_color
+        return f"{_DIM}{line}{_PLAIN}" if colours else line
 
     def _leave(self) -> None:
         """Called when Ctrl-C ends the process as it is."""
@@ -119,10 +121,12 @@ class Terminal:
             self._status.write(codes)
             self._status.flush()
 
-    def _width(self) -> int:
+    @cached_property
+    def _console(self) -> Any:
+        """What rich knows of the terminal; it is imported where there is one."""
         from rich.console import Console
 
-        return Console(file=self._status).width
+        return Console(file=self._status)
 
 
 def fit(parts: list[str], width: int, column: int) -> str:
@@ -150,13 +154,11 @@ class _Telling(logging.Handler):
 
 
 @contextmanager
-def telling(terminal: Terminal, *, quiet: bool) -> Iterator[None]:
-    """While the block runs, what the library has to tell (such as what it is about to write) is shown as lines."""
+def _told(terminal: Terminal) -> Iterator[None]:
     log, handler = logging.getLogger("lamina"), _Telling(terminal)
     level = log.level
-    if not quiet:
-        log.addHandler(handler)
-        log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
     try:
         yield
     finally:
@@ -171,19 +173,6 @@ def in_notebook() -> bool:
     """
     names = ("JPY_PARENT_PID", "COLAB_RELEASE_TAG", "DATABRICKS_RUNTIME_VERSION")
     return "ipykernel" in sys.modules or any(name in os.environ for name in names)
-
-
-def _is_terminal(stream: IO[str]) -> bool:
-    if not stream.isatty():
-        return False
-    from rich.console import Console
-
-    return not Console(file=stream).is_dumb_terminal
-
-
-def now() -> float:
-    """Seconds on a clock that only goes forward."""
-    return time.monotonic()
 
 
 def stdio(*, json: bool, quiet: bool) -> Terminal:
@@ -202,18 +191,23 @@ _STAGES = {
 
 
 class StatusLine:
-    """Gathers the numbers: `report` is called while loading, `watch` gives the model whose passes then count."""
+    """Gathers the numbers: `report` is called while loading, `watch` gives the model whose passes then count.
+
+    Attributes:
+        seconds: from the beginning of an answer to its last token.
+        seconds_to_first_token: None where none came.
+        note: said instead of the numbers while it is set.
+    """
 
     def __init__(self, max_new_tokens: int) -> None:
         self._max_new_tokens = max_new_tokens
         self._stage: tuple[str, int, int] = ("starting", 0, 0)
-        self._stage_began = now()
+        self._stage_began = self._pass_began = now()
         self._stage_from = 0  # bytes that were there when it began
         self._model: Any = None
-        self._tokens = 0
         self._pass = -1
-        self._pass_began = now()
-        self.note: str | None = None  # said instead of the numbers while it is set
+        self.note: str | None = None
+        self.begin()
 
     def report(self, stage: str, done: int, total: int) -> None:
         """The `progress` argument of `from_pretrained`: bytes done of `total` in `stage`."""
@@ -227,11 +221,23 @@ class StatusLine:
 
     def begin(self) -> None:
         """A new answer begins."""
-        self._tokens = 0
+        self._tokens = self._tokens_first = 0  # in all, and those that came first
+        self._began = now()
+        self.seconds = 0.0
+        self.seconds_to_first_token: float | None = None
 
     def count(self, tokens: int) -> None:
         """So many new tokens have come."""
+        self.seconds = now() - self._began
+        if self.seconds_to_first_token is None:
+            self.seconds_to_first_token, self._tokens_first = self.seconds, tokens
         self._tokens += tokens
+
+    @property
+    def seconds_per_token(self) -> float | None:
+        """Of the tokens after those that came first; None where there are none."""
+        first, after = self.seconds_to_first_token, self._tokens - self._tokens_first
+        return None if first is None or not after else (self.seconds - first) / after
 
     def describe(self) -> list[str]:
         """The parts of the status line, most important first."""

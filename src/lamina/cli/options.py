@@ -34,22 +34,47 @@ ModelArgument = Annotated[
         metavar="MODEL", help="A local folder or file, or a Hugging Face id; with :FILE or :Q4_K_M one GGUF file of it."
     ),
 ]
-Revision = Annotated[str | None, typer.Option(metavar="REF", help="Branch, tag or commit on the hub.")]
-GgufChoice = Annotated[
-    str | None, typer.Option(metavar="FILE", help="Which GGUF file of the folder or repository; as MODEL:FILE.")
-]
-CacheDir = Annotated[str | None, typer.Option(metavar="DIR", help="Where hub downloads are kept.")]
-HubToken = Annotated[str | None, typer.Option(metavar="TOKEN", help="Hub token. Default: HF_TOKEN or the saved login.")]
-Offline = Annotated[bool, typer.Option("--offline", help="Use only what is already on this machine.")]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model.")
-]
-Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads for the arithmetic.")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", metavar="N", min=1, help="The longest answer.")]
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout.")]
 
 
 @dataclass(frozen=True)
-class ModelOptions:
+class SourceOptions:
+    """Where the checkpoint comes from: what `lamina.store.split` is given besides its own arguments."""
+
+    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads for the arithmetic.")] = None
+    revision: Annotated[str | None, typer.Option(metavar="REF", help="Branch, tag or commit on the hub.")] = None
+    gguf_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Which GGUF file of the folder or repository; as MODEL:FILE.")
+    ] = None
+    cache_dir: Annotated[str | None, typer.Option(metavar="DIR", help="Where hub downloads are kept.")] = None
+    token: Annotated[
+        str | None, typer.Option(metavar="TOKEN", help="Hub token. Default: HF_TOKEN or the saved login.")
+    ] = None
+    offline: Annotated[bool, typer.Option("--offline", help="Use only what is already on this machine.")] = False
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with the model.")
+    ] = False
+
+    def __post_init__(self) -> None:
+        check_threads(self.threads)
+        check_folder("cache_dir", self.cache_dir)
+
+    def as_kwargs(self) -> dict[str, Any]:
+        """What was asked for, under the library's names; the rest is left to its defaults.
+
+        The options of the process and of the command itself are left out.
+        """
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            KEYWORDS.get(name, name): value
+            for name, value in given.items()
+            if name not in ("threads", "verify") and value is not None and value is not False
+        }
+
+
+@dataclass(frozen=True)
+class ModelOptions(SourceOptions):
     """How to open the model: what `AutoModel.from_pretrained` is given."""
 
     memory: Annotated[
@@ -84,18 +109,12 @@ class ModelOptions:
     attn_implementation: Annotated[
         str | None, typer.Option(metavar="NAME", help="transformers' attention: sdpa, eager, ...")
     ] = None
-    threads: Threads = None
-    revision: Revision = None
-    gguf_file: GgufChoice = None
-    cache_dir: CacheDir = None
-    token: HubToken = None
-    offline: Offline = False
-    trust_remote_code: TrustRemoteCode = False
     verify: Annotated[bool, typer.Option("--verify", help="Compare a split model's checksums before it is used.")] = (
         False
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("memory", "device_memory"):
             if (value := getattr(self, name)) is not None:
                 parse_memory(value, what=option(name))
@@ -103,49 +122,16 @@ class ModelOptions:
             check_compression(self.compression)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise RequestError(f"{option('dtype')} {self.dtype!r} is not one of {', '.join(DTYPES)}")
-        check_threads(self.threads)
-        check_folder("cache_dir", self.cache_dir)
         if self.context is not None:
             check_tokens("context", self.context)
 
     def as_kwargs(self) -> dict[str, Any]:
-        """What was asked for, under the names of `from_pretrained`; what was not is left to its defaults."""
-        kwargs = _asked(self)
+        """As of `SourceOptions`, with sizes as bytes."""
+        kwargs = super().as_kwargs()
         for name in ("memory", "device_memory"):
             if name in kwargs:
                 kwargs[name] = parse_memory(kwargs[name])
         return kwargs
-
-
-@dataclass(frozen=True)
-class SourceOptions:
-    """Where the checkpoint comes from: what `lamina.store.split` is given besides its own arguments."""
-
-    revision: Revision = None
-    gguf_file: GgufChoice = None
-    cache_dir: CacheDir = None
-    token: HubToken = None
-    offline: Offline = False
-    trust_remote_code: TrustRemoteCode = False
-    threads: Threads = None
-
-    def __post_init__(self) -> None:
-        check_threads(self.threads)
-        check_folder("cache_dir", self.cache_dir)
-
-    def as_kwargs(self) -> dict[str, Any]:
-        """What was asked for, under the names of `split`."""
-        return _asked(self)
-
-
-def _asked(options: ModelOptions | SourceOptions) -> dict[str, Any]:
-    """The options that were given, by the library's names; those of the process and the command itself are left out."""
-    given = {field.name: getattr(options, field.name) for field in fields(options)}
-    return {
-        KEYWORDS.get(name, name): value
-        for name, value in given.items()
-        if name not in ("threads", "verify") and value is not None and value is not False
-    }
 
 
 @dataclass(frozen=True)
@@ -281,12 +267,18 @@ def expand(command: Callable[..., None]) -> Callable[..., None]:
         if parameter.name in groups:
             group = groups[parameter.name]
             hints = get_type_hints(group, include_extras=True)
-            shown += [_parameter(field, hints[field.name]) for field in fields(group)]
+            shown += [_parameter(field, hints[field.name]) for field in _own_first(group)]
         else:
             shown.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
     call.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
     return call
+
+
+def _own_first(group: Any) -> list[Field[Any]]:
+    """The options of a group, those that it has of another at the end."""
+    inherited = {field for base in group.__bases__ if is_dataclass(base) for field in fields(base)}
+    return sorted(fields(group), key=lambda field: field in inherited)
 
 
 def _parameter(field: Field[Any], annotation: Any) -> inspect.Parameter:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
+from lamina.cli.live import StatusLine
 from lamina.sizes import format_rate, format_size
 
 SHOWN_POSITIONS = 16  # of a draft, in a table
@@ -80,22 +81,6 @@ def _memory_of(stats: Mapping[str, Any]) -> Iterator[str]:
 _SUMMARY = (_time_of, _drafting_of, _reading_of, _experts_of, _memory_of)
 
 
-class Answered(Protocol):
-    """When the tokens of an answer came."""
-
-    @property
-    def seconds(self) -> float:
-        """From the question to the last token."""
-
-    @property
-    def seconds_to_first_token(self) -> float | None:
-        """From the question to the first token; None where none came."""
-
-    @property
-    def seconds_per_token(self) -> float | None:
-        """Of the tokens after the first, on average; None where there are none."""
-
-
 _COUNTED = (
     "bytes_read",
     "seconds_waiting_for_disk",
@@ -109,16 +94,16 @@ _COUNTED = (
 )
 
 
-def of_one_answer(before: Mapping[str, Any], after: Mapping[str, Any], clock: Answered) -> dict[str, Any]:
+def of_one_answer(before: Mapping[str, Any], after: Mapping[str, Any], answered: StatusLine) -> dict[str, Any]:
     """The stats of the last answer alone, out of those of a model that has given others before."""
     of_it = dict(after)
     for key in _COUNTED:
         if after.get(key) is not None:
             of_it[key] = after[key] - (before.get(key) or 0)
     of_it["draft_share_of_time"] = None  # known of all answers together only
-    of_it["seconds_per_token"] = clock.seconds_per_token
-    of_it["time_to_first_token_seconds"] = clock.seconds_to_first_token
-    of_it["read_bytes_per_second"] = of_it.get("bytes_read", 0) / clock.seconds if clock.seconds > 0 else None
+    of_it["seconds_per_token"] = answered.seconds_per_token
+    of_it["time_to_first_token_seconds"] = answered.seconds_to_first_token
+    of_it["read_bytes_per_second"] = of_it.get("bytes_read", 0) / answered.seconds if answered.seconds > 0 else None
     of_it["tokens_per_pass"] = of_it["new_tokens"] / of_it["passes"] if of_it.get("passes") else None
     return of_it
 

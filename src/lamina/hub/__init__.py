@@ -6,13 +6,12 @@ A model in a local folder needs none of it.
 from __future__ import annotations
 
 from lamina.hub.download import local_path, locate, locate_gguf, metadata_folder
-from lamina.hub.repository import ANY_MODEL_OPTIONS, HUB_OPTIONS, SOURCE_OPTIONS, Token, remote_headers
+from lamina.hub.repository import ANY_MODEL_OPTIONS, HUB_OPTIONS, SOURCE_OPTIONS, remote_headers
 
 __all__ = [
     "ANY_MODEL_OPTIONS",
     "HUB_OPTIONS",
     "SOURCE_OPTIONS",
-    "Token",
     "local_path",
     "locate",
     "locate_gguf",

@@ -12,12 +12,11 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from lamina.caller import option
 from lamina.checkpoint.checkpoint import read_index
 from lamina.checkpoint.choose import (
-    check_subfolder,
     choose_gguf,
     choose_weights,
     gguf_alone,
@@ -31,17 +30,16 @@ from lamina.checkpoint.header import quote
 from lamina.checkpoint.mistaken import lone_adapter
 from lamina.errors import CheckpointError, MissingShardError, ModelNotFoundError, RequestError, UnsupportedError
 from lamina.hub.repository import (
+    HubOptions,
     HubRequest,
     Listing,
     RemoteFile,
-    Token,
     adapter_of,
     check_listed,
     choose_remote,
     clear_errors,
     in_subfolder,
     list_repository,
-    offline,
 )
 from lamina.progress import Progress, Tally
 from lamina.sizes import format_size
@@ -50,14 +48,10 @@ from lamina.sizes import format_size
 def locate(
     model: str | os.PathLike[str],
     *,
-    revision: str | None = None,
-    cache_dir: str | None = None,
-    token: Token = None,
-    local_files_only: bool = False,
-    subfolder: str = "",
     variant: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
+    **hub: Unpack[HubOptions],
 ) -> str:
     """The local folder (or file) of a model, after a download where it is needed.
 
@@ -67,14 +61,10 @@ def locate(
 
     Args:
         model: a path or a hub id.
-        revision: branch, tag or commit of the repository.
-        cache_dir: another cache than huggingface_hub's own.
-        token: see `Token`.
-        local_files_only: use the cache alone, as `HF_HUB_OFFLINE=1` does.
-        subfolder: where in the repository the model is; the folder of the whole repository is given back.
         variant: as transformers has it, such as `"fp16"`.
         trust_remote_code: fetch the repository's Python files as well.
         progress: called with the bytes.
+        hub: see `HubOptions`; of a `subfolder` the folder of the whole repository is given back.
 
     Raises:
         ModelNotFoundError: neither a path nor a repository.
@@ -85,24 +75,15 @@ def locate(
     """
     if (path := local_path(model)) is not None:
         return path
-    request = HubRequest(
-        os.fspath(model), revision, cache_dir, token, check_subfolder(subfolder), variant, trust_remote_code
-    )
-    listing = None if local_files_only else list_repository(request)
+    request = HubRequest(os.fspath(model), variant=variant, trust_remote_code=trust_remote_code, **hub)
+    listing = list_repository(request)
     if isinstance(listing, Listing):
         return _download(request, listing, progress)
-    return _whole_in_cache(request, listing or offline())
+    return _whole_in_cache(request, listing)
 
 
 def metadata_folder(
-    model: str | os.PathLike[str],
-    *,
-    revision: str | None = None,
-    cache_dir: str | None = None,
-    token: Token = None,
-    local_files_only: bool = False,
-    subfolder: str = "",
-    trust_remote_code: bool = False,
+    model: str | os.PathLike[str], *, trust_remote_code: bool = False, **hub: Unpack[HubOptions]
 ) -> str:
     """A local folder with the config, the tokenizer and the chat templates of a model, its weights not needed.
 
@@ -110,27 +91,21 @@ def metadata_folder(
     """
     if (path := local_path(model)) is not None:
         return path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
-    request = HubRequest(
-        os.fspath(model), revision, cache_dir, token, check_subfolder(subfolder), None, trust_remote_code
-    )
-    listing = None if local_files_only else list_repository(request)
+    request = HubRequest(os.fspath(model), trust_remote_code=trust_remote_code, **hub)
+    listing = list_repository(request)
     if isinstance(listing, Listing):
-        with clear_errors(request.model, revision):
+        with clear_errors(request.model, request.revision):
             return _fetch_small(request, listing, ())
-    return _snapshot_in_cache(request, listing or offline())
+    return _snapshot_in_cache(request, listing)
 
 
 def locate_gguf(
     model: str,
     name: str,
     *,
-    revision: str | None = None,
-    cache_dir: str | None = None,
-    token: Token = None,
-    local_files_only: bool = False,
-    subfolder: str = "",
     progress: Progress | None = None,
     wanted: bool = True,
+    **hub: Unpack[HubOptions],
 ) -> str:
     """The local path of a GGUF file of a repository, after a download where it is needed.
 
@@ -138,8 +113,9 @@ def locate_gguf(
         model: a hub id.
         name: of the file, or of any part of a split one, in the repository's `subfolder`; or a tag such as `Q4_K_M`
             that one of its files has in its name.
+        progress: called with the bytes.
         wanted: download it; else it is only looked for in the cache.
-        revision, cache_dir, token, local_files_only, subfolder, progress: as for `locate`.
+        hub: see `HubOptions`.
 
     Raises:
         ModelNotFoundError: no such repository.
@@ -148,10 +124,10 @@ def locate_gguf(
         MissingShardError: the cache alone may be used and does not have it, or the repository lacks a part.
         CheckpointError: no connection, no space.
     """
-    request = HubRequest(model, revision, cache_dir, token, check_subfolder(subfolder))
-    listing = None if local_files_only else list_repository(request)
+    request = HubRequest(model, **hub)
+    listing = list_repository(request)
     if not isinstance(listing, Listing):
-        return _gguf_in_cache(request, name, listing or offline())
+        return _gguf_in_cache(request, name, listing)
     names = part_names(_chosen(request, listing.files, name))
     if missing := next((each for each in names if each not in listing.files), None):
         raise MissingShardError(f"{name} of {model} needs {missing}, which the repository does not have")
@@ -163,7 +139,7 @@ def locate_gguf(
                 f"a GGUF file is planned from its own header: download {names[0]} of {model} first, "
                 f"with `hf download {model} {' '.join(names)}`"
             ) from None
-    with clear_errors(model, revision):
+    with clear_errors(model, request.revision):
         remember_commit(request)
         folder = download_files(request, listing, {each: listing.files[each] for each in names}, progress)
     return os.path.join(folder, names[0])

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 from lamina.caller import option
 from lamina.checkpoint.checkpoint import Checkpoint, judged_dtype, merge_indexed, merge_tensors
@@ -50,17 +50,36 @@ _FIRST_BYTES = 100_000
 _REQUESTS_AT_ONCE = 8
 _TRIES = 4
 
-HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "subfolder")
-"""What says where on the hub, or in its cache, a model is: arguments of `from_pretrained`."""
+Token = str | bool | None
+"""A token, True for the saved one, False for none, None for the saved one if there is one."""
+
+
+class HubOptions(TypedDict, total=False):
+    """What says where on the hub, or in its cache, a model is: arguments of `from_pretrained`.
+
+    Attributes:
+        revision: branch, tag or commit of the repository.
+        cache_dir: another cache than huggingface_hub's own.
+        token: see `Token`.
+        local_files_only: use the cache alone, as `HF_HUB_OFFLINE=1` does.
+        subfolder: where in the repository the model is.
+    """
+
+    revision: str | None
+    cache_dir: str | None
+    token: Token
+    local_files_only: bool
+    subfolder: str
+
+
+HUB_OPTIONS = tuple(HubOptions.__annotations__)
+"""The names of `HubOptions`."""
 
 ANY_MODEL_OPTIONS = ("cache_dir", "token", "local_files_only")
 """Of these, what holds for every model, a draft as well."""
 
 SOURCE_OPTIONS = (*HUB_OPTIONS, "variant", "trust_remote_code")
 """What says where a model comes from, and which files of it are meant."""
-
-Token = str | bool | None
-"""A token, True for the saved one, False for none, None for the saved one if there is one."""
 
 
 def offline() -> str:
@@ -70,15 +89,23 @@ def offline() -> str:
 
 @dataclass(frozen=True, slots=True)
 class HubRequest:
-    """Which model of the hub, and where it goes."""
+    """Which model of the hub, and where it goes.
+
+    Raises:
+        RequestError: the subfolder leads out of the repository.
+    """
 
     model: str
     revision: str | None = None
     cache_dir: str | None = None
     token: Token = None
+    local_files_only: bool = False
     subfolder: str = ""
     variant: str | None = None
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "subfolder", check_subfolder(self.subfolder))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +132,8 @@ def list_repository(request: HubRequest) -> Listing | str:
     """
     from huggingface_hub import HfApi, constants, errors
 
+    if request.local_files_only:
+        return offline()
     try:
         info = HfApi(token=request.token).model_info(
             request.model, revision=request.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
@@ -190,7 +219,7 @@ def remote_headers(
         CheckpointError: no connection, or an answer that makes no sense.
     """
     with clear_errors(model, revision):
-        request = HubRequest(model, revision, token=token, subfolder=check_subfolder(subfolder), variant=variant)
+        request = HubRequest(model, revision, token=token, subfolder=subfolder, variant=variant)
         listing = list_repository(request)
         if isinstance(listing, str):
             raise CheckpointError(f"the headers of {model} cannot be read: {listing}")

@@ -152,7 +152,7 @@ def test_the_summary_is_of_this_answer_alone(
     library: Library, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = [100.0]
-    monkeypatch.setattr("lamina.cli.chat.now", lambda: clock[0])
+    monkeypatch.setattr("lamina.cli.live.now", lambda: clock[0])
 
     def slow_at_first(index: int) -> None:
         first = len(library.model.prompts) == 1
