@@ -105,3 +105,8 @@ class ReadError(LaminaError):
 
 class ClosedError(LaminaError):
     """The stream was closed, and something still asks it for weights."""
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -12,13 +12,13 @@ import typer
 
 from lamina.caller import option
 from lamina.cli import interrupt, library, output, report
-from lamina.cli.attachments import ATTACH, Attachment, Message, check_number, content_of, open_typed
-from lamina.cli.generation import Notes, encode_chat, generate, text_of
+from lamina.cli.generation import Notes, generate, text_of
 from lamina.cli.lines import BLOCK, Messages, leaves
 from lamina.cli.live import StatusLine, Terminal, stdio
 from lamina.cli.options import MOST_TOKENS, MaxNewTokens, ModelArgument, ModelOptions, Sampling, Verbosity, check_tokens
-from lamina.cli.report import one_line
-from lamina.errors import BudgetError, RequestError
+from lamina.errors import BudgetError, RequestError, one_line
+from lamina.messages.attachments import Attachment, Message, check_number, content_of, open_audio, open_image
+from lamina.messages.encode import check_taken, encode_chat, most_tokens
 
 _HELP = f"""/reset  forget the conversation
 /bye    end (also /exit, /quit, exit, quit, or Ctrl-D)
@@ -28,6 +28,9 @@ _HELP = f"""/reset  forget the conversation
 Ctrl-C stops an answer at its next token, a second one at once; it takes back what is typed, and else ends the chat."""
 
 SHARE_FOR_ANSWER = 4  # of the context a quarter is kept for the answer, or less where that is all it may have
+
+ATTACH: dict[str, Callable[[str], Attachment]] = {"/image": open_image, "/audio": open_audio}
+"""The commands of a chat that attach a file to the next message."""
 
 
 def chat(
@@ -120,7 +123,7 @@ class Conversation:
         self._begun = [] if system is None else [{"role": "system", "content": system}]
         self._sampling = sampling
         self._max_new_tokens = max_new_tokens
-        limits = [tokens for tokens in (context, library.most_tokens(model)) if tokens is not None]
+        limits = [tokens for tokens in (context, most_tokens(model)) if tokens is not None]
         self._limit = min(limits, default=MOST_TOKENS)
         self._chosen = self._limit == context  # and not the model's own
         self._note = note
@@ -298,3 +301,18 @@ def _interrupt_once(progress: StatusLine) -> Iterator[Callable[[], bool]]:
             yield lambda: pressed
     finally:
         progress.note = None
+
+
+def open_typed(command: str, path: str, model: Any) -> Attachment:
+    """What a command of a chat attaches, its path with or without the quotes that a terminal puts around a drop.
+
+    Raises:
+        RequestError: it cannot be read, or the model has no inputs for it.
+    """
+    if not path:
+        raise RequestError(f"{command} needs a path: {command} PATH")
+    if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"" and not os.path.exists(path):
+        path = path[1:-1]
+    attached = ATTACH[command](path)
+    check_taken(model, [attached])
+    return attached

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lamina.cli import attachments, library, output, report
+from lamina.cli import library, output, report
 from lamina.cli.generation import Notes, encode, generate, read_prompt
 from lamina.cli.live import StatusLine, stdio
 from lamina.cli.options import (
@@ -25,6 +25,7 @@ from lamina.cli.options import (
     vocabulary_of,
 )
 from lamina.errors import RequestError
+from lamina.messages import attachments
 
 TRACE = "lamina-trace.json"
 

@@ -6,11 +6,12 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lamina.cli import attachments, library, report
-from lamina.cli.attachments import Attachment, Message
+from lamina.cli import library, report
 from lamina.cli.options import Sampling, check_prompt_ids, parse_prompt_ids, vocabulary_of
-from lamina.cli.text import TextStream, TokenStream
 from lamina.errors import RequestError
+from lamina.messages import encode as encoding
+from lamina.messages.attachments import Attachment, content_of
+from lamina.messages.text import TextStream, TokenStream
 
 
 def read_prompt(model: str, prompt: str | None, prompt_ids: str | None, **with_text: Any) -> str | list[int]:
@@ -79,41 +80,13 @@ def encode(model: Any, name: str, prompt: str | list[int], attached: list[Attach
         RequestError: the model does not take what is attached, or there is no chat template.
     """
     if isinstance(prompt, list):
-        check_prompt_ids(prompt, library.vocabulary(model))
+        check_prompt_ids(prompt, encoding.vocabulary(model))
         return library.token_inputs(model, prompt)
-    if chat or (attached and _has_template(attachments.processor_of(model, name, attached))):
-        return encode_chat(model, name, [{"role": "user", "content": attachments.content_of(attached, prompt)}])
+    if chat or (attached and encoding.has_template(encoding.processor_of(model, name, attached))):
+        return encoding.encode_chat(model, name, [{"role": "user", "content": content_of(attached, prompt)}])
     if attached:
-        return attachments.encode_bare(model, name, prompt, attached)
+        return encoding.encode_bare(model, name, prompt, attached)
     return dict(model.tokenizer(prompt, return_tensors="pt").to(model.device))
-
-
-def encode_chat(model: Any, name: str, messages: list[Message]) -> dict[str, Any]:
-    """The inputs of `generate` for a conversation, written as the model's chat template says.
-
-    Raises:
-        RequestError: the model has no chat template, or it refuses the conversation; or it takes no such attachment.
-    """
-    attached = attachments.attached_to(messages)
-    more_than_text = bool(attachments.kinds_taken(model))
-    if attached:
-        writer = attachments.processor_of(model, name, attached)
-    else:  # text alone: the tokenizer writes it, or the processor where only that has a template
-        writer = model.processor if more_than_text and not _has_template(model.tokenizer) else model.tokenizer
-    if not _has_template(writer):
-        raise RequestError(f"{name} has no chat template: it completes text, use 'lamina run' without --chat")
-    if attached or (more_than_text and "type" in str(writer.chat_template)):  # some take no bare text then
-        messages = attachments.in_parts(messages, writer)
-    with attachments.refusals(name):
-        inputs = writer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
-        return attachments.on_device(model, inputs)
-
-
-def _has_template(writer: Any) -> bool:
-    """Whether a tokenizer or processor has a chat template."""
-    return bool(getattr(writer, "chat_template", None))
 
 
 class Notes:
@@ -172,7 +145,7 @@ def generate(
         library.set_seed(sampling.seed)
     tokens: list[int] = []
     pieces: list[str] = []
-    before = [] if library.reads_first(model) or "input_ids" not in inputs else inputs["input_ids"][0].tolist()
+    before = [] if encoding.reads_first(model) or "input_ids" not in inputs else inputs["input_ids"][0].tolist()
     text = None if tokenizer is None else TextStream(tokenizer, before)
 
     def show(piece: str) -> None:

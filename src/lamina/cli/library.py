@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import importlib
-import inspect
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -105,34 +104,6 @@ def token_inputs(model: Any, ids: list[int]) -> dict[str, Any]:
     torch = importlib.import_module("torch")
     row = torch.tensor([ids], device=model.device)
     return {"input_ids": row, "attention_mask": torch.ones_like(row)}
-
-
-def inputs_taken(model: Any) -> frozenset[str]:
-    """The names of what a model's forward pass takes."""
-    return frozenset(inspect.signature(type(model).forward).parameters) if hasattr(model, "forward") else frozenset()
-
-
-def reads_first(model: Any) -> bool:
-    """Whether an encoder reads the prompt, so that the answer does not continue it."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
-def vocabulary(model: Any) -> int | None:
-    """How many tokens a loaded model has; None where it does not say."""
-    return _stated(model, "vocab_size")
-
-
-def most_tokens(model: Any) -> int | None:
-    """The longest text that a loaded model was made for; None where it does not say."""
-    return _stated(model, "max_position_embeddings")
-
-
-def _stated(model: Any, name: str) -> int | None:
-    """A number above zero of the config of a model's text."""
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
-    found = getattr(text, name, None)
-    return found if isinstance(found, int) and found > 0 else None
 
 
 def set_seed(seed: int) -> None:

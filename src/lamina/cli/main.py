@@ -17,8 +17,7 @@ import lamina
 from lamina.cli import commands, interrupt, output, split
 from lamina.cli.chat import chat
 from lamina.cli.options import expand
-from lamina.cli.report import one_line
-from lamina.errors import LaminaError, RequestError
+from lamina.errors import LaminaError, RequestError, one_line
 
 app = typer.Typer(
     name="lamina",

@@ -30,11 +30,6 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says, on one line; its type where it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def summary(stats: Mapping[str, Any], tokens: int) -> str:
     """What an answer took, in one line. Numbers that were not measured are left out."""
     count = f"{tokens} token" + ("" if tokens == 1 else "s")

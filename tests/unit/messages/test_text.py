@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.cli_double import Tokenizer
-from lamina.cli.text import TextStream, TokenStream
+from lamina.messages.text import TextStream, TokenStream
 
 
 class Words:
