@@ -58,6 +58,7 @@ class FakeDevice:
     copies: deque[_Work] = field(default_factory=deque)
     computes: deque[_Work] = field(default_factory=deque)
     failures: list[str] = field(default_factory=list)
+    fallbacks: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -77,6 +78,10 @@ class FakeDevice:
         self.copies.append(_Work(do=partial(_copy, target[half:], source[half:]), mark=mark))
         self.idle()
         return mark
+
+    def settle(self) -> None:
+        while self.copies:
+            assert self.step(), "the two queues wait for each other"
 
     def compute_after(self, event: Event) -> None:
         assert isinstance(event, Mark)

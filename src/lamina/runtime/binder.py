@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -69,6 +69,7 @@ class Binder:
         self.expert_hooks: ExpertHooks | None = None
         self.handles: list[Any] = []
         self.in_pass = False
+        self._device: Device | None = None
         self._held: dict[str, list[Held]] = defaultdict(list)
         self._pid = os.getpid()
         self._waited = 0.0  # in streams that are no more
@@ -81,6 +82,11 @@ class Binder:
             ChangedError: a file is not what its header was read from.
         """
         if self._pid != os.getpid():
+            if self._device is not None:
+                raise UnsupportedError(
+                    "this process was forked after the model was loaded, and no accelerator can be used in a forked "
+                    "process: load the model in the child, or start processes by multiprocessing's 'spawn'"
+                )
             self._pid = os.getpid()
             if self.stream is not None:
                 self.stream.forget()
@@ -109,12 +115,13 @@ class Binder:
             plan: what streams, and in which order.
             device: where the model computes.
         """
-        lane = device_for(device)
-        self._attach_experts(model, plan, lane)
+        if self._device is None:
+            self._device = device_for(device)
+        self._attach_experts(model, plan, self._device)
         if not plan.items:
             return
-        cached = {index: self._materializer.stored(item) for index, item in enumerate(plan.items) if item.cached}
-        self.stream = Stream(plan, self._readers, lane, cached)
+        cached = {index: item for index, item in enumerate(plan.items) if item.cached}
+        self.stream = Stream(plan, self._readers, self._device, self._materializer.stored_together(cached))
         blocked: dict[str, int] = defaultdict(int)
         for item in plan.items:
             blocked[item.module] = max(blocked[item.module], item.block)
@@ -135,7 +142,20 @@ class Binder:
         if self.stream is not None:
             self._waited += self.stream.seconds_waiting
             self.stream.rewind()
+            self.stream.close()
             self.stream = None  # the old ring is gone before the new one is made
+
+    def close(self) -> None:
+        """Wait for copies to the device and let its driver go; what is bound stays so."""
+        if self._device is not None and self._pid == os.getpid():
+            for stream in (self.stream, self.experts):
+                if stream is not None:
+                    stream.close()
+
+    @property
+    def fallbacks(self) -> Sequence[str]:
+        """What the device does another way, with its reason."""
+        return self._device.fallbacks if self._device is not None else ()
 
     @property
     def seconds_waiting(self) -> float:

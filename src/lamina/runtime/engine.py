@@ -109,6 +109,7 @@ class Engine:
     def close(self) -> None:
         """Stop reading. Resident weights stay; a streamed one raises ClosedError from now on."""
         self.readers.close()
+        self.binder.close()
 
     # -- a pass
 

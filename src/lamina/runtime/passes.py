@@ -169,6 +169,7 @@ class Passes:
     def _say_uncounted(self) -> None:
         if self._sizing.fallback is not None:
             self._fallbacks.say(self._sizing.fallback)
+        self._fallbacks.say(self._engine.binder.fallbacks)
 
     def _blame_config(self, error: Exception) -> None:
         """Say of the first pass that fails, where one over a single token fails as well, that the config is wrong.

@@ -19,7 +19,7 @@ import torch
 
 from lamina.plan.expert_slots import Experts
 from lamina.plan.layout import Layout
-from lamina.stream.device import Device, Event
+from lamina.stream.device import Device, Event, Pin
 from lamina.stream.direct_io import Area
 from lamina.stream.expert_cache import ExpertCache, Idle, Key
 from lamina.stream.observe import COPY, LAMINA, timed
@@ -104,12 +104,13 @@ class ExpertStream:
         self._kept: dict[Key, Expert] = {}
         self._above = ExpertCache(device_slots, sizes)  # on the device
         self._places: dict[int, torch.Tensor] = {}
+        self._pins: dict[int, Pin | None] = {}
+        self._free_after: dict[int, Event] = {}  # device slots: when what used them before is computed
         self._on_device: dict[Key, Expert] = {}
         if device is not None:
-            for area in self._areas.values():
-                device.pin(area.tensor)
+            self._pins = {slot: device.pin(area.tensor) for slot, area in self._areas.items()}
             self._places = {slot: device.memory(slot_bytes) for slot in range(device_slots)}
-        self._free_after: dict[int, Event] = {}  # device slots: when what used them before is computed
+            self._free_after = dict.fromkeys(self._places, device.computed())
         self._busy_until: dict[int, Event] = {}  # host slots: when they are copied
         self._module = ""
         self._queue: list[Key] = []  # of the call under way, in the order of use
@@ -211,6 +212,7 @@ class ExpertStream:
             self._prefetched.clear()
             for slot in self._cache.shrink(slots):
                 self._wait_for_copy(slot)
+                self._unpin(slot)
                 del self._areas[slot]
             for expert in self._on_device.values():
                 if expert.copied is not None:
@@ -220,6 +222,18 @@ class ExpertStream:
                 del self._places[slot]
             self._kept = {key: expert for key, expert in self._kept.items() if key in self._cache}
             self._on_device = {key: expert for key, expert in self._on_device.items() if key in self._above}
+
+    def close(self) -> None:
+        """Copies are waited for, and the slots are given back to the driver; nothing is copied any more."""
+        if self.device is not None:
+            self.device.settle()
+        for slot in list(self._pins):
+            self._unpin(slot)
+
+    def _unpin(self, slot: int) -> None:
+        pin = self._pins.pop(slot, None)
+        if pin is not None:
+            pin.release()
 
     @property
     def slots(self) -> int:
@@ -265,8 +279,7 @@ class ExpertStream:
         self._free_after = dict.fromkeys(self._places, computed)
         for expert in self._on_device.values():
             expert.used = computed
-        some, nowhere = next(iter(self._areas.values())), next(iter(self._places.values()))
-        device.copy(nowhere[:0], some.tensor[:0], None).wait()  # they are done in order
+        device.settle()
 
     def _resolve(self, wanted: Collection[Key]) -> set[Key]:
         """Hurry those that were prefetched rightly, take the others back; which ones were right."""

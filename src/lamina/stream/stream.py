@@ -11,6 +11,7 @@ import bisect
 import itertools
 import time
 from collections import defaultdict, deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ import torch
 from lamina.errors import ClosedError
 from lamina.plan.layout import Item
 from lamina.plan.plan import Plan
-from lamina.stream.device import Device, Lane, Slot
+from lamina.stream.device import Device, Lane, Pin, Slot
 from lamina.stream.direct_io import Area
 from lamina.stream.observe import EAR, LAMINA, timed
 from lamina.stream.readers import Readers, Ticket
@@ -45,6 +46,12 @@ class Held:
 
 
 CACHED_AHEAD = 64  # items looked ahead where host memory already holds them
+
+
+def _wholes(parts: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """The memories that host copies of items are parts of, each once."""
+    storages = {part.untyped_storage().data_ptr(): part.untyped_storage() for part in parts}
+    return [torch.empty(0, dtype=torch.uint8).set_(storage) for storage in storages.values()]
 
 
 class _Order:
@@ -87,8 +94,9 @@ class Stream:
         self._ring = Ring(self._area.nbytes)
         self._cached = cached or {}
         self._lane = None
+        self._pins: list[Pin | None] = []
         if device is not None:
-            device.pin(self._area.tensor)
+            self._pins = [device.pin(memory) for memory in (self._area.tensor, *_wholes(self._cached.values()))]
             self._lane = Lane(device, plan.device_ring_bytes)
         self._ahead: deque[Held] = deque()  # read or being read, the model is not there yet
         self._out: dict[int, Held] = {}  # by step: the model has it
@@ -137,9 +145,6 @@ class Stream:
         """Forget everything that was read ahead; the next step is the first of a pass."""
         self._broken = True
         self.readers.settle()
-        for held in self._filled:
-            if held.slot is not None:
-                held.slot.copied.wait()
         if self._lane is not None:
             self._lane.clear()
         self._ring.clear()
@@ -149,6 +154,14 @@ class Stream:
         self._pass = self._cursor = self._next = self._end_of_pass(max(self._cursor, self._next))
         self._generation = self.readers.generation
         self._broken = False
+
+    def close(self) -> None:
+        """Copies are waited for, and host memory is given back to the driver. Not needed before it is collected."""
+        if self._lane is not None:
+            self._lane.device.settle()
+        for pin in self._pins:
+            if pin is not None:
+                pin.release()
 
     @property
     def window(self) -> Area:

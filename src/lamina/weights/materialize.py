@@ -6,11 +6,11 @@ Nothing here knows of a model or of hooks: a weight is a name in the schedule.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from lamina.plan.layout import Item, Layout, Part, Placed, Read, lay_out, read_at
+from lamina.plan.layout import Item, Layout, Part, Placed, Read, align, lay_out, read_at
 from lamina.plan.planner import resident_areas
 from lamina.plan.schedule import Convert, Weight
 from lamina.progress import Progress
@@ -72,6 +72,16 @@ class Materializer:
         area = Area(item.nbytes)
         self._readers.read(item.layout.reads, area)
         return area.tensor
+
+    def stored_together(self, items: Mapping[int, Item]) -> dict[int, torch.Tensor]:
+        """The stored bytes of several items, read now, all in one memory: uint8 of shape (item.nbytes,) each."""
+        places = dict(
+            zip(items, itertools.accumulate((align(i.nbytes) for i in items.values()), initial=0), strict=False)
+        )
+        area = Area(sum(align(item.nbytes) for item in items.values()))
+        for ticket in [self._readers.submit(item.layout.reads, area, places[key]) for key, item in items.items()]:
+            self._readers.wait(ticket)
+        return {key: area.tensor[places[key] : places[key] + item.nbytes] for key, item in items.items()}
 
     @timed(LAMINA)
     def block(self, item: Item) -> torch.Tensor:
