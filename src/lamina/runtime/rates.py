@@ -24,6 +24,7 @@ from lamina.plan.forecast import Hardware
 from lamina.plan.layout import Part, lay_out
 from lamina.plan.schedule import Convert, PanelSpan, Schedule, Weight
 from lamina.runtime.engine import Engine
+from lamina.stream.device import device_for
 from lamina.stream.direct_io import Area
 from lamina.stream.probe import drive_rate
 from lamina.stream.readers import Readers
@@ -31,6 +32,8 @@ from lamina.tensors.packed import PackedTensor, Scratch
 
 SAMPLE = 96 << 20  # bytes of weights that are multiplied, as they are stored: several times a large cache
 LARGEST_PART = 16 << 20  # of one weight
+LINKED = 32 << 20  # bytes that are copied to a device to time the link
+LINK_ROUNDS = 4
 SAMPLE_SHARE = 0.5  # of what the budget has for weights, where that is less
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 15
 PRODUCT_SECONDS = 0.05  # no further round begins after that
@@ -60,7 +63,27 @@ def measure(engine: Engine, checkpoint: Checkpoint, seconds: float = DRIVE_SECON
     with contextlib.closing(Readers(fingerprints=checkpoint.fingerprints)) as readers:  # the engine's own count bytes
         rates = products(engine, readers, sample)
     drive = drive_rate(checkpoint, seconds, sample) if plan.streams else None
-    return _hardware(engine.weights.schedule, rates, drive, engine.device)
+    hardware = _hardware(engine.weights.schedule, rates, drive, engine.device)
+    link = _link_rate(engine.device, min(sample, LINKED)) if plan.streams else None
+    return hardware if link is None else replace(hardware, link_bytes_per_second=link)
+
+
+def _link_rate(device: torch.device, nbytes: int) -> float | None:
+    """Bytes a second from pinned memory to the device; None where nothing is copied."""
+    link = device_for(device)
+    if link is None:
+        return None
+    source, target = Area(nbytes), link.memory(nbytes)
+    pin = link.pin(source.tensor)
+    took = []
+    for _ in range(LINK_ROUNDS):
+        began = time.perf_counter()
+        link.copy(target, source.tensor[:nbytes], link.computed())
+        link.settle()
+        took.append(time.perf_counter() - began)
+    if pin is not None:
+        pin.release()
+    return nbytes / max(statistics.median(took[1:]), 1e-9)  # the first maps memory
 
 
 def assume(schedule: Schedule, checkpoint: Checkpoint, streams: bool, device: torch.device) -> Hardware:

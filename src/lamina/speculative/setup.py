@@ -20,6 +20,7 @@ from lamina.errors import (
     UnsupportedError,
     WriteError,
 )
+from lamina.hf.decoding.exact_rows import on_device
 from lamina.hf.names import PreTrainedModel
 from lamina.hub import ANY_MODEL_OPTIONS, SOURCE_OPTIONS
 from lamina.plan.plan import Plan
@@ -108,6 +109,9 @@ class Drafting:
     def reserve(self, target: Described, device: torch.device) -> Callable[[int], int]:
         """What the draft takes of the target's memory, for a context of so many tokens."""
         self._target = target
+        if self.wanted == AUTO and (why := on_device(device)) is not None:  # `auto` is exact, or there is no draft
+            self._draft_model, self.chosen = None, NONE
+            self.reason = f"{why}; {option('draft', LOOKUP)} or a copy propose there, verified without that"
         verifying = verifying_bytes(target.model.config)
         if self.chosen == NONE:
             return lambda tokens: 0

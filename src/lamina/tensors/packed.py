@@ -181,7 +181,7 @@ class PackedTensor(torch.Tensor):
         if self.whole is not None:
             return self.unpack()[ids]
         unique, inverse = torch.unique(ids, return_inverse=True)
-        wanted = (unique if self.order is None else self.order[unique]).tolist()
+        wanted = (unique if self.order is None else self.order[unique.to(self.order.device)]).tolist()
         out = torch.empty(len(wanted), self.shape[1], dtype=self.dtype, device=self.device)
         for place, row in enumerate(wanted):
             for span in self.spans:

@@ -6,7 +6,7 @@ Nothing here knows of a model or of hooks: a weight is a name in the schedule.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -240,18 +240,37 @@ def _in_blocks(
     if weight.convert is not Convert.REPLAY and weight.shape:
         rows = max(min(rows, AT_ONCE * weight.rows // max(weight.stored_nbytes, 1)), 1)
     out = None
-    for first in range(0, max(weight.rows, 1), max(rows, 1)):
-        layout = lay_out([(weight, Part(weight.name, first, min(rows, weight.rows - first)))])
-        area = Area(layout.nbytes)
-        _wait(readers, readers.submit(layout.reads, area), tell)
+    for layout, area, ticket in _one_ahead(_begun(weight, readers, rows)):
+        _wait(readers, ticket, tell)
         block = finish(layout.placed[0], area.tensor).detach()
         if rows >= weight.rows:
             return block.to(device, copy=True)
         if out is None:
             out = torch.empty(weight.shape, dtype=block.dtype, device=device)
+        first = layout.placed[0].part.first
         out[first : first + block.shape[0]] = block
     assert out is not None
     return out
+
+
+Begun = tuple[Layout, Area, Ticket]
+
+
+def _begun(weight: Weight, readers: Readers, rows: int) -> Iterator[Begun]:
+    """Reads of `rows` rows of a weight after the other, each begun when it is asked for."""
+    for first in range(0, max(weight.rows, 1), max(rows, 1)):
+        layout = lay_out([(weight, Part(weight.name, first, min(rows, weight.rows - first)))])
+        area = Area(layout.nbytes)
+        yield layout, area, readers.submit(layout.reads, area)
+
+
+def _one_ahead(begun: Iterator[Begun]) -> Iterator[Begun]:
+    """The same, the next one under way while one is converted or copied."""
+    this = next(begun, None)
+    while this is not None:
+        following = next(begun, None)
+        yield this
+        this = following
 
 
 def _wait(readers: Readers, ticket: Ticket, tell: Callable[[], None]) -> None:

@@ -103,10 +103,15 @@ def covers(model: PreTrainedModel) -> str | None:
     return next((why for hindrance in hindrances if (why := hindrance(model, config)) is not None), None)
 
 
-def _device(model: PreTrainedModel, config: Any) -> str | None:
-    if model.device.type in ("cpu", "meta"):
+def on_device(device: torch.device) -> str | None:
+    """Why passes of a model that computes on `device` cannot have the bits of single tokens; None where they can."""
+    if device.type in ("cpu", "meta"):
         return None
-    return f"the model computes on {model.device.type}: only the processor's products are known"
+    return f"the model computes on {device.type}: only the processor's products are known"
+
+
+def _device(model: PreTrainedModel, config: Any) -> str | None:
+    return on_device(model.device)
 
 
 def _recurrent(model: PreTrainedModel, config: Any) -> str | None:
