@@ -67,8 +67,13 @@ def generate(
     timeout: float,
     prompt: str = PROMPT_IDS,
 ) -> dict[str, object]:
-    """`lamina run --json` on a folder: tokens, stats, and what the run cost; a failure is in the result."""
-    asked = ["--memory", memory, "--prompt-ids", prompt, "--max-new-tokens", new_tokens, "--json", *more]
+    """`lamina run --json` on a folder: tokens, stats, and what the run cost; a failure is in the result.
+
+    Args:
+        prompt: token ids, or words.
+    """
+    given = ["--prompt-ids", prompt] if prompt.replace(",", "").isdigit() else [prompt]
+    asked = [*given, "--memory", memory, "--max-new-tokens", new_tokens, "--json", *more]
     run = run_capped(command("run", checkpoint, *asked), cap, timeout=timeout)
     said = run.last_json() if run.failure is None else {}
     stats = said.get("stats")

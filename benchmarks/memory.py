@@ -11,6 +11,8 @@ prompt   a 3B shape in each compression, and each --gguf file, with --memory 1GB
          of 1 GB
 minima   each --models folder or file, and sparse ones of ten shapes, at the very minimum that `lamina plan` states
          for a context of 256 and of 2,048 tokens, the prompt filling it; the share says how much of it was used
+images   a picture of 896 pixels a side for each family of `vision_checkpoints.py`, at the minimum that is stated
+         for it, in a cgroup of just that size
 ladder   a small model at budgets from `lamina plan`'s minimum to all of it, each in a cgroup of that size and the same
          share more: every budget has to be kept, and every budget has to give the same tokens
 
@@ -21,6 +23,7 @@ page cache and the kernel's own pages, of which the kernel takes back what it ca
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,7 +32,9 @@ import lamina_cli
 from family_checkpoints import FAMILIES, write_family
 from report import BENCH, gigabytes, make_checkpoint, parse_size, record, run_main, stamp, table, versions
 from stores import COMPRESSIONS, store
+from vision_checkpoints import TOKENS, write_seeing
 
+SAYING = "w100 w101"  # beside a picture
 SLACK = 2**30 / 10**9  # what a container of N GiB has over a budget of N GB
 
 
@@ -92,6 +97,25 @@ def minima(given: argparse.Namespace) -> Iterator[dict[str, object]]:
             yield line | {"minimum_over_peak": round(least / int(lamina_cli.number(line, "peak_bytes")), 3)}
 
 
+def images(given: argparse.Namespace) -> Iterator[dict[str, object]]:
+    from PIL import Image
+
+    picture = given.folder / "vision" / "noise.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    Image.effect_noise((896, 896), 90).convert("RGB").save(picture)
+    for name in given.seeing or TOKENS:
+        folder = picture.parent / name
+        if not (folder / "config.json").exists():
+            write_seeing(folder, name)
+        asked: list[object] = ["--context", TOKENS[name] + 64, "--draft", "none"]
+        least = int(lamina_cli.number(lamina_cli.plan(folder, asked), "minimum_memory_bytes"))
+        more = [*asked, "--image", picture]
+        line = proof(f"896 px, {name}", folder, least, 4, given, SAYING, 1, more)
+        if stated := re.search(r"at least (\d+) bytes", str(line["failure"])):
+            line = proof(f"896 px, {name}", folder, int(stated[1]), 4, given, SAYING, 1, more)
+        yield line | {"planned_minimum_bytes": least}
+
+
 def ladder(given: argparse.Namespace) -> Iterator[dict[str, object]]:
     checkpoint = make_checkpoint(given.small, "3b")
     plan = lamina_cli.plan(checkpoint, ["--context", given.context] if given.context else [])
@@ -119,6 +143,8 @@ def proofs(given: argparse.Namespace) -> Iterator[dict[str, object]]:
             yield from minima(given)
         elif part == "prompt":
             yield from prompts(given)
+        elif part == "images":
+            yield from images(given)
         else:
             yield from giant("405b", given.folder / "llama-405b", given.memory_405b, given)
 
@@ -129,7 +155,7 @@ def holds(line: dict[str, object]) -> bool:
 
 
 def arguments() -> argparse.Namespace:
-    parts = ("ladder", "minima", "prompt", "moe", "70b", "235b", "405b")
+    parts = ("ladder", "minima", "images", "prompt", "moe", "70b", "235b", "405b")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=BENCH, help="where the sparse checkpoints are or are made")
     parser.add_argument("--small", type=Path, default=BENCH / "llama-3b", help="made (3B shape) if it is not there")
@@ -137,6 +163,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--memory-405b", type=parse_size, default=4 * 10**9)
     parser.add_argument("--gguf", type=Path, nargs="*", default=[], help="GGUF files of the part `prompt`")
     parser.add_argument("--models", type=Path, nargs="*", default=[], help="of the part `minima`")
+    parser.add_argument("--seeing", nargs="*", choices=TOKENS, default=[], help="families of the part `images`")
     parser.add_argument("--rungs", type=int, default=5, help="budgets from the minimum to all of the model")
     parser.add_argument("--ladder-tokens", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=2, help="of the giants")

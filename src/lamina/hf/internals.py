@@ -65,6 +65,37 @@ def silent() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+# -- processors
+
+
+@contextmanager
+def without_video() -> Iterator[None]:
+    """Processors load without their video part, whose classes need torchvision; asked for a video, they say so."""
+    from transformers.models.auto.video_processing_auto import AutoVideoProcessor
+    from transformers.processing_utils import ProcessorMixin
+    from transformers.video_processing_utils import VideoProcessorMixin
+
+    class NoVideo(VideoProcessorMixin):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            raise ImportError("a video needs torchvision, which is not installed")
+
+    def no_video(folder: str, **kwargs: Any) -> NoVideo:
+        fields, _ = NoVideo.get_image_processor_dict(folder, **kwargs)
+        return NoVideo(**fields)
+
+    def class_of(processor: Any, name: str, argument: Any) -> Any:
+        return NoVideo if isinstance(argument, NoVideo) else check(processor, name, argument)
+
+    check, plain = ProcessorMixin.check_argument_for_proper_class, AutoVideoProcessor.__dict__["from_pretrained"]
+    ProcessorMixin.check_argument_for_proper_class = class_of
+    AutoVideoProcessor.from_pretrained = no_video
+    try:
+        yield
+    finally:
+        ProcessorMixin.check_argument_for_proper_class = check
+        AutoVideoProcessor.from_pretrained = plain
+
+
 # -- the cache of a call, under any of its names
 
 

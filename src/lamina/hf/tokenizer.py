@@ -10,11 +10,13 @@ from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_torchvision_available
 
 from lamina.caller import token_ids_instead
 from lamina.checkpoint.mistaken import unreadable_in
 from lamina.errors import CheckpointError, RequestError
 from lamina.hf.config import read_json
+from lamina.hf.internals import without_video
 
 VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))  # the first there counts
 FILES = (
@@ -131,10 +133,8 @@ def load_processor(
     place = os.path.join(folder, options["subfolder"]) if options.get("subfolder") else folder
     if not trust_remote_code and not any(os.path.isfile(os.path.join(place, name)) for name in PROCESSORS):
         return tokenizer()
-    from transformers import AutoProcessor  # 2 MB of modules that text alone does not need
-
     try:
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+        processor = _processor(folder, trust_remote_code=trust_remote_code, **options)
     except BaseException as error:
         text = _failure(error)
         why = unreadable_in(place, (*PROCESSORS, *FILES))
@@ -146,6 +146,19 @@ def load_processor(
         if type(ours) is type(own) and len(ours) == len(own):
             processor.tokenizer = ours
     return processor
+
+
+def _processor(folder: str, **options: Any) -> Any:
+    """A processor; where torchvision is missing and it is wanted for videos alone, one that takes no videos."""
+    from transformers import AutoProcessor  # 2 MB of modules that text alone does not need
+
+    try:
+        return AutoProcessor.from_pretrained(folder, **options)
+    except (ImportError, ValueError) as error:  # some say it with the one, some with the other
+        if is_torchvision_available() or "torchvision" not in str(error).lower():
+            raise
+        with without_video():
+            return AutoProcessor.from_pretrained(folder, **options)
 
 
 def _failure(error: BaseException) -> str:

@@ -225,7 +225,7 @@ class _Cache(Enum):
     NONE = "there is none"
 
 
-Way = tuple[_Cache, Callable[[int], dict[str, Any]]]
+_Entry = tuple[_Cache, Callable[[int], dict[str, Any]]]
 """Where the cache comes from, and (tokens -> arguments of `forward`)."""
 
 
@@ -279,7 +279,7 @@ def _ids(tokens: int) -> torch.Tensor:
     return torch.zeros(1, tokens, dtype=torch.long, device="meta")
 
 
-def _ways_in(model: PreTrainedModel) -> Iterator[Way]:
+def _ways_in(model: PreTrainedModel) -> Iterator[_Entry]:
     """Inputs to try, from what generation passes to the barest."""
     config = model.config
     accepted, cache = arguments_of(model), cache_argument(model)
@@ -331,7 +331,7 @@ def _decoder_inputs(model: PreTrainedModel, tokens: int) -> dict[str, Any]:
     return {"decoder_input_ids": _ids(tokens), "use_cache": True, **last_only}
 
 
-def _ways_of_decoder(model: PreTrainedModel) -> Iterator[Way]:
+def _ways_of_decoder(model: PreTrainedModel) -> Iterator[_Entry]:
     """Inputs of a decoder alone, which is what each step of generation after the first one runs."""
     width, cache = _width(model.config), str(cache_argument(model))
 
@@ -343,7 +343,7 @@ def _ways_of_decoder(model: PreTrainedModel) -> Iterator[Way]:
     yield _Cache.OWN, read
 
 
-def _ways_of_both(model: PreTrainedModel) -> Iterator[Way]:
+def _ways_of_both(model: PreTrainedModel) -> Iterator[_Entry]:
     """Inputs of an encoder and its decoder."""
     yield _Cache.OWN, lambda tokens: {"input_ids": _ids(tokens), **_decoder_inputs(model, tokens)}
     if more := _made_up_inputs(model):

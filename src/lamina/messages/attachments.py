@@ -155,6 +155,11 @@ def _file(path: str, kind: Kind) -> str:
 
 
 def package(module: str, package: str, extra: str) -> Any:
+    """A module of an extra of this package.
+
+    Raises:
+        RequestError: it is not installed; the message says how to install it.
+    """
     try:
         return importlib.import_module(module)
     except (ImportError, OSError) as error:  # OSError: soundfile, without the library that it calls

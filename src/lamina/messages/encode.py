@@ -24,7 +24,9 @@ def encode_chat(model: Any, name: str, messages: list[Message]) -> dict[str, Any
     else:  # text alone: the tokenizer writes it, or the processor where only that has a template
         writer = model.processor if more_than_text and not has_template(model.tokenizer) else model.tokenizer
     if not has_template(writer):
-        raise RequestError(f"{name} has no chat template: it completes text, use 'lamina run' without --chat")
+        raise RequestError(
+            f"{name} has no chat template: it completes a bare text, 'lamina run' does that, and holds no conversation"
+        )
     if attached or (more_than_text and "type" in str(writer.chat_template)):  # some take no bare text then
         messages = in_parts(messages, writer)
     with refusals(name):
