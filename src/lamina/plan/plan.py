@@ -31,7 +31,8 @@ class Budget:
         scratch_bytes: what unpacking weights takes beside them.
         draft_bytes: of a draft that proposes tokens: its weights, its cache, and what verifying many tokens takes.
         override_bytes: of weights that were written to, which stay in memory from then on.
-        device_memory_bytes: of the accelerator; None where the processor computes.
+        device_memory_bytes: of the accelerator, all that the process has there; None where the processor computes.
+        device_overhead_bytes: of it, what the driver and its libraries have, beside every tensor.
     """
 
     memory_bytes: int
@@ -44,6 +45,7 @@ class Budget:
     draft_bytes: int = 0
     override_bytes: int = 0
     already_held_bytes: int = 0
+    device_overhead_bytes: int = 0
 
     @property
     def on_device(self) -> bool:
@@ -64,7 +66,7 @@ class Budget:
     def reserved_bytes_on_device(self) -> int:
         """Bytes that computing takes where it is done, and that no weight may have there."""
         working = self.activation_bytes + self.kv_cache_bytes + self.scratch_bytes
-        return working + self.draft_bytes + self.override_bytes
+        return working + self.draft_bytes + self.override_bytes + self.device_overhead_bytes
 
 
 @dataclass(frozen=True)

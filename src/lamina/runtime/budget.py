@@ -27,6 +27,8 @@ WORKSPACE = 32 * MB  # of BASE: code that oneDNN makes, stacks of threads, what 
 STEP = 32 * MB
 LEFT = 40 * MB  # what a model that was here before leaves, and the next one uses again (kernels' code, free memory)
 DEFAULT_CONTEXT = 2048  # tokens, where the user gives no number
+MOST_TAKEN = 1000 * MB  # by a driver's context and its libraries' kernels and workspaces
+UNIFIED_WINDOW = 8  # of one memory for both, this part is the window that is read into; the rest is the device's
 SHARE_OF_FREE = 0.9  # of free memory, where the user gives no amount
 
 _last_held: int | None = None
@@ -69,29 +71,62 @@ def make_budget(
         draft_bytes: what a draft takes.
     """
     given = parse_memory(memory, what="memory") if memory is not None else int(free_memory() * SHARE_OF_FREE)
-    on_device = None
+    overhead, held = BASE + tokenizer_bytes, already_held()
+    on_device, taken = None, 0
     if device.type != "cpu":
-        on_device = _device_bytes(device_memory, device)
+        taken = device_overhead(device)
+        on_device = _device_bytes(device_memory, device, taken)
+        if is_unified(device):  # one memory: what the device has, the process does not have again
+            window = max(given - overhead - held, 0) // UNIFIED_WINDOW
+            whole, given = given, min(given, overhead + held + window)
+            on_device = min(on_device, whole - given)
     return Budget(
         memory_bytes=given,
-        overhead_bytes=BASE + tokenizer_bytes,
-        already_held_bytes=already_held(),
+        overhead_bytes=overhead,
+        already_held_bytes=held,
         activation_bytes=trace.activations(max(context, SHORTEST_CONTEXT)),  # kernels' workspace does not shrink on
         kv_cache_bytes=trace.cache(context),
         context_tokens=context,
         device_memory_bytes=on_device,
+        device_overhead_bytes=taken,
         scratch_bytes=scratch_bytes,
         draft_bytes=draft_bytes,
     )
 
 
-def _device_bytes(device_memory: float | str | None, device: torch.device) -> int:
+def _device_bytes(device_memory: float | str | None, device: torch.device, taken: int) -> int:
+    """What the process may have on the device, `taken` bytes of it by the driver already."""
     if device_memory is not None:
         return parse_memory(device_memory, what="device_memory")
     module: Any = torch.get_device_module(device)
     if hasattr(module, "mem_get_info"):
-        return int(module.mem_get_info(device)[0] * SHARE_OF_FREE)
-    return int(free_memory() * SHARE_OF_FREE / 2)
+        return int(module.mem_get_info(device)[0] * SHARE_OF_FREE) + taken
+    return int(free_memory() * SHARE_OF_FREE)
+
+
+def is_unified(device: torch.device) -> bool:
+    """Whether a device computes in the memory of the process: Apple's, Jetson's, integrated ones."""
+    if device.type == "mps":
+        return True
+    return device.type == "cuda" and bool(getattr(torch.cuda.get_device_properties(device), "is_integrated", False))
+
+
+def device_overhead(device: torch.device) -> int:
+    """Bytes that a device's driver and libraries have for this process, beside tensors: `nvidia-smi` counts them.
+
+    A product and an attention run first, because kernels and workspaces are loaded with the first of them. What other
+    processes have cannot be told apart, so it counts up to `MOST_TAKEN`.
+    """
+    module: Any = torch.get_device_module(device)
+    if not hasattr(module, "mem_get_info"):
+        return 0
+    with torch.inference_mode():
+        one = torch.ones(1, 1, 64, 64, dtype=torch.bfloat16, device=device)
+        torch.nn.functional.scaled_dot_product_attention(one @ one, one, one)
+    torch.accelerator.synchronize(device)
+    free, total = module.mem_get_info(device)
+    tensors = module.memory_reserved(device) if hasattr(module, "memory_reserved") else 0
+    return int(min(max(total - free - tensors, 0), MOST_TAKEN))
 
 
 def default_context(config: Any) -> int:
