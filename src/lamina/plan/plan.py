@@ -11,6 +11,7 @@ from lamina.plan.forecast import READ_OPERATIONS, Hardware, Work, seconds_per_to
 from lamina.plan.layout import Item
 from lamina.sizes import format_size
 
+LAYERS_THERE = 4  # of a cache in host memory: the one in use, old and grown, the one that leaves, the one that comes
 SHORTEST_CONTEXT = 256  # tokens, where the user gives no number and the memory is short
 
 
@@ -33,6 +34,9 @@ class Budget:
         override_bytes: of weights that were written to, which stay in memory from then on.
         device_memory_bytes: of the accelerator, all that the process has there; None where the processor computes.
         device_overhead_bytes: of it, what the driver and its libraries have, beside every tensor.
+        chunk_tokens: a prompt is taken in chunks of so many tokens, so that activations stay small; 0: whole.
+        cache_layers: layers whose keys and values wait in host memory for their turn; 0: all are on the device.
+        host_cache_bytes: of that cache; `kv_cache_bytes` is then what a few layers of it have on the device.
     """
 
     memory_bytes: int
@@ -46,6 +50,9 @@ class Budget:
     override_bytes: int = 0
     already_held_bytes: int = 0
     device_overhead_bytes: int = 0
+    chunk_tokens: int = 0
+    cache_layers: int = 0
+    host_cache_bytes: int = 0
 
     @property
     def on_device(self) -> bool:
@@ -55,7 +62,21 @@ class Budget:
     @property
     def reserved_bytes(self) -> int:
         """Bytes of `memory_bytes` that no weight may have."""
-        return self.of_the_process + (0 if self.on_device else self.reserved_bytes_on_device)
+        return self.of_the_process + self.host_cache_bytes + (0 if self.on_device else self.reserved_bytes_on_device)
+
+    def with_cache(self, nbytes: int) -> Budget:
+        """The same with a key-value cache of so many bytes, where this one has its."""
+        if not self.cache_layers:
+            return replace(self, kv_cache_bytes=nbytes)
+        there = -(-nbytes // self.cache_layers) * min(LAYERS_THERE, self.cache_layers)
+        return replace(self, kv_cache_bytes=there, host_cache_bytes=nbytes)
+
+    def has_cache(self, nbytes: int, activations: int) -> bool:
+        """Whether there is room for a cache and activations of so many bytes."""
+        wanted = self.with_cache(nbytes)
+        if wanted.host_cache_bytes > self.host_cache_bytes:
+            return False
+        return wanted.kv_cache_bytes + activations <= self.kv_cache_bytes + self.activation_bytes
 
     @property
     def of_the_process(self) -> int:

@@ -5,7 +5,8 @@ The process itself, activations and the cache have their share of the memory bef
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ STEP = 32 * MB
 LEFT = 40 * MB  # what a model that was here before leaves, and the next one uses again (kernels' code, free memory)
 DEFAULT_CONTEXT = 2048  # tokens, where the user gives no number
 MOST_TAKEN = 1000 * MB  # by a driver's context and its libraries' kernels and workspaces
+FUSED = ("cuda", "xpu", "mps")  # attention there keeps no scores
+MASK, SCORE = 4, 12  # bytes a row and key: of a mask, of scores with their softmax and its copy
 UNIFIED_WINDOW = 8  # of one memory for both, this part is the window that is read into; the rest is the device's
 SHARE_OF_FREE = 0.9  # of free memory, where the user gives no amount
 
@@ -92,6 +95,32 @@ def make_budget(
         scratch_bytes=scratch_bytes,
         draft_bytes=draft_bytes,
     )
+
+
+CHUNKS = (512, 128, 32)  # tokens of a prompt at once, where all of it takes too much
+
+
+def smaller_budgets(budget: Budget, trace: Trace, config: Any, device: torch.device) -> Iterator[Budget]:
+    """What a device may be asked for where it has no room for a whole prompt: chunks of it, then the cache on the host.
+
+    transformers does both: `prefill_chunk_size`, and `cache_implementation="offloaded"`.
+    """
+    context, cache = budget.context_tokens, trace.cache(budget.context_tokens)
+    text = config.get_text_config()
+    layers, heads = getattr(text, "num_hidden_layers", None), getattr(text, "num_attention_heads", None)
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if not (isinstance(layers, int) and isinstance(heads, int)) or kinds or not cache or config.is_encoder_decoder:
+        return
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    repeated = 2 * cache // layers * heads // kv_heads  # keys and values, for every head
+    for there in (0, layers):
+        for chunk in (each for each in CHUNKS if each < context):
+            scores = 0 if device.type in FUSED else heads
+            attention = repeated + chunk * context * (MASK + scores * SCORE)
+            activations = trace.activations(max(chunk, SHORTEST_CONTEXT)) + attention
+            if activations < budget.activation_bytes or there:
+                chunked = replace(budget, activation_bytes=activations, chunk_tokens=chunk, cache_layers=there)
+                yield chunked.with_cache(cache)
 
 
 def _device_bytes(device_memory: float | str | None, device: torch.device, taken: int) -> int:

@@ -15,8 +15,9 @@ from lamina.caller import option
 from lamina.errors import StorageError, UnsupportedError
 from lamina.fallbacks import Fallbacks
 from lamina.hf.decoding.custom_generate import blame
+from lamina.hf.internals import cache_of
 from lamina.hf.names import PreTrainedModel
-from lamina.hf.sizing import TOWERS
+from lamina.hf.sizing import TOWERS, has_media
 from lamina.hf.trace import Trace
 from lamina.plan.speculation import NONE, Drafted, Session
 from lamina.runtime.batches import Batches
@@ -169,6 +170,7 @@ class Lamina:
             kwargs["tokenizer"] = self.model.tokenizer
         try:
             with self._meter.generating():
+                self._spread(args, kwargs)
                 decoder = self._decoder_for(kwargs)
                 if decoder is None:
                     out = self._plain_generate(*args, **kwargs)
@@ -185,6 +187,25 @@ class Lamina:
                 length = 1  # the token that the decoder begins with
             self._meter.generated(sequences.shape[0] * max(sequences.shape[-1] - length, 0))
         return out
+
+    def _spread(self, args: Any, kwargs: dict[str, Any]) -> None:
+        """A prompt in chunks and a cache in host memory, where the plan has room for no more and the caller leaves it.
+
+        Changes `kwargs`, the arguments of `generate`.
+        """
+        budget = self._engine.plan.budget
+        given = {**vars(kwargs.get("generation_config") or self.model.generation_config), **kwargs}
+        if (
+            not budget.chunk_tokens
+            or has_media(kwargs)
+            or given.get("use_cache") is False
+            or cache_of(kwargs) is not None
+        ):
+            return
+        if given.get("prefill_chunk_size") is None:
+            kwargs["prefill_chunk_size"] = budget.chunk_tokens
+        if budget.cache_layers and given.get("cache_implementation") is None:
+            kwargs["cache_implementation"] = "offloaded"
 
     def _start_batch(self, *args: Any, **kwargs: Any) -> Any:
         """`init_continuous_batching`, with a cache and passes that fit the budget."""

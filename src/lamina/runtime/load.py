@@ -8,7 +8,7 @@ import functools
 import gc
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,7 @@ from lamina.plan.forecast import Hardware
 from lamina.plan.plan import SHORTEST_CONTEXT, Budget, Plan
 from lamina.plan.planner import make_plan, minimum_memory
 from lamina.progress import Progress
-from lamina.runtime.budget import choose_device, default_context, make_budget
+from lamina.runtime.budget import choose_device, default_context, make_budget, smaller_budgets
 from lamina.runtime.engine import Engine
 from lamina.runtime.handle import Lamina
 from lamina.runtime.rates import assume, measure
@@ -286,8 +286,18 @@ def _fallbacks(prepared: Described, readers: Readers | None) -> tuple[str, ...]:
         *prepared.there.fallbacks,
         *prepared.trace.fallbacks,
         *without_kernels(prepared.weights.schedule.weights.values()),
+        *_in_parts(prepared.plan.budget if isinstance(prepared, Prepared) else None),
     ]
     return (*found, *(readers.fallbacks if readers is not None else ()))
+
+
+def _in_parts(budget: Budget | None) -> Iterator[str]:
+    if budget is not None and budget.chunk_tokens:
+        waiting = ", and keys and values wait in host memory" if budget.cache_layers else ""
+        yield (
+            f"the device has no room for a prompt of {budget.context_tokens} tokens at once: it is taken in chunks of "
+            f"{budget.chunk_tokens}{waiting}, which rounds otherwise than a whole one"
+        )
 
 
 def _prepare(
@@ -318,8 +328,23 @@ def plan_described(
         scratch, also = weights.schedule.scratch_bytes, reserve(tokens) if reserve is not None else 0
         return make_budget(memory, device_memory, device, traced, tokens, scratch, tokenizer, also)
 
+    def planned(asked: Budget) -> Plan:
+        try:
+            return make_plan(weights.schedule, asked)
+        except BudgetError as error:
+            there = asked.device_memory_bytes
+            if there is None or asked.draft_bytes or there >= minimum_memory(weights.schedule, asked)[1]:
+                raise
+            refusal = error
+        for smaller in smaller_budgets(asked, traced, described.model.config, device):
+            try:
+                return make_plan(weights.schedule, smaller)
+            except BudgetError as error:
+                refusal = error
+        raise refusal
+
     if context is not None:
-        return make_plan(weights.schedule, budget(context))
+        return planned(budget(context))
     tokens = most
     shortest = budget(min(SHORTEST_CONTEXT, most))
     while tokens > shortest.context_tokens:

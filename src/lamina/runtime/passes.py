@@ -209,11 +209,13 @@ class Passes:
         others = sum(self.batches.values())
         activations = max(self._activations(tokens) + extra.logits, extra.media)
         cache = others if batched and others else others + self._trace.cache(cached + tokens)
-        if activations + cache <= budget.activation_bytes + budget.kv_cache_bytes:
+        if tokens <= budget.chunk_tokens and not extra.media:  # its activations were counted with the keys before it
+            activations = min(activations, budget.activation_bytes)
+        if budget.has_cache(cache, activations):
             return
         larger = dataclasses.replace(budget, activation_bytes=activations, context_tokens=cached + tokens)
         grown = others + self._trace.cache(int((cached + tokens) * GROWTH))
-        self._replan([dataclasses.replace(larger, kv_cache_bytes=nbytes) for nbytes in (grown, cache)], extra)
+        self._replan([larger.with_cache(nbytes) for nbytes in (grown, cache)], extra)
 
     def _replan(self, budgets: Sequence[Budget], extra: Extra) -> None:
         """Go over to a plan for the first of these budgets that there is one for.
