@@ -8,7 +8,7 @@ import pytest
 
 from helpers.multimodal import whole_of, write_case
 from lamina import AutoModel, BudgetError
-from lamina.hf.sizing import Sizing
+from lamina.hf.sizing import Sizing, has_media
 
 LLAVA = "LlavaForConditionalGeneration"
 CONTEXT = 64
@@ -48,3 +48,12 @@ def test_an_image_that_there_is_no_room_for_is_refused(folder: Path, monkeypatch
         assert f"context of {CONTEXT} tokens" in str(caught.value)
         assert model.lamina.plan.budget == planned
         model.generate(**whole_of(LLAVA), max_new_tokens=2, do_sample=False)
+
+
+def test_an_image_that_is_not_named_counts_as_well(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = whole_of(LLAVA)
+    with AutoModel.from_pretrained(str(folder), device="cpu", context=CONTEXT, draft=None) as model:
+        seen: list[bool] = []
+        monkeypatch.setattr(Sizing, "activations", lambda _, kwargs, tower=None: seen.append(has_media(kwargs)) or 0)
+        model(inputs["input_ids"], inputs["pixel_values"])
+    assert seen[0]

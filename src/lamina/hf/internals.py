@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -100,14 +100,19 @@ def without_video() -> Iterator[None]:
 
 
 @cache
-def _arguments(forward: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(forward).parameters)
+def _arguments(forward: Any) -> dict[str, None]:
+    return dict.fromkeys(inspect.signature(forward).parameters)
 
 
-def arguments_of(model: Any) -> frozenset[str]:
+def arguments_of(model: Any) -> Collection[str]:
     """The names that the forward of a model's class takes."""
     kind: Any = type(model)
-    return _arguments(kind.forward)
+    return _arguments(kind.forward).keys()
+
+
+def by_name(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the forward of a model is given, by name."""
+    return {**dict(zip([*arguments_of(model)][1:], args, strict=False)), **kwargs} if args else dict(kwargs)
 
 
 def cache_argument(model: Any) -> str | None:

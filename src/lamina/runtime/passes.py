@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from lamina.errors import BudgetError, CheckpointError, LaminaError
 from lamina.fallbacks import Fallbacks, cause
-from lamina.hf.internals import batched_tokens, cache_of, cached_tokens
+from lamina.hf.internals import batched_tokens, by_name, cache_of, cached_tokens
 from lamina.hf.names import PreTrainedModel
 from lamina.hf.sizing import Sizing
 from lamina.hf.trace import Logits, Trace, only_text
@@ -84,12 +84,11 @@ class Passes:
         self._activations = functools.lru_cache(maxsize=64)(traced.of_tokens)  # decode steps are of one token each
 
     @contextmanager
-    def a_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any], with_head: bool = True) -> Iterator[None]:
+    def a_pass(self, kwargs: dict[str, Any], with_head: bool = True) -> Iterator[None]:
         """What surrounds one forward: one thread at a time, room for its tokens, the stream at its start.
 
         Args:
-            args: what `forward` is given.
-            kwargs: the same, by name.
+            kwargs: what `forward` is given, by name.
             with_head: it gives logits; the model under the head gives none.
 
         Raises:
@@ -100,7 +99,7 @@ class Passes:
             # a streamed weight is gone before a backward pass could use it
             try:
                 self._meter.began()
-                rows, length = _shape(args, kwargs)
+                rows, length = _shape(kwargs)
                 batched = bool(batched_tokens(kwargs))
                 logits = self._logits.of(rows, length, kwargs) if with_head and not batched else 0
                 more = Extra(logits, self._sizing.activations(kwargs))
@@ -124,7 +123,7 @@ class Passes:
         guarded = engine.plan.streams and torch.is_grad_enabled()
         sources = asking(args, kwargs, *module.parameters()) if guarded else []
         try:
-            with self.a_pass(args, kwargs, module is self._model):
+            with self.a_pass(by_name(module, args, kwargs), module is self._model):
                 out = type(module).forward(module, *args, **kwargs)
         except Exception as error:
             if isinstance(error, IndexError):  # of a table in memory: torch names neither the id nor the table
@@ -184,7 +183,7 @@ class Passes:
             return
         ids = torch.zeros(1, 1, dtype=torch.long, device=self._engine.device)
         try:
-            with torch.no_grad(), self.a_pass((), {"input_ids": ids}):
+            with torch.no_grad(), self.a_pass({"input_ids": ids}):
                 type(self._model).forward(self._model, input_ids=ids)
             self._meter.not_counted()
         except LaminaError:
@@ -257,9 +256,9 @@ class Passes:
         return dataclasses.replace(budget, draft_bytes=budget.draft_bytes + nbytes)
 
 
-def _shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int]:
+def _shape(kwargs: dict[str, Any]) -> tuple[int, int]:
     """Rows of the batch that a pass brings, and tokens of each; both 0 where it does not say."""
-    ids = kwargs.get("input_ids", args[0] if args else None)
+    ids = kwargs.get("input_ids")
     if ids is None:
         ids = kwargs.get("inputs_embeds")
     if not isinstance(ids, torch.Tensor) or ids.dim() < 2:
