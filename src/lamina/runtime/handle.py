@@ -63,6 +63,7 @@ class Lamina:
 
     @own_kernels.setter
     def own_kernels(self, wanted: bool) -> None:
+        """Take them, or torch's, from the next pass on."""
         self._passes.own_kernels = wanted
 
     @property
