@@ -31,6 +31,7 @@ from lamina.speculative.decoder import AUTO, draft_name
 from lamina.speculative.setup import Drafting, announced
 from lamina.store import as_if_split, default_folder, is_store_of, split
 from lamina.store.save import save_pretrained
+from lamina.tensors.own_products import check_kernels
 
 PLAIN = "plain"
 
@@ -62,6 +63,7 @@ class AutoModel:
         profiling_mode: bool = False,
         context: int | None = None,
         exact: bool | None = None,
+        kernels: str | None = None,
         progress: Progress | None = None,
         **transformers_kwargs: Any,
     ) -> PreTrainedModel:
@@ -93,6 +95,9 @@ class AutoModel:
             exact: verify a draft with the kernels that one token alone would have, which costs more: in 16 bits the
                 others round otherwise, and where two tokens are nearly as likely the second may come. None: only
                 with draft="auto". `generate` takes it too.
+            kernels: whose products of up to 64 rows with plain weights: "torch" (the default: the bits of plain
+                transformers), "lamina" (a row has the same bits in any company, and the weight is gone through once),
+                or "auto" (Lamina's where this processor has instructions for the dtype).
             progress: called with ("download", "split", "verify" or "load", bytes done, bytes in all). Before a store is
                 written, the logger "lamina" gets a line (INFO): its folder, its size and about how long it takes.
             transformers_kwargs: those of transformers' `from_pretrained`, with the meaning that they have there:
@@ -112,7 +117,7 @@ class AutoModel:
             UnsupportedError: it cannot be streamed.
             WriteError: the store cannot be written.
         """
-        asked = Asked(memory, device_memory, device, context, progress)
+        asked = Asked(memory, device_memory, device, context, progress, kernels=kernels)
         stored = compression is not None or layer_shards_saving_path is not None or delete_original
         model, asked, options = _sorted(model, asked, transformers_kwargs, hf_token, compression, stored)
         with_info = bool(options.pop("output_loading_info", False))
@@ -181,6 +186,7 @@ def plan_model(
     delete_original: bool = False,
     profiling_mode: bool = False,
     exact: bool | None = None,
+    kernels: str | None = None,
     progress: Progress | None = None,
     **transformers_kwargs: Any,
 ) -> Session:
@@ -192,7 +198,7 @@ def plan_model(
     With a compression, and no store of it yet, it is the plan of the store that would be written; a copy for drafting
     that is not written yet is counted as it will be.
     """
-    asked = Asked(memory, device_memory, device, context, progress)
+    asked = Asked(memory, device_memory, device, context, progress, kernels=kernels)
     stored = compression is not None or layer_shards_saving_path is not None or delete_original
     model, asked, options = _sorted(model, asked, transformers_kwargs, hf_token, compression, stored)
     options.pop("output_loading_info", None)
@@ -228,6 +234,7 @@ def _sorted(
         stored: a store of it is asked for.
     """
     model = _named(model)
+    check_kernels(asked.kernels)
     given = transformers_kwargs if hf_token is None else {"token": hf_token, **transformers_kwargs}
     options, device, ignored = sorted_out(given, asked.device)
     for name in ignored:  # of `from_pretrained`, which stands in `ordinarily`

@@ -103,6 +103,14 @@ class ModelOptions(SourceOptions):
         bool,
         typer.Option("--exact", help="Verify a draft to the very bits of one token at a time. Always so with auto."),
     ] = False
+    kernels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Whose products of a few rows: torch (the default: the bits of plain transformers), lamina (a row has "
+            "the same bits in any company), auto.",
+        ),
+    ] = None
     dtype: Annotated[
         str | None, typer.Option(metavar="NAME", help="auto, bfloat16, float16, float32. Default: as stored.")
     ] = None

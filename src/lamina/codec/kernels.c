@@ -75,5 +75,6 @@ static __attribute__((noinline)) void put(const float *values, int64_t count, in
 #include "gguf_kernels.c"
 #include "lossless_kernels.c"
 #include "quick_kernels.c"
+#include "rows_kernels.c"
 
 int32_t lamina_kernels_version(void) { return 1; }

@@ -303,4 +303,11 @@ def _open(path: Path) -> ctypes.CDLL:
     kernels.lamina_gguf_linear.restype = short
     kernels.lamina_gguf_book.argtypes = [short, pointer, long]
     kernels.lamina_gguf_book.restype = short
+    kernels.lamina_rows_linear.argtypes = [
+        *(pointer, long, pointer, long, long, pointer),
+        *(short, pointer, long, short),
+    ]
+    kernels.lamina_rows_linear.restype = None
+    kernels.lamina_rows_quick.argtypes = [short]
+    kernels.lamina_rows_quick.restype = short
     return kernels

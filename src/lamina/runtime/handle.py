@@ -58,6 +58,16 @@ class Lamina:
         self._closer = weakref.finalize(model, engine.readers.close)  # also when the interpreter ends
 
     @property
+    def own_kernels(self) -> bool:
+        """Whether products of a few rows are made by Lamina's kernels, in which a row's bits depend on itself alone."""
+        return self._passes.own_kernels
+
+    @own_kernels.setter
+    def own_kernels(self, wanted: bool) -> None:
+        """Take them, or torch's, from the next pass on."""
+        self._passes.own_kernels = wanted
+
+    @property
     def plan(self) -> Session:
         """What lives where, and what drafts."""
         return Session.of(self._engine.plan, self.drafted)

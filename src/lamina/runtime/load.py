@@ -37,6 +37,7 @@ from lamina.runtime.engine import Engine
 from lamina.runtime.handle import Lamina
 from lamina.runtime.rates import assume, measure
 from lamina.stream.readers import Readers
+from lamina.tensors.own_products import chosen
 from lamina.tensors.torch_pickle import read_pickled
 from lamina.weights.describe import Weights, describe, prepare, without_kernels
 
@@ -182,6 +183,7 @@ class Asked:
 
     Attributes:
         reserve: what else is to have room in the same memory.
+        kernels: whose products of a few rows: `lamina.tensors.own_products.KERNELS`; None is torch's.
     """
 
     memory: float | str | None = None
@@ -190,6 +192,7 @@ class Asked:
     context: int | None = None
     progress: Progress | None = None
     reserve: Reserve | None = None
+    kernels: str | None = None
 
 
 def load_model(model: str, asked: Asked, options: dict[str, Any], *, prefetching: bool = True) -> PreTrainedModel:
@@ -201,6 +204,7 @@ def load_model(model: str, asked: Asked, options: dict[str, Any], *, prefetching
     """
     began = time.perf_counter()
     prepared = _prepare(model, asked, options)
+    own, without_own = chosen(asked.kernels, prepared.device, prepared.model.dtype)
     prepare(prepared.weights.schedule.weights.values())
     readers = Readers(fingerprints=prepared.checkpoint.fingerprints)
     engine = Engine(prepared.model, prepared.weights, prepared.plan, prepared.device, readers, prefetching)
@@ -217,7 +221,8 @@ def load_model(model: str, asked: Asked, options: dict[str, Any], *, prefetching
     streamed = prepared.model
     streamed.lamina = Lamina(streamed, engine, prepared.trace, time.perf_counter() - began)
     streamed.lamina.loading_info = prepared.loading_info
-    streamed.lamina.fallbacks.say(engine.plan.fallbacks)
+    streamed.lamina.own_kernels = own
+    streamed.lamina.fallbacks.say((*engine.plan.fallbacks, *([] if without_own is None else [without_own])))
     streamed.lamina.attach()
     _give_tokenizer(streamed, prepared.request, {key: options[key] for key in HUB_OPTIONS if key in options})
     return streamed

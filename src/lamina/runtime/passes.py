@@ -30,6 +30,7 @@ from lamina.sizes import format_size
 from lamina.stream.observe import LAMINA, timed
 from lamina.tensors.guard import asking, refused
 from lamina.tensors.ids import check_tokens
+from lamina.tensors.own_products import own_products
 from lamina.tensors.padded_rows import even_rows
 
 GROWTH = 1.5  # of the cache, when it outgrows the plan: so that a long answer replans a few times, not every token
@@ -79,6 +80,7 @@ class Passes:
     ) -> None:
         self._model, self._engine, self._trace, self._meter = model, engine, traced, meter
         self._fallbacks = fallbacks
+        self.own_kernels = False
         self.batches: dict[int, int] = {}
         self._logits, self._sizing = Logits(model), Sizing(model)
         self._activations = functools.lru_cache(maxsize=64)(traced.of_tokens)  # decode steps are of one token each
@@ -106,7 +108,7 @@ class Passes:
                 self._make_room(rows * length, rows * cached_tokens(cache_of(kwargs)), batched, more)
                 self._say_uncounted()
                 engine.begin_pass()
-                with even_rows(rows * length, engine.device, batched):
+                with own_products(self.own_kernels), even_rows(rows * length, engine.device, batched):
                     yield  # the model computes: hooks bind and release what streams
                 self._meter.ended(engine.experts.counts.nbytes if engine.experts is not None else 0)
             finally:

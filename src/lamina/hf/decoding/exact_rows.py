@@ -45,6 +45,7 @@ from lamina.hf.internals import (
 )
 from lamina.plan.layout import ROW_MULTIPLE
 from lamina.tensors.guard import PACKED, without_gradient
+from lamina.tensors.own_products import own_linear
 from lamina.tensors.packed import PackedTensor
 from lamina.tensors.padded_rows import rows_as_they_are
 from lamina.tensors.row_blocks import Blocks, linear_arguments
@@ -194,6 +195,8 @@ class _OneRow(TorchFunctionMode):
             return self._packed(x, pieces, weight, bias)
         if type(weight) not in (torch.Tensor, torch.nn.Parameter):
             weight = weight.detach()  # reads it
+        if (own := own_linear(x, weight, bias)) is not None:  # a row has its bits in any company
+            return own
         return _linear(x, pieces, weight, bias)
 
     def _packed(
