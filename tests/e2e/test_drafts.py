@@ -22,10 +22,12 @@ import lamina.speculative.setup
 from helpers.always import Always
 from helpers.families import write_tiny
 from helpers.judge import CONTEXT, minimum_of, plain_model
+from helpers.multimodal import write_case
 from helpers.tiny import words, write_llama
 from lamina import (
     AutoModel,
     BudgetError,
+    FallbackWarning,
     LaminaError,
     ModelNotFoundError,
     RequestError,
@@ -290,6 +292,29 @@ def test_a_draft_that_is_not_there_is_refused(written: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("draft", [3, True, "", ["lookup"]])
 def test_a_draft_that_is_no_text_is_refused(written: Path, draft: Any) -> None:
     assert "'none', 'auto', 'lookup', 'self', or a model" in refusal(RequestError, written, draft=draft)
+
+
+@pytest.mark.parametrize("kind", ["LlamaForSequenceClassification", "BertForTokenClassification", "BertModel"])
+def test_what_gives_no_text_has_no_draft_and_no_room_for_one(tmp_path: Path, kind: str) -> None:
+    write_case(kind, tmp_path)
+    least = minimum_of(tmp_path, draft=None)
+    assert minimum_of(tmp_path) == least
+    with AutoModel.from_pretrained(str(tmp_path), device="cpu", memory=least, context=CONTEXT) as model:
+        stats = model.lamina.stats
+        assert (stats.draft, stats.draft_bytes) == ("none", 0)
+        assert "gives no text" in stats.draft_reason
+        assert not any("draft" in fallback for fallback in stats.fallbacks)
+    planned = plan_model(str(tmp_path), device="cpu", memory=least, context=CONTEXT)
+    assert planned.draft == "none" and "gives no text" in planned.draft_reason
+
+
+def test_a_draft_that_was_asked_for_of_what_gives_no_text_is_told_to_be_off(tmp_path: Path) -> None:
+    write_case("LlamaForSequenceClassification", tmp_path / "model")
+    with pytest.warns(FallbackWarning, match="draft 'self' is off: the model gives no text"):
+        model = AutoModel.from_pretrained(str(tmp_path / "model"), device="cpu", context=CONTEXT, draft="self")
+    with model:
+        assert model.lamina.stats.draft == "none"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"], "no copy was written"
 
 
 @pytest.mark.parametrize("family", ["mamba2", "jamba"])

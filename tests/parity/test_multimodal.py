@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import KyutaiSpeechToTextConfig, KyutaiSpeechToTextForConditionalGeneration, PreTrainedModel
 
 from helpers.judge import minimum_of, reads_on_demand, steady, streamed_model, traced_once
 from helpers.multimodal import CASES, Inputs, class_of, text_of, whole_of, write_case
@@ -199,3 +199,30 @@ def test_after_a_pass_that_failed_in_a_tower(said: Said) -> None:
 
 def _raise(*_: Any) -> None:
     raise RuntimeError("in the tower")
+
+
+def test_tokens_with_a_sound_beside_each(tmp_path: Path) -> None:
+    """Kyutai's: what goes in are a token and an id of each codebook, in a third dimension."""
+    codec = {
+        "model_type": "mimi", "num_quantizers": 4, "hidden_size": 16, "num_filters": 8, "upsampling_ratios": [8, 4],
+        "codebook_size": 16, "codebook_dim": 16, "vector_quantization_hidden_dimension": 16, "upsample_groups": 16,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "sliding_window": 4,
+        "use_cache": False,
+    }  # fmt: skip
+    config = KyutaiSpeechToTextConfig(
+        codebook_vocab_size=17, vocab_size=99, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, ffn_dim=128,
+        num_codebooks=4, frame_size=64, audio_bos_token_id=16, audio_pad_token_id=16, codec_config=codec,
+        max_position_embeddings=512, head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        KyutaiSpeechToTextForConditionalGeneration(config).save_pretrained(tmp_path)
+    plain = KyutaiSpeechToTextForConditionalGeneration.from_pretrained(tmp_path).eval()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, 16, (1, 7, 5), generator=generator)
+    heard = {"input_ids": torch.tensor([[1]]), "input_values": torch.randn(1, 1, 64 * 12, generator=generator)}
+    with streamed_model(tmp_path, minimum_of(tmp_path)) as model:
+        assert model.lamina.plan.streams and model.lamina.plan.traced and not model.lamina.plan.fallbacks
+        assert torch.equal(first(model, {"input_ids": ids}), first(plain, {"input_ids": ids}))
+        answers = [each.generate(**heard, max_new_tokens=8, do_sample=False) for each in (model, plain)]
+    assert torch.equal(*answers)
