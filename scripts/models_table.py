@@ -514,21 +514,27 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.transformers_tests is not None:
         testers.use(arguments.transformers_tests.resolve())
     versions = {each.__name__: each.__version__ for each in (lamina, transformers, torch, peft)}
-    again = bool(arguments.again or arguments.only)
-    known = set() if again else {(each["family"], each["kind"]) for each in read(RESULTS)}
-    wanted = [row for row in rows() if not arguments.only or {row.family, row.kind} & set(arguments.only)]
-    wanted = [
-        row for row in wanted if (row.family, row.kind) not in known and row.task in (arguments.task or [row.task])
-    ]
-    share, shares = (int(part) for part in arguments.share.split("/"))
-    for row in wanted[share - 1 :: shares]:
+    for row in _wanted(arguments):
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
         found = found_of(row, arguments.limit, today, versions)
         with RESULTS.open("a") as file:
             file.write(json.dumps(found, ensure_ascii=False) + "\n")
-        print(
-            row.family, row.kind, json.dumps(found.get("cells", found.get("not_made")), ensure_ascii=False), flush=True
-        )
+        said = json.dumps(found.get("cells", found.get("not_made")), ensure_ascii=False)
+        print(row.family, row.kind, said, flush=True)
+
+
+def _wanted(arguments: argparse.Namespace) -> list[Row]:
+    """What is to be run: the share of this process in what was asked for, or else is not there yet."""
+    results = [] if arguments.again or arguments.only else read(RESULTS)
+    known = {(each["family"], each["kind"]) for each in results}
+    asked = [row for row in rows() if _asked_for(row, arguments) and (row.family, row.kind) not in known]
+    share, shares = map(int, arguments.share.split("/"))
+    return asked[share - 1 :: shares]
+
+
+def _asked_for(row: Row, arguments: argparse.Namespace) -> bool:
+    named = not arguments.only or bool({row.family, row.kind} & set(arguments.only))
+    return named and row.task in (arguments.task or [row.task])
 
 
 # -- the results and the page

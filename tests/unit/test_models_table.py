@@ -83,6 +83,22 @@ def test_a_check_that_dies_or_hangs_says_so(table: Any) -> None:
     assert table.apart(lambda: 1 // 0, 30)[1].startswith("ZeroDivisionError")
 
 
+def test_what_is_there_is_not_run_again(table: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "RESULTS", tmp_path / "models.jsonl")
+    known = line("llama") | {"kind": "LlamaForCausalLM"}
+    (tmp_path / "models.jsonl").write_text(table.json.dumps(known) + "\n")
+
+    def wanted(**given: Any) -> set[tuple[str, str]]:
+        asked = SimpleNamespace(**{"only": None, "again": False, "task": None, "share": "1/1"} | given)
+        return {(row.family, row.task) for row in table._wanted(asked)}
+
+    everything = {(row.family, row.task) for row in table.rows()}
+    assert wanted(again=True) == everything
+    assert wanted() == everything - {("llama", "causal")}
+    assert wanted(only=["llama"], task=["causal"]) == {("llama", "causal")}
+    assert wanted(share="1/2") | wanted(share="2/2") == wanted() and not wanted(share="1/2") & wanted(share="2/2")
+
+
 def test_every_family_of_the_mappings_has_a_row(table: Any) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
@@ -110,6 +126,12 @@ def test_the_page_has_each_result_its_reason_and_what_was_not_made(table: Any) -
     assert "3 classes. 3 of them stream" in page
     assert "| text | 3 | 2 | 0 | 0 | 1 |" in page
     assert "| draft | 3 | 1 | 0 | 2 | 0 |" in page
+
+
+def test_what_takes_no_text_alone_is_not_asked_for_it(table: Any) -> None:
+    cells = {"text": "plain fails: Error: no sound", "audio": "equal"}
+    assert table.cell({"cells": cells}, "text") == "-"
+    assert table.cell({"cells": cells | {"audio": "plain fails: Error: no sound"}}, "text") == cells["text"]
 
 
 def test_the_last_result_of_a_class_counts(table: Any, tmp_path: Path) -> None:
