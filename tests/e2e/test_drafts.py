@@ -24,6 +24,7 @@ from helpers.families import write_tiny
 from helpers.judge import CONTEXT, minimum_of, plain_model
 from helpers.multimodal import write_case
 from helpers.tiny import words, write_llama
+from helpers.wavering import Wavering
 from lamina import (
     AutoModel,
     BudgetError,
@@ -327,6 +328,16 @@ def test_a_draft_with_a_state_is_off_and_says_why(
         stats = model.lamina.stats
         assert stats.drafted_tokens == 0
         assert "keeps a state that cannot forget" in stats.draft_reason
+
+
+def test_what_takes_one_token_beside_its_cache_decodes_without_a_draft(tmp_path: Path) -> None:
+    write_tiny("prophetnet", tmp_path)
+    wanted = plain_model(tmp_path).generate(IDS, max_new_tokens=8, do_sample=False)
+    with AutoModel.from_pretrained(str(tmp_path), device="cpu", context=CONTEXT) as model:
+        model.lamina.decoder._drafts["lookup"] = Wavering(wanted[0].tolist()), Always(MOST, None, 0.0, must=True)
+        assert torch.equal(model.generate(IDS, max_new_tokens=8, do_sample=False), wanted)
+        assert model.lamina.stats.drafted_tokens == 0
+        assert "one token beside its cache" in model.lamina.stats.draft_reason
 
 
 def test_a_draft_that_looks_back_through_a_convolution(written: Path, tmp_path: Path, answer: list[int]) -> None:

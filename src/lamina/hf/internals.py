@@ -203,9 +203,17 @@ def convolves(cache: Any) -> bool:
     return any(getattr(cache, "is_linear", ()))
 
 
+ONE_TOKEN = frozenset({"prophetnet"})  # model types that predict several tokens from one, and take no more
+
+
 def is_stateful(model: Any) -> bool:
     """Whether a model keeps a state that cannot go back."""
     return bool(getattr(model, "_is_stateful", False))
+
+
+def takes_one_token(model: Any) -> bool:
+    """Whether a model with a cache refuses a pass over several tokens."""
+    return getattr(model.config, "model_type", None) in ONE_TOKEN
 
 
 # -- which kernels a config asks for
