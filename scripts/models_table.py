@@ -383,7 +383,7 @@ def _adapted(tiny: Tiny, plain: Any, excluded: list[str] | str | None) -> str:
         targets: Any = "all-linear"
         if excluded == "experts":
             names = [name for name, module in plain.named_modules() if isinstance(module, torch.nn.Linear)]
-            targets, excluded = [name for name in names if re.search("attn|attention", name)], None
+            targets, excluded = [name for name in names if re.search("(attn|attention)(?!.*gate)", name)], None
         lora = LoraConfig(r=2, target_modules=targets, exclude_modules=excluded, init_lora_weights=False)
         get_peft_model(tiny.plain(), lora).save_pretrained(folder)
         torch.manual_seed(0)  # of what the adapter's file is not found to have: pi0 renames it in vain
@@ -514,6 +514,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.transformers_tests is not None:
         testers.use(arguments.transformers_tests.resolve())
     versions = {each.__name__: each.__version__ for each in (lamina, transformers, torch, peft)}
+    there = {(each["family"], each["kind"]) for each in read(RESULTS)}
+    with RESULTS.open("a") as file:  # the page says what is still to come
+        for row in rows():
+            if (row.family, row.kind) not in there:
+                file.write(json.dumps({**row._asdict(), "not_run": True}) + "\n")
     for row in _wanted(arguments):
         today = datetime.datetime.now(datetime.UTC).date().isoformat()
         found = found_of(row, arguments.limit, today, versions)
@@ -526,7 +531,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _wanted(arguments: argparse.Namespace) -> list[Row]:
     """What is to be run: the share of this process in what was asked for, or else is not there yet."""
     results = [] if arguments.again or arguments.only else read(RESULTS)
-    known = {(each["family"], each["kind"]) for each in results}
+    known = {(each["family"], each["kind"]) for each in results if "not_run" not in each}
     asked = [row for row in rows() if _asked_for(row, arguments) and (row.family, row.kind) not in known]
     share, shares = map(int, arguments.share.split("/"))
     return asked[share - 1 :: shares]
@@ -550,8 +555,10 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 def page(results: list[dict[str, Any]]) -> str:
     """docs/models.md."""
-    made = [each for each in results if "cells" in each]
-    return "\n".join([*_head(results), *_counts(made), *_tables(made), *_notes(made), *_not_made(results)]) + "\n"
+    ran = [each for each in results if "not_run" not in each]
+    made = [each for each in ran if "cells" in each]
+    parts = (_head(ran), _counts(made), _tables(made), _notes(made), _not_made(ran), _not_run(results))
+    return "\n".join(line for part in parts for line in part) + "\n"
 
 
 def _head(results: list[dict[str, Any]]) -> list[str]:
@@ -629,6 +636,14 @@ def _not_made(results: list[dict[str, Any]]) -> list[str]:
     missing = [each for each in results if "not_made" in each]
     lines = [f"- {each['family']} ({each['kind']}, {each['task']}): {_quoted(each['not_made'])}" for each in missing]
     return ["## No tiny checkpoint could be made", "", *(lines or ["None."])]
+
+
+def _not_run(results: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for task, _ in TASKS:
+        families = [each["family"] for each in results if "not_run" in each and each["task"] == task]
+        lines += [f"- {task}: {', '.join(families)}"] if families else []
+    return ["", "## Not run yet", "", *(lines or ["None."])]
 
 
 def main(arguments: Iterable[str]) -> int:

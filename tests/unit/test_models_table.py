@@ -86,7 +86,8 @@ def test_a_check_that_dies_or_hangs_says_so(table: Any) -> None:
 def test_what_is_there_is_not_run_again(table: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "RESULTS", tmp_path / "models.jsonl")
     known = line("llama") | {"kind": "LlamaForCausalLM"}
-    (tmp_path / "models.jsonl").write_text(table.json.dumps(known) + "\n")
+    still = line("mistral") | {"kind": "MistralForCausalLM", "not_run": True}
+    (tmp_path / "models.jsonl").write_text("".join(table.json.dumps(each) + "\n" for each in (known, still)))
 
     def wanted(**given: Any) -> set[tuple[str, str]]:
         asked = SimpleNamespace(**{"only": None, "again": False, "task": None, "share": "1/1"} | given)
@@ -117,12 +118,14 @@ def test_the_page_has_each_result_its_reason_and_what_was_not_made(table: Any) -
             line("mamba", cells=cells),
             line("jamba", cells={**cells, "text": "differs: by 0.5"}),
             line("dory", not_made="no module `tests`"),
+            {"family": "bert", "kind": "BertModel", "task": "text encoding", "not_run": True},
         ]
     )
     assert "| llama | llamaModel | equal | - | - | equal | - | yes | plain fails | - | - |" in page
     assert "- *draft*, no: it keeps a state: mamba (mambaModel), jamba (jambaModel)" in page
     assert "- *text*, differs: by 0.5: jamba (jambaModel)" in page
     assert "- dory (doryModel, causal): no module \\`tests\\`" in page
+    assert page.endswith("## Not run yet\n\n- text encoding: bert\n")
     assert "3 classes. 3 of them stream" in page
     assert "| text | 3 | 2 | 0 | 0 | 1 |" in page
     assert "| draft | 3 | 1 | 0 | 2 | 0 |" in page
