@@ -330,8 +330,9 @@ def test_a_draft_with_a_state_is_off_and_says_why(
         assert "keeps a state that cannot forget" in stats.draft_reason
 
 
-def test_what_takes_one_token_beside_its_cache_decodes_without_a_draft(tmp_path: Path) -> None:
-    write_tiny("prophetnet", tmp_path)
+@pytest.mark.parametrize("family", ["cpmant", "prophetnet"])
+def test_what_takes_one_token_beside_its_cache_decodes_without_a_draft(tmp_path: Path, family: str) -> None:
+    write_tiny(family, tmp_path)
     wanted = plain_model(tmp_path).generate(IDS, max_new_tokens=8, do_sample=False)
     with AutoModel.from_pretrained(str(tmp_path), device="cpu", context=CONTEXT) as model:
         model.lamina.decoder._drafts["lookup"] = Wavering(wanted[0].tolist()), Always(MOST, None, 0.0, must=True)

@@ -203,7 +203,7 @@ def convolves(cache: Any) -> bool:
     return any(getattr(cache, "is_linear", ()))
 
 
-ONE_TOKEN = frozenset({"prophetnet"})  # model types that predict several tokens from one, and take no more
+ONE_TOKEN = frozenset({"blt", "cpmant", "prophetnet"})  # model types: several tokens fail, or count otherwise
 
 
 def is_stateful(model: Any) -> bool:
