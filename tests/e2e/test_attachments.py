@@ -181,14 +181,13 @@ def test_the_processor_of_a_model_that_reads_text_alone_is_its_tokenizer(
     assert (result.code, result.err) == (2, "lamina: LlamaForCausalLM takes no pictures\n")
 
 
-@pytest.fixture(scope="module")
-def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whisper")
+def write_whisper(folder: Path, width: int = 16) -> Path:
     vocabulary = {token: index for index, token in enumerate([*BYTES, *TRANSCRIPT.split()])}
     end = vocabulary["<|endoftext|>"]
     config = WhisperConfig(
         vocab_size=len(vocabulary), encoder_layers=1, decoder_layers=2, encoder_attention_heads=2,
-        decoder_attention_heads=2, d_model=16, encoder_ffn_dim=32, decoder_ffn_dim=32, max_target_positions=64,
+        decoder_attention_heads=2, d_model=width, encoder_ffn_dim=2 * width, decoder_ffn_dim=2 * width,
+        max_target_positions=64,
         decoder_start_token_id=end + 1, bos_token_id=end, eos_token_id=end, pad_token_id=end,
     )  # fmt: skip
     model = WhisperForConditionalGeneration(config)
@@ -197,6 +196,11 @@ def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = WhisperTokenizer(vocab=vocabulary, merges=[], unk_token="<|endoftext|>")
     WhisperProcessor(WhisperFeatureExtractor(), tokenizer).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_whisper(tmp_path_factory.mktemp("whisper"))
 
 
 @pytest.mark.parametrize("prompt", ["", "hi"])

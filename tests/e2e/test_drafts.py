@@ -22,10 +22,13 @@ import lamina.speculative.setup
 from helpers.always import Always
 from helpers.families import write_tiny
 from helpers.judge import CONTEXT, minimum_of, plain_model
+from helpers.multimodal import write_case
 from helpers.tiny import words, write_llama
+from helpers.wavering import Wavering
 from lamina import (
     AutoModel,
     BudgetError,
+    FallbackWarning,
     LaminaError,
     ModelNotFoundError,
     RequestError,
@@ -292,6 +295,29 @@ def test_a_draft_that_is_no_text_is_refused(written: Path, draft: Any) -> None:
     assert "'none', 'auto', 'lookup', 'self', or a model" in refusal(RequestError, written, draft=draft)
 
 
+@pytest.mark.parametrize("kind", ["LlamaForSequenceClassification", "BertForTokenClassification", "BertModel"])
+def test_what_gives_no_text_has_no_draft_and_no_room_for_one(tmp_path: Path, kind: str) -> None:
+    write_case(kind, tmp_path)
+    least = minimum_of(tmp_path, draft=None)
+    assert minimum_of(tmp_path) == least
+    with AutoModel.from_pretrained(str(tmp_path), device="cpu", memory=least, context=CONTEXT) as model:
+        stats = model.lamina.stats
+        assert (stats.draft, stats.draft_bytes) == ("none", 0)
+        assert "gives no text" in stats.draft_reason
+        assert not any("draft" in fallback for fallback in stats.fallbacks)
+    planned = plan_model(str(tmp_path), device="cpu", memory=least, context=CONTEXT)
+    assert planned.draft == "none" and "gives no text" in planned.draft_reason
+
+
+def test_a_draft_that_was_asked_for_of_what_gives_no_text_is_told_to_be_off(tmp_path: Path) -> None:
+    write_case("LlamaForSequenceClassification", tmp_path / "model")
+    with pytest.warns(FallbackWarning, match="draft 'self' is off: the model gives no text"):
+        model = AutoModel.from_pretrained(str(tmp_path / "model"), device="cpu", context=CONTEXT, draft="self")
+    with model:
+        assert model.lamina.stats.draft == "none"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"], "no copy was written"
+
+
 @pytest.mark.parametrize("family", ["mamba2", "jamba"])
 def test_a_draft_with_a_state_is_off_and_says_why(
     written: Path, tmp_path: Path, answer: list[int], family: str
@@ -302,6 +328,17 @@ def test_a_draft_with_a_state_is_off_and_says_why(
         stats = model.lamina.stats
         assert stats.drafted_tokens == 0
         assert "keeps a state that cannot forget" in stats.draft_reason
+
+
+@pytest.mark.parametrize("family", ["cpmant", "prophetnet"])
+def test_what_takes_one_token_beside_its_cache_decodes_without_a_draft(tmp_path: Path, family: str) -> None:
+    write_tiny(family, tmp_path)
+    wanted = plain_model(tmp_path).generate(IDS, max_new_tokens=8, do_sample=False)
+    with AutoModel.from_pretrained(str(tmp_path), device="cpu", context=CONTEXT) as model:
+        model.lamina.decoder._drafts["lookup"] = Wavering(wanted[0].tolist()), Always(MOST, None, 0.0, must=True)
+        assert torch.equal(model.generate(IDS, max_new_tokens=8, do_sample=False), wanted)
+        assert model.lamina.stats.drafted_tokens == 0
+        assert "one token beside its cache" in model.lamina.stats.draft_reason
 
 
 def test_a_draft_that_looks_back_through_a_convolution(written: Path, tmp_path: Path, answer: list[int]) -> None:

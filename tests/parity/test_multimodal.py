@@ -13,11 +13,21 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import (
+    IdeficsConfig,
+    IdeficsForVisionText2Text,
+    KyutaiSpeechToTextConfig,
+    KyutaiSpeechToTextForConditionalGeneration,
+    PreTrainedModel,
+)
 
+from helpers.always import Always
+from helpers.families import input_ids
 from helpers.judge import minimum_of, reads_on_demand, steady, streamed_model, traced_once
-from helpers.multimodal import CASES, Inputs, class_of, text_of, whole_of, write_case
+from helpers.multimodal import CASES, TEXT, Inputs, class_of, text_of, whole_of, write_case
+from helpers.wavering import Wavering
 from lamina.plan.plan import Plan
+from lamina.speculative.decoder import MOST
 from lamina.stream.readers import Readers
 
 NEW_TOKENS = 4
@@ -199,3 +209,59 @@ def test_after_a_pass_that_failed_in_a_tower(said: Said) -> None:
 
 def _raise(*_: Any) -> None:
     raise RuntimeError("in the tower")
+
+
+def test_tokens_with_a_sound_beside_each(tmp_path: Path) -> None:
+    """Kyutai's: what goes in are a token and an id of each codebook, in a third dimension."""
+    codec = {
+        "model_type": "mimi", "num_quantizers": 4, "hidden_size": 16, "num_filters": 8, "upsampling_ratios": [8, 4],
+        "codebook_size": 16, "codebook_dim": 16, "vector_quantization_hidden_dimension": 16, "upsample_groups": 16,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "sliding_window": 4,
+        "use_cache": False,
+    }  # fmt: skip
+    config = KyutaiSpeechToTextConfig(
+        codebook_vocab_size=17, vocab_size=99, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, ffn_dim=128,
+        num_codebooks=4, frame_size=64, audio_bos_token_id=16, audio_pad_token_id=16, codec_config=codec,
+        max_position_embeddings=512, head_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        KyutaiSpeechToTextForConditionalGeneration(config).save_pretrained(tmp_path)
+    plain = KyutaiSpeechToTextForConditionalGeneration.from_pretrained(tmp_path).eval()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, 16, (1, 7, 5), generator=generator)
+    heard = {"input_ids": torch.tensor([[1]]), "input_values": torch.randn(1, 1, 64 * 12, generator=generator)}
+    with streamed_model(tmp_path, minimum_of(tmp_path)) as model:
+        assert model.lamina.plan.streams and model.lamina.plan.traced and not model.lamina.plan.fallbacks
+        assert torch.equal(first(model, {"input_ids": ids}), first(plain, {"input_ids": ids}))
+        answers = [each.generate(**heard, max_new_tokens=8, do_sample=False) for each in (model, plain)]
+    assert torch.equal(*answers)
+
+
+def test_a_draft_where_each_pass_hands_the_image_on(tmp_path: Path) -> None:
+    """Idefics asks the outputs of a pass for the image of the next one: there are none yet for what is verified."""
+    vision = {"embed_dim": 64, "image_size": 32, "patch_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = IdeficsConfig(
+        vocab_size=256, additional_vocab_size=2, hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
+        intermediate_size=96, cross_layer_interval=2, use_resampler=False, alpha_initializer="ones",
+        vision_config={**vision, "intermediate_size": 96}, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = IdeficsForVisionText2Text(config)
+        for parameter in made.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        made.save_pretrained(tmp_path)
+    ids = input_ids(config, TEXT)
+    seen = {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), "image_attention_mask": torch.ones(1, TEXT, 1),
+        "pixel_values": torch.randn(1, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
+    }  # fmt: skip
+    asked: dict[str, Any] = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    plain = IdeficsForVisionText2Text.from_pretrained(tmp_path).eval()
+    wanted = plain.generate(**seen, **asked)
+    with streamed_model(tmp_path, minimum_of(tmp_path)) as model:
+        assert model.lamina.plan.streams
+        model.lamina.decoder._drafts["lookup"] = Wavering(wanted[0].tolist()), Always(MOST, None, 0.0, must=True)
+        assert torch.equal(model.generate(**seen, **asked), wanted)
+        assert 0 < model.lamina.stats.accepted_tokens < model.lamina.stats.drafted_tokens

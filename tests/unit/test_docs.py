@@ -140,6 +140,13 @@ def test_the_picture_of_the_rooms_is_that_of_the_imports() -> None:
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
+def test_the_page_on_models_is_that_of_what_was_found() -> None:
+    checked = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "models_table.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
 def test_every_room_has_one_row_that_says_what_it_is_for() -> None:
     rows = re.findall(r"^\| `([\w.]+)` \| \S", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
     assert sorted(rows) == sorted(rooms().rooms())

@@ -239,9 +239,17 @@ def convolves(cache: Any) -> bool:
     return any(getattr(cache, "is_linear", ()))
 
 
+ONE_TOKEN = frozenset({"blt", "cpmant", "prophetnet"})  # model types: several tokens fail, or count otherwise
+
+
 def is_stateful(model: Any) -> bool:
     """Whether a model keeps a state that cannot go back."""
     return bool(getattr(model, "_is_stateful", False))
+
+
+def takes_one_token(model: Any) -> bool:
+    """Whether a model with a cache refuses a pass over several tokens."""
+    return getattr(model.config, "model_type", None) in ONE_TOKEN
 
 
 # -- which kernels a config asks for
@@ -300,16 +308,21 @@ def inputs_of(model: Any, ids: torch.Tensor, new: int, kwargs: Mapping[str, Any]
     """
     grown = dict(kwargs)
     if new > 1:
-        grown = advance(model, ModelOutput(), grown, new - 1)
+        try:
+            grown = advance(model, ModelOutput(), grown, new - 1)
+        except AttributeError:  # idefics asks the outputs for what it has among its arguments already
+            grown = advance(model, ModelOutput(), dict(kwargs), new - 1, GenerationMixin)
     inputs: dict[str, Any] = model.prepare_inputs_for_generation(ids, next_sequence_length=new, **grown)
     return inputs
 
 
-def advance(model: Any, outputs: Any, kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """The keyword arguments of the next pass, `tokens` tokens further on."""
+def advance(
+    model: Any, outputs: Any, kwargs: dict[str, Any], tokens: int, kind: type[Any] | None = None
+) -> dict[str, Any]:
+    """The keyword arguments of the next pass, `tokens` tokens further on, as the model's class has it or another."""
     both = bool(getattr(model.config, "is_encoder_decoder", False))
-    advanced: dict[str, Any] = model._update_model_kwargs_for_generation(
-        outputs, kwargs, is_encoder_decoder=both, num_new_tokens=tokens
+    advanced: dict[str, Any] = (kind or type(model))._update_model_kwargs_for_generation(
+        model, outputs, kwargs, is_encoder_decoder=both, num_new_tokens=tokens
     )
     return advanced
 

@@ -275,8 +275,8 @@ def _uses(kinds: Mapping[tuple[str, str], set[str]]) -> tuple[dict[str, frozense
     return uses, frozenset(key for key, own in kinds.items() if own == {"embedding"})
 
 
-def _ids(tokens: int) -> torch.Tensor:
-    return torch.zeros(1, tokens, dtype=torch.long, device="meta")
+def _ids(tokens: int, *more: int) -> torch.Tensor:
+    return torch.zeros(1, tokens, *more, dtype=torch.long, device="meta")
 
 
 def _ways_in(model: PreTrainedModel) -> Iterator[_Entry]:
@@ -308,6 +308,8 @@ def _ways_in(model: PreTrainedModel) -> Iterator[_Entry]:
         yield from _ways_of_both(model)
     if cache is not None:
         yield _Cache.GIVEN, cached
+        if codebooks := getattr(config, "num_codebooks", 0):  # beside each token its sound, an id of each codebook
+            yield _Cache.GIVEN, lambda tokens: {**cached(tokens), "input_ids": _ids(tokens, codebooks + 1)}
         if "position_ids" in accepted:
             yield _Cache.GIVEN, positioned
         yield _Cache.OWN, lambda tokens: {"input_ids": _ids(tokens), "use_cache": True, **last_only}

@@ -247,7 +247,9 @@ def why_not_here(ids: torch.Tensor, kwargs: dict[str, Any]) -> str | None:
 
 
 def why_not_back(model: Any, cache: Any) -> str | None:
-    """Why what a pass added to a cache cannot be taken back; known once a pass was made."""
+    """Why a draft cannot be verified, or what a pass added to a cache not taken back; known once a pass was made."""
+    if internals.takes_one_token(model):
+        return "this family takes one token beside its cache"
     if internals.is_stateful(model) or not internals.can_crop(cache):
         return "this family keeps a state that cannot forget what was not accepted"
     return None

@@ -46,6 +46,7 @@ from lamina.store import as_if_split, check_disk, default_folder, is_store_of, s
 
 COPY = "4bit"  # the store that a copy of the model for drafting is
 OTHERS = "8bit"  # the same of another model
+NO_TEXT = "the model gives no text, so there is nothing to propose"
 LOG = logging.getLogger("lamina")
 
 
@@ -109,7 +110,9 @@ class Drafting:
     def reserve(self, target: Described, device: torch.device) -> Callable[[int], int]:
         """What the draft takes of the target's memory, for a context of so many tokens."""
         self._target = target
-        if self.wanted == AUTO and (why := on_device(device)) is not None:  # `auto` is exact, or there is no draft
+        if not target.model.can_generate():
+            self._draft_model, self.writes, self.chosen, self.reason = None, False, NONE, NO_TEXT
+        elif self.wanted == AUTO and (why := on_device(device)) is not None:  # `auto` is exact, or there is no draft
             self._draft_model, self.chosen = None, NONE
             self.reason = f"{why}; {option('draft', LOOKUP)} or a copy propose there, verified without that"
         verifying = verifying_bytes(target.model.config)
@@ -140,6 +143,8 @@ class Drafting:
     def attach(self, model: PreTrainedModel, exact: bool | None) -> None:
         """Give the model its draft."""
         model.lamina.drafted = self.drafted(model.lamina.plan)
+        if self.chosen == NONE and self.wanted not in (AUTO, NONE):
+            model.lamina.fallbacks.say(f"draft {self.wanted!r} is off: {self.reason}")
         speculator = Speculator(model, self.wanted, self.chosen, self.reason, exact, self._load_later)
         if self._draft_model is not None:
             speculator.add(self.chosen, self._draft_model, self._progress)

@@ -53,6 +53,17 @@ DRAFTED: dict[str, dict[str, Any]] = {
 }
 
 
+class Diffusing(GenerationConfig):
+    """Of a model that does not go token by token: no mode of transformers' fits, and it says so."""
+
+    def get_generation_mode(self, *_: Any) -> Any:
+        raise NotImplementedError("does not support `get_generation_mode`")
+
+
+def test_a_model_with_a_way_of_its_own_decodes_as_it_always_did(model: PreTrainedModel) -> None:
+    assert "way of its own" in str(custom_generate.why_plain(model, {"generation_config": Diffusing()}))
+
+
 @pytest.mark.parametrize("name", PLAIN)
 def test_why_a_call_decodes_as_it_always_did(model: PreTrainedModel, name: str) -> None:
     request, why = PLAIN[name]

@@ -63,7 +63,11 @@ def why_plain(model: PreTrainedModel, request: Mapping[str, Any]) -> str | None:
 
 def _unfit(config: GenerationConfig) -> str | None:
     """Why a loop of our own cannot do what these settings ask for; None where it can."""
-    if config.get_generation_mode(None) not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+    try:
+        mode = config.get_generation_mode(None)
+    except NotImplementedError:
+        return "the model makes its text in a way of its own"
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         return "beams and other searches decode as they always did"
     if config.num_return_sequences > 1:
         return "several sequences at once share a pass already"
