@@ -310,7 +310,9 @@ def _hqq(folder: Folder) -> Iterator[Found]:
         across = scale.shape[:1] == (1,) and groups > 1
         high, wide = (elements // groups, groups) if across else (groups, elements // groups)
         nbytes = {bits: elements * bits // 8 for bits in (8, 4, 2, 1)} | {3: -(-high // 10) * wide * 4}
-        bits = next((bits for bits, size in nbytes.items() if size == words.extent.length), None)
+        said = folder.entries.get(f"{module}.nbits")  # older ones do not say it; three bits are int32 there
+        may = _integers_in(folder, said) if said is not None else ((3,) if words.dtype == "I32" else (8, 4, 2, 1))
+        bits = next((bits for bits in may if nbytes.get(bits) == words.extent.length), None)
         if bits is None:
             raise _unfit(words, scale)
         beside = tuple(f"{module}.{part}" for part in _HQQ_STATE)
@@ -389,6 +391,8 @@ def _quanto(folder: Folder) -> Iterator[Found]:
                 "use a checkpoint in qint8 or qfloat8"
             )
         entry = _part(folder, f"{weight}._data", scale)
+        if _count(scale) not in (1, *entry.shape[:1]):
+            raise _unfit(entry, scale)
         module = weight.rpartition(".")[0]
         beside = tuple(f"{module}.{part}" for part in ("input_scale", "output_scale"))
         yield replace(_scaled(folder, entry, scale, None), name=weight, beside=beside)
