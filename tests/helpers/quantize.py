@@ -259,3 +259,129 @@ def bitsandbytes_4bit(block: int, nested: int = 0) -> Method:
         return stored, numbers
 
     return store
+
+
+def hqq(bits: int, group: int, axis: int) -> Method:
+    """HQQ's groups are rows (axis 1) or columns (axis 0) of a matrix that was laid out anew; bf16 throughout."""
+
+    def store(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+        flat = weight.numpy().reshape(-1)
+        laid = flat.reshape(-1, group) if axis == 1 else flat.reshape(group, -1)
+        low, high = laid.min(axis, keepdims=True), laid.max(axis, keepdims=True)
+        most = 2**bits - 1
+        scale = torch.from_numpy(np.maximum(high - low, 1e-6) / most).bfloat16()
+        zero = torch.from_numpy(-low / scale.float().numpy()).bfloat16()
+        values = np.clip(np.round(laid / scale.float().numpy() + zero.float().numpy()), 0, most).astype(np.uint32)
+        meant = ((torch.from_numpy(values.astype(np.float32)).bfloat16() - zero) * scale).float().numpy()
+        module = name.removesuffix("weight")
+        stored = {
+            f"{module}W_q": _planes(values, bits),
+            f"{module}scale": scale,
+            f"{module}zero": zero,
+            f"{module}shape": torch.tensor(weight.shape),
+            f"{module}nbits": torch.tensor(bits, dtype=torch.int32),
+            f"{module}axis": torch.tensor(axis, dtype=torch.int32),
+            f"{module}packing": torch.tensor([0, 1], dtype=torch.uint8),
+        }
+        return stored, meant.reshape(weight.shape)
+
+    return store
+
+
+def _planes(values: np.ndarray, bits: int) -> torch.Tensor:
+    """The rows in as many parts as a word has places, the first in the uppermost place; of 3 bits ten to an int32."""
+    places = 10 if bits == 3 else 8 // bits
+    rows = -(-len(values) // places)
+    padded = np.zeros((rows * places, values.shape[1]), np.uint32)
+    padded[: len(values)] = values
+    words = np.zeros((rows, values.shape[1]), np.uint32)
+    for place in range(places):
+        words |= padded[place * rows : (place + 1) * rows] << np.uint32(bits * (places - 1 - place))
+    return torch.from_numpy(words.astype(np.int32) if bits == 3 else words.astype(np.uint8))
+
+
+def torchao(kind: str, group: int = 32) -> Method:
+    """torchao's weight-only tensors, laid out flat: int8 and float8 by row, int4 in groups."""
+
+    def store(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+        module, _, parameter = name.rpartition(".")
+        prefix = f"{module}._{parameter}_"
+        if kind == "int4":
+            blocks = weight.numpy().reshape(len(weight), -1, group)
+            low, high = blocks.min(2), blocks.max(2)
+            scale = torch.from_numpy((high - low) / 15).bfloat16().float().numpy()
+            middle = torch.from_numpy(low + 8 * scale).bfloat16().float().numpy()
+            values = np.clip(np.round((blocks - middle[..., None]) / scale[..., None]), -8, 7)
+            meant = (values * scale[..., None] + middle[..., None]).reshape(weight.shape)
+            nibbles = values.astype(np.int8).reshape(weight.shape) & 15
+            return {
+                f"{prefix}qdata": torch.from_numpy((nibbles[:, 0::2] | nibbles[:, 1::2] << 4).astype(np.int8)),
+                f"{prefix}scale": torch.from_numpy(scale.T.copy()).bfloat16(),
+                f"{prefix}zero_point": torch.from_numpy(middle.T.copy()).bfloat16(),
+            }, meant
+        most = 127.0 if kind == "int8" else 448.0
+        scale = weight.abs().amax(1, keepdim=True) / most
+        divided = weight / scale
+        quantized = divided.round().to(torch.int8) if kind == "int8" else divided.to(torch.float8_e4m3fn)
+        stored = {f"{prefix}qdata": quantized, f"{prefix}scale": scale}
+        if kind == "int8":
+            stored[f"{prefix}zero_point"] = torch.zeros(scale.shape, dtype=torch.int8)
+        return stored, (quantized.float() * scale).numpy()
+
+    return store
+
+
+def bitnet(auto: bool) -> Method:
+    """-1, 0 and 1, four rows of quarters to a byte, the first in the lowest place; one scale."""
+
+    def store(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+        mean = weight.abs().mean()
+        values = torch.clamp((weight / mean).round(), -1, 1).numpy()
+        rows = len(values) // 4
+        packed = sum((values[part * rows : (part + 1) * rows] + 1).astype(np.uint8) << 2 * part for part in range(4))
+        scale = (mean if auto else 1 / mean).view(1).bfloat16()
+        number = scale.float().numpy()
+        meant = values * number if auto else values / number
+        return {name: torch.from_numpy(packed), f"{name}_scale": scale}, meant
+
+    return store
+
+
+def quanto(dtype: torch.dtype) -> Method:
+    """Eight bits by row, with the places for scales of activations that optimum-quanto writes too."""
+
+    def store(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+        scale = (weight.abs().amax(1, keepdim=True) / (127 if dtype == torch.int8 else 448)).bfloat16()
+        divided = weight / scale.float()
+        quantized = divided.round().clamp(-127, 127).to(dtype) if dtype == torch.int8 else divided.to(dtype)
+        module = name.removesuffix("weight")
+        ones = {f"{module}{part}_scale": torch.ones(()) for part in ("input", "output")}
+        stored = {f"{name}._data": quantized, f"{name}._scale": scale, **ones}
+        return stored, (quantized.float() * scale.float()).numpy()
+
+    return store
+
+
+def aqlm(books: int, bits: int, block: tuple[int, int]) -> Method:
+    """Sums of entries of codebooks; codes and books at random, for nothing is learned of what the method means."""
+
+    def store(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+        random = np.random.default_rng(weight.numel())
+        high, wide = block
+        groups = weight.shape[0] // high, weight.shape[1] // wide
+        codes = random.integers(0, 2**bits, (*groups, books))
+        tables = torch.from_numpy(random.normal(0, 0.05, (books, 2**bits, high, wide))).bfloat16()
+        scales = torch.from_numpy(random.uniform(0.5, 2, (groups[0], 1, 1, 1))).bfloat16()
+        meant = np.zeros(weight.shape, np.float32)
+        for row, column in np.ndindex(*groups):
+            total = np.zeros(block, np.float32)
+            for book in range(books):
+                total += tables[book, codes[row, column, book]].float().numpy()
+            at = np.s_[row * high : (row + 1) * high, column * wide : (column + 1) * wide]
+            meant[at] = total * scales[row].float().item()
+        module = name.removesuffix("weight")
+        signed = codes.astype(np.int16 if bits > 8 else np.int8)
+        stored = {f"{module}codes": torch.from_numpy(signed), f"{module}codebooks": tables, f"{module}scales": scales}
+        return stored, meant
+
+    return store

@@ -90,6 +90,22 @@ METHODS: Mapping[str, tuple[quantize.Method, Mapping[str, Any]]] = {
         quantize.bitsandbytes_4bit(64, 16),
         {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": True},
     ),
+    **{
+        f"hqq in {bits} bits, axis {axis}": (quantize.hqq(bits, group, axis), {"quant_method": "hqq"})
+        for bits, group, axis in ((8, 32, 1), (4, 32, 1), (4, 32, 0), (3, 32, 1), (3, 16, 0), (2, 16, 0), (1, 16, 1))
+    },
+    "torchao int8": (quantize.torchao("int8"), {"quant_method": "torchao"}),
+    "torchao float8": (quantize.torchao("float8"), {"quant_method": "torchao"}),
+    "torchao int4": (quantize.torchao("int4", 16), {"quant_method": "torchao"}),
+    "bitnet": (quantize.bitnet(False), {"quant_method": "bitnet", "linear_class": "bitlinear"}),
+    "bitnet, automatic": (
+        quantize.bitnet(True),
+        {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"},
+    ),
+    "quanto qint8": (quantize.quanto(torch.int8), {"quant_method": "quanto", "weights": "int8"}),
+    "quanto qfloat8": (quantize.quanto(torch.float8_e4m3fn), {"quant_method": "quanto", "weights": "float8"}),
+    "aqlm": (quantize.aqlm(2, 8, (1, 8)), {"quant_method": "aqlm"}),
+    "aqlm in blocks of rows": (quantize.aqlm(1, 10, (2, 4)), {"quant_method": "aqlm"}),
 }
 
 
@@ -116,7 +132,8 @@ def test_each_method(method: str, tmp_path: Path) -> None:
         model = assert_equal(said, said.budget(budget))
     packed = [weight for weight in model.lamina._engine.schedule.values() if weight.convert is Convert.UNPACK]
     assert len(packed) == 4 * 7
-    assert sum(weight.stored_nbytes for weight in packed) < 0.8 * sum(weight.unpacked_nbytes for weight in packed)
+    if not method.startswith("aqlm"):  # whose books are larger than weights as small as these
+        assert sum(weight.stored_nbytes for weight in packed) < 0.8 * sum(weight.unpacked_nbytes for weight in packed)
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe", "mixtral", "phi3"])
