@@ -69,7 +69,9 @@ def _run_apart(item: pytest.Item) -> dict[str, list[Any]]:
 
 def _died(item: pytest.Item, ran: subprocess.CompletedProcess[str]) -> pytest.TestReport:
     """The report of a test that the other process did not end."""
-    text = f"the process with the simulated accelerator ended with {ran.returncode} in or before this test:\n{ran.stdout}"
+    text = (
+        f"the process with the simulated accelerator ended with {ran.returncode} in or before this test:\n{ran.stdout}"
+    )
     return pytest.TestReport(item.nodeid, item.location, {}, "failed", text, "call")
 
 

@@ -76,7 +76,7 @@ def life(folder: Path, accelerator: Accelerator, register: Register) -> list[str
     least = minimum(folder, accelerator)
     accelerator.driver.reset_counts()
     accelerator.schedule()
-    model = load(folder, accelerator, memory=least.memory + 150_000, device_memory=least.device_memory)
+    model = load(folder, accelerator, memory=least.memory + (1 << 30), device_memory=least.device_memory)
     assert any(item.cached for item in model.lamina.plan.items)
     wrong = []
     try:
@@ -100,6 +100,7 @@ def life(folder: Path, accelerator: Accelerator, register: Register) -> list[str
 
 def recycled(accelerator: Accelerator) -> list[str]:
     """A lane in memory that a queued computation still writes to: whether its first item arrives whole."""
+    accelerator.driver.empty_cache()
     device = AcceleratorDevice(accelerator.device)
     source = Area(1 << 16)
     source.tensor.fill_(7)

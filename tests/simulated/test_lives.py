@@ -50,7 +50,7 @@ class Scene:
         return load(self.folder, self.accelerator, memory=memory, device_memory=device_memory, **options)
 
     def check(self, model: PreTrainedModel, **options: Any) -> None:
-        assert_same(said(model, self.ids, **options), self.wanted)
+        assert_same(said(model, self.ids.to(self.accelerator.device), **options), self.wanted)
 
 
 def scene(folder: Path, accelerator: Accelerator, register: Register, family: str = "") -> Scene:
@@ -63,7 +63,7 @@ def scene(folder: Path, accelerator: Accelerator, register: Register, family: st
     least = minimum(folder, accelerator)
     accelerator.driver.reset_counts()
     accelerator.schedule()
-    return Scene(folder, accelerator, register, ids, wanted, least)
+    return Scene(folder, accelerator, register, ids.cpu(), wanted, least)
 
 
 @pytest.fixture
@@ -133,7 +133,7 @@ def test_a_pass_that_breaks_off_is_followed_by_a_whole_one(llama: Scene, late: t
         for layer in (1, 3):
             handle = model.model.layers[layer].mlp.register_forward_pre_hook(stop)
             with pytest.raises(KeyboardInterrupt):
-                model(llama.ids)
+                model(llama.ids.to(llama.accelerator.device))
             handle.remove()
             llama.check(model)
 
@@ -162,26 +162,32 @@ def test_experts_in_slots(
 
 
 @pytest.mark.parametrize("compression", ["8bit", "4bit", "lossless"])
-def test_stores(compression: str, llama: Scene) -> None:
-    llama.accelerator.schedule(0.5, 0.5)
-    with llama.load(memory=1 << 30, device_memory=1 << 30, compression=compression).lamina as handle:
-        assert not handle.plan.streams
-        wanted = said(handle.model, llama.ids)
-    least = minimum(llama.folder, llama.accelerator, compression=compression)
+def test_stores(compression: str, tmp_path: Path, accelerator: Accelerator, register: Register) -> None:
+    folder = write_llama(
+        tmp_path, hidden_size=256, intermediate_size=512, num_hidden_layers=8, spread=0.1, dtype=torch.bfloat16
+    )
+    accelerator.schedule(1.0, 1.0)
+    ids = torch.tensor([[5, 99, 23, 77]], device=accelerator.device)
+    model = load(folder, accelerator, memory="4GB", device_memory="1GB", compression=compression)
+    with model.lamina:
+        assert not model.lamina.plan.streams
+        wanted = said(model, ids)
+    least = dataclasses.asdict(minimum(folder, accelerator, compression=compression))
     for late in LATE:
-        llama.accelerator.schedule(*late)
-        options = dataclasses.asdict(least)
-        with load(llama.folder, llama.accelerator, compression=compression, **options).lamina as handle:
-            assert handle.plan.streams
-            assert_same(said(handle.model, llama.ids), wanted)
+        accelerator.schedule(*late)
+        model = load(folder, accelerator, compression=compression, **least)
+        with model.lamina:
+            assert model.lamina.plan.streams
+            assert_same(said(model, ids), wanted)
 
 
 @pytest.mark.parametrize("draft", ["lookup", "self"])
 def test_drafts(draft: str, llama: Scene) -> None:
     for late in LATE:
         llama.accelerator.schedule(*late)
-        with llama.load(memory=1 << 28, device_memory=300_000, draft=draft, exact=False).lamina as handle:
-            tokens = handle.model.generate(llama.ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+        with llama.load(memory=1 << 28, device_memory=1 << 24, draft=draft, exact=False).lamina as handle:
+            ids = llama.ids.to(llama.accelerator.device)
+            tokens = handle.model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
             assert torch.equal(tokens.cpu(), llama.wanted[1])
 
 
@@ -200,7 +206,9 @@ def test_two_models_by_turns(llama: Scene, tmp_path: Path, late: tuple[float, fl
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_forked_child_is_told_and_ends_and_its_parent_goes_on(llama: Scene, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_forked_child_is_told_and_ends_and_its_parent_goes_on(
+    llama: Scene, capfd: pytest.CaptureFixture[str]
+) -> None:
     with llama.load().lamina as handle:
         model = handle.model
         llama.check(model)
