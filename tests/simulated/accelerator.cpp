@@ -762,6 +762,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     pins.clear();
   }, Free());
   module.def("pending", &pending_tasks, Free());
+  module.def("pending_copies", [] {  // work on streams other than the default one; events alone hold nothing up
+    Lock lock(mutex);
+    long count = 0;
+    for (auto& [stream, queue] : queues)
+      for (auto& task : queue) count += stream != kDefaultStream && task.work;
+    return count;
+  }, Free());
   module.def("finish", [] {
     must_be_usable();
     Lock lock(mutex);

@@ -64,6 +64,11 @@ class Accelerator:
         return int(self.driver.pending())
 
     @property
+    def pending_copies(self) -> int:
+        """Copies, and whatever else has work to do, that are queued on streams other than the default one."""
+        return int(self.driver.pending_copies())
+
+    @property
     def bytes_in_use(self) -> int:
         """Of all tensors on the device."""
         return int(self.driver.memory()["in_use"])

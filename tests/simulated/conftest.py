@@ -96,7 +96,7 @@ def accelerator(plugged_in: Accelerator, request: pytest.FixtureRequest) -> Iter
     gc.collect()
     left = {
         "pins": plugged_in.pins,
-        "pending": plugged_in.pending,
+        "pending": plugged_in.pending_copies,
         "bytes": max(0, plugged_in.bytes_in_use - before),
         "strays": plugged_in.counts["strays"],
         "torn": plugged_in.counts["torn"],

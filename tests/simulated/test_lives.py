@@ -22,7 +22,7 @@ from helpers.judge import steady, traced_once
 from helpers.tiny import write_llama
 from lamina import ClosedError, UnsupportedError
 from simulated.backend import Accelerator, Register
-from simulated.loading import Answer, Minimum, assert_same, judged, load, minimum, said
+from simulated.loading import Answer, Minimum, assert_same, enough, judged, load, said
 
 LATE = [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)]  # copies, computations, both
 
@@ -60,7 +60,7 @@ def scene(folder: Path, accelerator: Accelerator, register: Register, family: st
         write_llama(folder, spread=0.2)
     accelerator.schedule(1.0, 1.0)
     ids, wanted = judged(folder, accelerator, family)
-    least = minimum(folder, accelerator)
+    least = enough(folder, accelerator)
     accelerator.driver.reset_counts()
     accelerator.schedule()
     return Scene(folder, accelerator, register, ids.cpu(), wanted, least)
@@ -79,7 +79,7 @@ def test_a_closed_model_has_nothing_pinned_and_nothing_under_way(llama: Scene, l
     assert llama.accelerator.pins
     model.lamina.close()
     assert not llama.accelerator.pins
-    assert not llama.accelerator.pending
+    assert not llama.accelerator.pending_copies
     with pytest.raises(ClosedError):
         llama.check(model)
 
@@ -172,10 +172,11 @@ def test_stores(compression: str, tmp_path: Path, accelerator: Accelerator, regi
     with model.lamina:
         assert not model.lamina.plan.streams
         wanted = said(model, ids)
-    least = dataclasses.asdict(minimum(folder, accelerator, compression=compression))
+    least = enough(folder, accelerator, compression=compression)
     for late in LATE:
         accelerator.schedule(*late)
-        model = load(folder, accelerator, compression=compression, **least)
+        budgets = {"memory": least.memory, "device_memory": least.device_memory}
+        model = load(folder, accelerator, compression=compression, **budgets)
         with model.lamina:
             assert model.lamina.plan.streams
             assert_same(said(model, ids), wanted)
