@@ -151,4 +151,5 @@ def _device_module(driver: Any) -> types.ModuleType:
     module.synchronize = lambda device=None: driver.finish()
     module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
     module.mem_get_info = mem_get_info
+    module.memory_reserved = lambda device=None: driver.memory()["reserved"]
     return module  # type: ignore[no-any-return]

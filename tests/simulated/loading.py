@@ -46,24 +46,6 @@ def minimum(folder: Path, accelerator: Accelerator, **options: Any) -> Minimum:
     return Minimum(caught.value.minimum_bytes, device_memory)
 
 
-def enough(folder: Path, accelerator: Accelerator, **options: Any) -> Minimum:
-    """Budgets near the smallest that a model loads with: where the one is short, the other's minimum may grow."""
-    least = minimum(folder, accelerator, **options)
-    memory, device_memory = least.memory, least.device_memory
-    for _ in range(8):
-        try:
-            model = load(folder, accelerator, memory=memory, device_memory=device_memory, **options)
-        except BudgetError as error:
-            if str(error).startswith("device_memory="):
-                device_memory = error.minimum_bytes
-            else:
-                memory = error.minimum_bytes
-        else:
-            model.lamina.close()
-            return Minimum(memory, device_memory)
-    raise AssertionError("each budget asks for more of the other")
-
-
 def said(model: PreTrainedModel, ids: torch.Tensor, **options: Any) -> Answer:
     """Logits of a prompt, and the prompt with a greedy answer; both on the host."""
     with torch.no_grad():

@@ -22,7 +22,7 @@ from helpers.judge import steady, traced_once
 from helpers.tiny import write_llama
 from lamina import ClosedError, UnsupportedError
 from simulated.backend import Accelerator, Register
-from simulated.loading import Answer, Minimum, assert_same, enough, judged, load, said
+from simulated.loading import Answer, Minimum, assert_same, judged, load, minimum, said
 
 LATE = [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)]  # copies, computations, both
 
@@ -60,7 +60,7 @@ def scene(folder: Path, accelerator: Accelerator, register: Register, family: st
         write_llama(folder, spread=0.2)
     accelerator.schedule(1.0, 1.0)
     ids, wanted = judged(folder, accelerator, family)
-    least = enough(folder, accelerator)
+    least = minimum(folder, accelerator)
     accelerator.driver.reset_counts()
     accelerator.schedule()
     return Scene(folder, accelerator, register, ids.cpu(), wanted, least)
@@ -172,7 +172,7 @@ def test_stores(compression: str, tmp_path: Path, accelerator: Accelerator, regi
     with model.lamina:
         assert not model.lamina.plan.streams
         wanted = said(model, ids)
-    least = enough(folder, accelerator, compression=compression)
+    least = minimum(folder, accelerator, compression=compression)
     for late in LATE:
         accelerator.schedule(*late)
         budgets = {"memory": least.memory, "device_memory": least.device_memory}
