@@ -81,12 +81,8 @@ class Binder:
         Raises:
             ChangedError: a file is not what its header was read from.
         """
+        self.check_process()
         if self._pid != os.getpid():
-            if self._device is not None:
-                raise UnsupportedError(
-                    "this process was forked after the model was loaded, and no accelerator can be used in a forked "
-                    "process: load the model in the child, or start processes by multiprocessing's 'spawn'"
-                )
             self._pid = os.getpid()
             if self.stream is not None:
                 self.stream.forget()
@@ -96,6 +92,14 @@ class Binder:
         if self.experts is not None:
             self._before_pass = replace(self.experts.counts, tokens={})
         self.in_pass = True
+
+    def check_process(self) -> None:
+        """Refuse an accelerator in a forked process, before anything is asked of it."""
+        if self._device is not None and self._pid != os.getpid():
+            raise UnsupportedError(
+                "this process was forked after the model was loaded, and no accelerator can be used in a forked "
+                "process: load the model in the child, or start processes by multiprocessing's 'spawn'"
+            )
 
     def end_pass(self) -> None:
         """The model is left, however: after Ctrl-C no weight may stay bound to memory of the ring."""

@@ -165,6 +165,8 @@ class Passes:
     def _on_device(self, args: Any, kwargs: Any) -> Any:
         """Arguments where the model computes."""
         device = self._engine.device
+        if device.type != "cpu":
+            self._engine.binder.check_process()
         return (args, kwargs) if device.type == "cpu" else tree_map(lambda each: _to(each, device), (args, kwargs))
 
     def _say_uncounted(self) -> None:
