@@ -227,6 +227,7 @@ class ExpertStream:
         """Copies are waited for, and the slots are given back to the driver; nothing is copied any more."""
         if self.device is not None:
             self.device.settle()
+            self.device.computed().wait()
         for slot in list(self._pins):
             self._unpin(slot)
 

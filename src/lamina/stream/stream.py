@@ -159,6 +159,7 @@ class Stream:
         """Copies are waited for, and host memory is given back to the driver. Not needed before it is collected."""
         if self._lane is not None:
             self._lane.device.settle()
+            self._lane.device.computed().wait()
         for pin in self._pins:
             if pin is not None:
                 pin.release()
