@@ -35,6 +35,7 @@ from lamina.codec.gguf_blocks import register_all
 from lamina.errors import MissingTensorError, UnsupportedError
 from lamina.hf import internals
 from lamina.hf.building.gguf_config import CAUSES, load_gguf_config, refused
+from lamina.hf.building.gguf_table import row_of
 from lamina.hf.internals import TOKENIZER_MAPPING_NAMES, rename_source_key, silent, tokenizer_class_from_name
 from lamina.hf.tokenizer import usable
 from lamina.tensors.disk import DiskTensor, recording, torch_dtype
@@ -332,7 +333,10 @@ def _processor(file: GgufFile, config: PreTrainedConfig) -> _Processor | _Conver
     if (mapping := internals.gguf_mapping(architecture, config)) is not None:
         return _Conversions(*mapping)
     text, family = config.get_text_config(), None
-    processor = internals.gguf_processor(architecture)(config=text.to_dict())
+    row = row_of(file)
+    processor = internals.gguf_processor(row.processor if row is not None else architecture)(config=text.to_dict())
+    if row is not None:
+        family = str(architecture)
     if text.model_type == "mixtral":
         processor, family = _Mixtral(processor, internals.gguf_processor("qwen3moe")()), "llama"
     try:

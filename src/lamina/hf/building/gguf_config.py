@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import struct
@@ -15,6 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from lamina.checkpoint import Checkpoint
 from lamina.checkpoint.gguf import MAGIC, GgufFile
 from lamina.errors import CheckpointError, LaminaError, UnsupportedError
+from lamina.hf.building.gguf_table import Architecture, fields_of, row_of
 from lamina.hf.internals import GGUF_CONFIG_MAPPING, gguf_config_architectures, silent
 from lamina.tensors.disk import TORCH_DTYPES
 
@@ -51,6 +53,10 @@ def load_gguf_config(file: GgufFile, options: Mapping[str, Any]) -> tuple[PreTra
     table = file.checkpoint.tensors.get("token_embd.weight")
     if table is not None:
         given.setdefault("vocab_size", table.shape[0])
+    if (row := row_of(file)) is not None:
+        config, unused = _from_table(file, row, given)
+        config.name_or_path = file.path
+        return config, unused
     try:
         with tempfile.TemporaryDirectory() as folder, silent():
             path = _without_vocabulary(file, folder)
@@ -62,6 +68,22 @@ def load_gguf_config(file: GgufFile, options: Mapping[str, Any]) -> tuple[PreTra
     unused.pop("gguf_file", None)
     config = _completed(config, file, options)
     config.name_or_path = file.path
+    return config, unused
+
+
+def _from_table(file: GgufFile, row: Architecture, given: Mapping[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """The config of an architecture that transformers does not map, and the options that were not for it."""
+    own = fields_of(file, row)
+    kind = type(AutoConfig.for_model(row.model_type))
+    kept = inspect.signature(kind.__init__).parameters.keys() | set(dir(kind))
+    if "head_dim" not in kept and own["head_dim"] * own["num_attention_heads"] == own["hidden_size"]:
+        own.pop("head_dim")
+    own["tie_word_embeddings"] = "output.weight" not in file.checkpoint.tensors
+    for name in ("bos", "eos", "padding"):
+        own[f"{name.replace('padding', 'pad')}_token_id"] = file.get(f"tokenizer.ggml.{name}_token_id")
+    config, unused = kind.from_dict({**own, "model_type": row.model_type}, return_unused_kwargs=True, **given)
+    if not {"rope_parameters", "rope_scaling"} & given.keys():
+        _complete_rope(config, file)
     return config, unused
 
 
