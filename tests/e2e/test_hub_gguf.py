@@ -12,6 +12,7 @@ from helpers.gguf_files import write_model
 from lamina import AutoModel
 from lamina.api import plan_model
 from lamina.errors import RequestError, UnsupportedError
+from lamina.hub import repository
 from lamina.hub.download import locate_gguf
 from lamina.store import split
 
@@ -35,17 +36,22 @@ def test_a_repository_of_gguf_alone_lists_what_it_has(hub: FakeHub, plan: bool) 
         plan_model("me/m", local_files_only=True) if plan else AutoModel.from_pretrained("me/m", local_files_only=True)
 
 
-def test_a_model_of_the_hub_runs(hub: FakeHub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("outlines", [(1000, 3000, 1 << 20), (1 << 20,)])
+def test_a_model_of_the_hub_runs(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outlines: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(repository, "_OUTLINES", outlines)
     hub.add("me/m", {"model-F16.gguf": write_model(tmp_path, "llama").read_bytes()})
-    for name in ("me/m:model-F16.gguf", "me/m:F16"):
-        with pytest.raises(UnsupportedError, match=r"download model-F16\.gguf of me/m first, with `hf download me/m m"):
-            plan_model(name)
+    planned = [plan_model(name) for name in ("me/m:model-F16.gguf", "me/m:F16")]
+    assert not [*(tmp_path / "cache").rglob("*.gguf")]
     for name, options in (("me/m", {"gguf_file": "model-F16.gguf"}), ("me/m:f16", {})):
         model = AutoModel.from_pretrained(name, memory="3GB", device="cpu", **options)
         with model.lamina as lamina:
             assert lamina.model.config.model_type == "llama"
             assert lamina.model.tokenizer.eos_token_id == 2
-    assert plan_model("me/m:F16").model_bytes  # from the cache
+    here = plan_model("me/m:F16")  # from the cache
+    for there in planned:
+        assert (there.model_bytes, there.minimum_memory_bytes) == (here.model_bytes, here.minimum_memory_bytes)
     with pytest.raises(RequestError, match=r"two GGUF files: give one"):
         plan_model("me/m:F16", gguf_file="other.gguf")
 

@@ -144,6 +144,11 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufFile:
     return GgufFile(checkpoint, parts[files[0]].fields)
 
 
+def gguf_extents(path: str) -> list[Extent]:
+    """Where the tensors of one GGUF file lie, parts of split ones by themselves. Raises what `open_gguf` raises."""
+    return [entry.extent for entry in _read(path).tensors.values()]
+
+
 def _parts(first: str) -> list[str]:
     folder, name = os.path.split(first)
     files = [os.path.join(folder, each) for each in part_names(name)]

@@ -5,7 +5,7 @@ A model in a local folder needs none of it.
 
 from __future__ import annotations
 
-from lamina.hub.download import local_path, locate, locate_gguf, metadata_folder
+from lamina.hub.download import local_path, locate, locate_gguf, metadata_folder, outline_gguf
 from lamina.hub.repository import ANY_MODEL_OPTIONS, HUB_OPTIONS, SOURCE_OPTIONS, remote_headers
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "locate",
     "locate_gguf",
     "metadata_folder",
+    "outline_gguf",
     "remote_headers",
 ]

@@ -11,7 +11,9 @@ import glob
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Unpack
 
 from lamina.caller import option
@@ -28,7 +30,7 @@ from lamina.checkpoint.choose import (
 )
 from lamina.checkpoint.header import quote
 from lamina.checkpoint.mistaken import lone_adapter
-from lamina.errors import CheckpointError, MissingShardError, ModelNotFoundError, RequestError, UnsupportedError
+from lamina.errors import CheckpointError, MissingShardError, ModelNotFoundError, RequestError
 from lamina.hub.repository import (
     HubOptions,
     HubRequest,
@@ -40,6 +42,7 @@ from lamina.hub.repository import (
     clear_errors,
     in_subfolder,
     list_repository,
+    write_outline,
 )
 from lamina.progress import Progress, Tally
 from lamina.sizes import format_size
@@ -114,14 +117,13 @@ def locate_gguf(
         name: of the file, or of any part of a split one, in the repository's `subfolder`; or a tag such as `Q4_K_M`
             that one of its files has in its name.
         progress: called with the bytes.
-        wanted: download it; else it is only looked for in the cache.
+        wanted: download it; else it is only looked for in the cache (`outline_gguf` for its header alone).
         hub: see `HubOptions`.
 
     Raises:
         ModelNotFoundError: no such repository.
-        UnsupportedError: it is not here and not wanted.
         RequestError: the repository has no such file, or several; gated, a revision that is not there, a refused token.
-        MissingShardError: the cache alone may be used and does not have it, or the repository lacks a part.
+        MissingShardError: it is not in the cache and not wanted, or the repository lacks a part.
         CheckpointError: no connection, no space.
     """
     request = HubRequest(model, **hub)
@@ -132,17 +134,42 @@ def locate_gguf(
     if missing := next((each for each in names if each not in listing.files), None):
         raise MissingShardError(f"{name} of {model} needs {missing}, which the repository does not have")
     if not wanted:
-        try:
-            return _in_cache(request, names, "")
-        except MissingShardError:
-            raise UnsupportedError(
-                f"a GGUF file is planned from its own header: download {names[0]} of {model} first, "
-                f"with `hf download {model} {' '.join(names)}`"
-            ) from None
+        return _in_cache(request, names, "")
     with clear_errors(model, request.revision):
         remember_commit(request)
         folder = download_files(request, listing, {each: listing.files[each] for each in names}, progress)
     return os.path.join(folder, names[0])
+
+
+@contextmanager
+def outline_gguf(model: str, name: str, **hub: Unpack[HubOptions]) -> Iterator[tuple[str, dict[str, str]]]:
+    """A GGUF file of a repository as far as its header says what is in it: the rest reads as zeros. Not to be run.
+
+    Args:
+        model, name, hub: as of `locate_gguf`.
+
+    Yields:
+        The path of the file, or of the first part, in a folder that is gone afterwards; and what each part's address on
+        the hub is, by its path.
+
+    Raises:
+        As `locate_gguf`.
+    """
+    request = HubRequest(model, **hub)
+    listing = list_repository(request)
+    if not isinstance(listing, Listing):
+        raise CheckpointError(f"the header of {name} of {model} cannot be read: {listing}")
+    names = part_names(_chosen(request, listing.files, name))
+    if missing := next((each for each in names if each not in listing.files), None):
+        raise MissingShardError(f"{name} of {model} needs {missing}, which the repository does not have")
+    with clear_errors(model, request.revision), tempfile.TemporaryDirectory(prefix="lamina-") as folder:
+        paths = {}
+        for each in names:
+            path = os.path.join(folder, each)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            write_outline(request, listing, each, path)
+            paths[path] = f"hf://{model}@{listing.commit}/{each}"
+        yield next(iter(paths)), paths
 
 
 def local_path(model: str | os.PathLike[str]) -> str | None:

@@ -30,6 +30,7 @@ from lamina.checkpoint.choose import (
     parse_index,
 )
 from lamina.checkpoint.extent import TensorEntry
+from lamina.checkpoint.gguf import gguf_extents
 from lamina.checkpoint.header import MAX_HEADER_BYTES, PREFIX_BYTES, header_length, parse_header
 from lamina.checkpoint.manifest import MANIFEST, apply_manifest, parse_manifest
 from lamina.checkpoint.mistaken import ADAPTER_CONFIG, adapter_alone, instead_of_weights, lone_adapter
@@ -48,6 +49,12 @@ _FIRST_BYTES = 100_000
 """Asked for at once. By huggingface_hub's count, 97% of the headers of its 1000 top models are shorter."""
 
 _REQUESTS_AT_ONCE = 8
+
+_OUTLINES = (4 << 20, 16 << 20, 64 << 20, 512 << 20)
+"""Bytes of a GGUF file that are asked for, until its header is among them: vocabularies take 2 to 12 MB."""
+
+_SMALL = 1 << 16  # bytes of a tensor that a config may be in
+
 _TRIES = 4
 
 Token = str | bool | None
@@ -283,6 +290,28 @@ def _whole_file(request: HubRequest, listing: Listing, name: str) -> bytes:
     if size is not None and size > MAX_HEADER_BYTES:
         raise CheckpointError(f"{name} of {request.model} has {size} bytes, too many for an index")
     return _fetch(request, listing, name, 0, size or MAX_HEADER_BYTES)[0]
+
+
+def write_outline(request: HubRequest, listing: Listing, name: str, path: str) -> None:
+    """Write a GGUF file of its full length of which the header and the small tensors are true; the rest is zeros."""
+    for nbytes in _OUTLINES:
+        start, size = _fetch(request, listing, name, 0, nbytes)
+        with open(path, "wb") as file:
+            file.write(start)
+            file.truncate(size)
+        try:
+            extents = gguf_extents(path)
+        except CheckpointError:  # the header is longer than what is there
+            if len(start) == size or nbytes == _OUTLINES[-1]:
+                raise
+            continue
+        if min((extent.offset for extent in extents), default=0) <= len(start):
+            break
+    with open(path, "r+b") as file:
+        for extent in extents:
+            if extent.length <= _SMALL and extent.offset + extent.length > len(start):
+                file.seek(extent.offset)
+                file.write(_fetch(request, listing, name, extent.offset, extent.offset + extent.length)[0])
 
 
 def _fetch(request: HubRequest, listing: Listing, name: str, begin: int, end: int) -> tuple[bytes, int]:

@@ -17,17 +17,17 @@ import torch
 from lamina.caller import option
 from lamina.checkpoint import Checkpoint, open_checkpoint
 from lamina.checkpoint.choose import choose_gguf, find_gguf, local_names, split_name
-from lamina.errors import BudgetError, RequestError
+from lamina.errors import BudgetError, MissingShardError, RequestError
 from lamina.hf.arguments import check_format
 from lamina.hf.building.build import Request, build, config_place
 from lamina.hf.building.classes import text_alone
-from lamina.hf.building.gguf import load_gguf
+from lamina.hf.building.gguf import GgufModel, load_gguf
 from lamina.hf.config import blaming, fields_of, refuse_adapter
 from lamina.hf.names import PreTrainedModel
 from lamina.hf.tokenizer import Lazy, load_processor, load_tokenizer, tokenizer_bytes
 from lamina.hf.trace import Trace, trace
 from lamina.host import return_large_blocks
-from lamina.hub import HUB_OPTIONS, local_path, locate, locate_gguf, metadata_folder, remote_headers
+from lamina.hub import HUB_OPTIONS, local_path, locate, locate_gguf, metadata_folder, outline_gguf, remote_headers
 from lamina.plan.forecast import Hardware
 from lamina.plan.plan import SHORTEST_CONTEXT, Budget, Plan
 from lamina.plan.planner import make_plan, minimum_memory
@@ -112,8 +112,11 @@ def _files(
     hub = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
     variant = options.pop("variant", None)
     model, chosen = chosen_gguf(model, options.pop("gguf_file", None))
-    if file := _gguf_file(model, hub, chosen, progress, weights_wanted):
-        gguf = load_gguf(file, {key: value for key, value in options.items() if key not in hub})
+    own = {key: value for key, value in options.items() if key not in hub}
+    if outlined := _outlined(model, hub, chosen, own, weights_wanted):
+        request, checkpoint = Request(outlined.path, options, trust, outlined), outlined.checkpoint
+    elif file := _gguf_file(model, hub, chosen, progress, weights_wanted):
+        gguf = load_gguf(file, own)
         request, checkpoint = Request(gguf.path, options, trust, gguf), gguf.checkpoint
     else:
         folder, checkpoint = _open(model, hub, variant, trust, progress, weights_wanted)
@@ -152,6 +155,26 @@ def chosen_gguf(model: str, gguf_file: str | None) -> tuple[str, str | None]:
     if chosen and gguf_file and chosen != gguf_file:
         raise RequestError(f"{model}:{chosen} and {option('gguf_file', gguf_file)} name two GGUF files: give one")
     return model, chosen or gguf_file
+
+
+def _outlined(
+    model: str, hub: Mapping[str, Any], name: str | None, options: Mapping[str, Any], wanted: bool
+) -> GgufModel | None:
+    """A GGUF file that is still on the hub, from its header, for a plan; None where it is here or something else."""
+    if wanted or name is None or _is_local(model):
+        return None
+    local_path(model)  # says what is wrong with one that can only be a path
+    with contextlib.suppress(MissingShardError):
+        locate_gguf(model, name, wanted=False, **hub)
+        return None
+    with outline_gguf(model, name, **hub) as (path, addresses):
+        gguf = load_gguf(path, options)
+    tensors = {
+        each: dataclasses.replace(entry, extent=dataclasses.replace(entry.extent, file=addresses[entry.extent.file]))
+        for each, entry in gguf.checkpoint.tensors.items()
+    }
+    checkpoint = dataclasses.replace(gguf.checkpoint, tensors=tensors, files=tuple(addresses.values()), fingerprints={})
+    return dataclasses.replace(gguf, path=addresses[gguf.path], checkpoint=checkpoint)
 
 
 def _gguf_file(
