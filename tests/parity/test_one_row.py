@@ -63,6 +63,7 @@ def tiny(family: str, dtype: torch.dtype) -> Any:
     ("family", "dtype", "attention"),
     [(f, torch.bfloat16, None) for f in FAMILIES]
     + [("llama", torch.float16, None), ("qwen2", torch.float16, "eager"), ("llama", torch.float32, None)]
+    + [(f, torch.float32, None) for f in ("gpt_oss", "mixtral", "qwen3_moe")]
     + [(f, torch.float16, "eager") for f in ("gpt2", "gemma3_text", "bloom")],
 )
 def test_families(family: str, dtype: torch.dtype, attention: str | None) -> None:

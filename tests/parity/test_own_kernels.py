@@ -53,7 +53,7 @@ def test_fp32_is_within_rounding_of_plain_transformers(family: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "phi3", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "phi3", "mixtral", "gpt_oss"])
 def test_tokens_that_are_verified_at_once_have_the_bits_of_single_ones(family: str, dtype: torch.dtype) -> None:
     model = tiny(family, dtype)
     if (why := covers(model)) is not None:

@@ -228,7 +228,11 @@ class _OneRow(TorchFunctionMode):
         if isinstance(right, Blocks) and right.batched is not None and func in (torch.bmm, torch.Tensor.bmm):
             with self:
                 return right.batched(left)
-        if not isinstance(left, torch.Tensor) or left.dim() < 2 or left.shape[-2] != self.rows or right.dim() < 2:
+        if not isinstance(left, torch.Tensor) or left.dim() < 2 or right.dim() < 2:
+            return func(left, right)
+        if left.dim() == right.dim() == 2 and 1 < len(left) < self.rows:  # the tokens that were routed to an expert
+            return torch.cat([func(one, right) for one in torch.split(left, 1)])
+        if left.shape[-2] != self.rows:
             return func(left, right)
         return torch.cat(
             [func(*_seen(one, right, self.rows - i)) for i, one in enumerate(torch.split(left, 1, -2))], -2
