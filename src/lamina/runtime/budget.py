@@ -30,6 +30,7 @@ LEFT = 40 * MB  # what a model that was here before leaves, and the next one use
 DEFAULT_CONTEXT = 2048  # tokens, where the user gives no number
 MOST_TAKEN = 1000 * MB  # by a driver's context and its libraries' kernels and workspaces
 FUSED = ("cuda", "xpu", "mps")  # attention there keeps no scores
+OFFLOADING = ("cuda",)  # transformers' cache in host memory knows no other
 MASK, SCORE = 4, 12  # bytes a row and key: of a mask, of scores with their softmax and its copy
 UNIFIED_WINDOW = 8  # of one memory for both, this part is the window that is read into; the rest is the device's
 SHARE_OF_FREE = 0.9  # of free memory, where the user gives no amount
@@ -113,7 +114,7 @@ def smaller_budgets(budget: Budget, trace: Trace, config: Any, device: torch.dev
         return
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     repeated = 2 * cache // layers * heads // kv_heads  # keys and values, for every head
-    for there in (0, layers):
+    for there in (0, layers) if device.type in OFFLOADING else (0,):
         for chunk in (each for each in CHUNKS if each < context):
             scores = 0 if device.type in FUSED else heads
             attention = repeated + chunk * context * (MASK + scores * SCORE)
