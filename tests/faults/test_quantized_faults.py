@@ -24,6 +24,10 @@ INT4 = {
     "format": "pack-quantized",
     "config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "group_size": 32}}},
 }
+HQQ, TORCHAO = {"quant_method": "hqq"}, {"quant_method": "torchao"}
+AO = f"{Q}._weight"
+BITNET = {"quant_method": "bitnet", "linear_class": "bitlinear"}
+AQLM = quantize.aqlm(2, 16, 1, 8)
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 
 
@@ -99,6 +103,90 @@ FAULTS = {
         quantize.bitsandbytes_4bit(64), BNB,
         _put(f"{Q}.weight.quant_state.bitsandbytes__nf4", torch.tensor(list(b"{}"), dtype=torch.uint8)),
         CheckpointError, "lacks shape or blocksize",
+    ),
+    "hqq zero points gone": (
+        quantize.hqq(4, 32), HQQ, _drop(f"{Q}.zero"),
+        CheckpointError, r"no tensor '.*q_proj\.zero'",
+    ),
+    "hqq scales of another shape": (
+        quantize.hqq(4, 32), HQQ, _put(f"{Q}.scale", torch.ones(7, 1)),
+        CheckpointError, r"scale of shape \(7, 1\) does",
+    ),
+    "hqq words of another number": (
+        quantize.hqq(4, 32), HQQ, _put(f"{Q}.W_q", torch.ones(7, 32, dtype=torch.uint8)),
+        CheckpointError, "does not fit",
+    ),
+    "hqq of a packing that is not known": (
+        quantize.hqq(4, 32), HQQ, _put(f"{Q}.packing", torch.tensor(list(b"5bit"), dtype=torch.uint8)),
+        CheckpointError, r"packing in .* says '5bit'",
+    ),
+    "hqq of a shape that is none": (
+        quantize.hqq(4, 32), HQQ, _put(f"{Q}.shape", torch.ones(2)),
+        CheckpointError, r"shape in .* is F32, not integers",
+    ),
+    "torchao scales gone": (
+        quantize.torchao_by_row(torch.int8), TORCHAO, _drop(f"{AO}_scale"),
+        CheckpointError, r"no tensor '.*_weight_scale'",
+    ),
+    "torchao scales of another shape": (
+        quantize.torchao_int4(32), TORCHAO, _put(f"{AO}_scale", torch.ones(2, 7)), CheckpointError, "does not fit",
+    ),
+    "torchao zero points of another shape": (
+        quantize.torchao_int4(32), TORCHAO, _put(f"{AO}_zero_point", torch.ones(2, 7)), CheckpointError, "does not fit",
+    ),
+    "torchao in tiles": (
+        quantize.torchao_int4(32), TORCHAO, _put(f"{AO}_scale_and_zero", torch.ones(2, 7)),
+        UnsupportedError, "Int4TilePackedTo4dTensor",
+    ),
+    "torchao in nvfp4": (
+        quantize.torchao_int4(32), TORCHAO, _put(f"{AO}_qdata", torch.ones(64, 32, dtype=torch.uint8)),
+        UnsupportedError, "NVFP4Tensor or MXTensor",
+    ),
+    "torchao that scales activations": (
+        quantize.torchao_int4(32), TORCHAO, _put(f"{AO}_act_pre_scale", torch.ones(64)),
+        UnsupportedError, "act_pre_scale",
+    ),
+    "torchao in words": (
+        quantize.torchao_int4(32), TORCHAO, _put(f"{AO}_qdata", torch.ones(64, 8, dtype=torch.int32)),
+        UnsupportedError, "tensor of I32",
+    ),
+    "bitnet scales gone": (
+        quantize.bitnet(True), BITNET, _drop(f"{Q}.weight_scale"),
+        CheckpointError, r"has shape \(16, 64\), the config wants \(64, 64\)",
+    ),
+    "bitnet scales of another shape": (
+        quantize.bitnet(True), BITNET, _put(f"{Q}.weight_scale", torch.ones(2)), CheckpointError, "does not fit",
+    ),
+    "bitnet with norms": (
+        quantize.bitnet(True), {**BITNET, "use_rms_norm": True}, _drop(f"{Q}.weight_scale"),
+        UnsupportedError, "a norm in each matrix",
+    ),
+    "bitnet that quantises as it goes": (
+        quantize.bitnet(False), {**BITNET, "linear_class": "autobitlinear", "quantization_mode": "online"},
+        _drop(f"{Q}.weight_scale"), UnsupportedError, "quantised at each use",
+    ),
+    "quanto data gone": (
+        quantize.quanto(torch.int8), {"quant_method": "quanto"}, _drop(f"{Q}.weight._data"),
+        CheckpointError, r"no tensor '.*_data' beside",
+    ),
+    "quanto scales of another shape": (
+        quantize.quanto(torch.int8), {"quant_method": "quanto"}, _put(f"{Q}.weight._scale", torch.ones(7, 1)),
+        CheckpointError, "does not fit",
+    ),
+    "quanto in four bits": (
+        quantize.quanto(torch.int8), {"quant_method": "quanto"}, _put(f"{Q}.weight._data._data", torch.ones(7, 1)),
+        UnsupportedError, "qint4 or qint2",
+    ),
+    "aqlm books gone": (
+        AQLM, {"quant_method": "aqlm"}, _drop(f"{Q}.codebooks"),
+        CheckpointError, r"no tensor '.*books'",
+    ),
+    "aqlm books of another number": (
+        AQLM, {"quant_method": "aqlm"}, _put(f"{Q}.codebooks", torch.ones(3, 16, 1, 8)),
+        CheckpointError, "does not fit",
+    ),
+    "aqlm scales of another shape": (
+        AQLM, {"quant_method": "aqlm"}, _put(f"{Q}.scales", torch.ones(7, 1, 1, 1)), CheckpointError, "does not fit",
     ),
 }  # fmt: skip
 

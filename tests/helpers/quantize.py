@@ -259,3 +259,157 @@ def bitsandbytes_4bit(block: int, nested: int = 0) -> Method:
         return stored, numbers
 
     return store
+
+
+def hqq(bits: int, group: int, axis: int = 1) -> Method:
+    """HQQ: groups along the rows (axis 1) or down the columns (axis 0) of a matrix of another shape.
+
+    The upper part of that matrix has the uppermost bits of each word, the part below it the next ones.
+    """
+
+    def store(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+        most = (1 << bits) - 1
+        grouped = weight.numpy().reshape((-1, group) if axis else (group, -1))
+        low, high = grouped.min(axis, keepdims=True), grouped.max(axis, keepdims=True)
+        scale = torch.from_numpy((high - low) / most).bfloat16()
+        zero = (torch.from_numpy(-low) / scale.float()).bfloat16()
+        values = np.clip(np.round(grouped / scale.float().numpy() + zero.float().numpy()), 0, most).astype(np.int64)
+        around = (torch.from_numpy(values).float() - zero.float()).bfloat16()
+        places, word = (10, np.int32) if bits == 3 else (8 // bits, np.uint8)
+        padded = np.pad(values, ((0, -len(values) % places), (0, 0)))
+        words = np.zeros((len(padded) // places, values.shape[1]), np.int64)
+        for row, part in enumerate(padded):
+            words[row % len(words)] |= part << bits * (places - 1 - row // len(words))
+        module = name.removesuffix("weight")
+        packing = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}[bits]
+        stored = {
+            f"{module}W_q": torch.from_numpy(words.astype(word)),
+            f"{module}scale": scale,
+            f"{module}zero": zero,
+            f"{module}shape": torch.tensor(weight.shape),
+            f"{module}nbits": torch.tensor(bits, dtype=torch.int32),
+            f"{module}packing": torch.tensor(list(packing.encode()), dtype=torch.uint8),
+        }
+        return stored, (around.float() * scale.float()).numpy().reshape(weight.shape)
+
+    return store
+
+
+def bitnet(divided: bool) -> Method:
+    """BitNet: the first quarter of the rows has the lowest two bits of each byte, the second the next ones."""
+
+    def store(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+        scale = torch.tensor([1 / float(weight.abs().mean())]).bfloat16()
+        values = (weight * scale.float()).round().clamp(-1, 1).to(torch.int64).numpy()
+        packed = np.zeros((len(values) // 4, values.shape[1]), np.int64)
+        for row, part in enumerate(values):
+            packed[row % len(packed)] |= part + 1 << 2 * (row // len(packed))
+        scale = scale if divided else (1 / scale.float()).bfloat16()
+        one = scale.float().numpy()
+        numbers = values.astype(np.float32) / one if divided else values.astype(np.float32) * one
+        return {name: torch.from_numpy(packed.astype(np.uint8)), f"{name}_scale": scale}, numbers
+
+    return store
+
+
+def quanto(dtype: torch.dtype) -> Method:
+    """optimum-quanto in eight bits: a scale for each row, and scales of activations, which are all ones."""
+
+    def store(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+        most = 127 if dtype == torch.int8 else 448
+        scale = (weight.abs().amax(1, keepdim=True) / most).bfloat16()
+        ratio = weight / scale.float()
+        quantized = (ratio.round().clamp(-128, 127) if dtype == torch.int8 else ratio).to(dtype)
+        module = name.removesuffix("weight")
+        stored = {
+            f"{name}._data": quantized,
+            f"{name}._scale": scale,
+            f"{module}input_scale": torch.ones(1),
+            f"{module}output_scale": torch.ones(1),
+        }
+        return stored, quantized.float().numpy() * scale.float().numpy()
+
+    return store
+
+
+def _torchao(name: str, part: str) -> str:
+    module, _, weight = name.rpartition(".")
+    return f"{module}._{weight}_{part}"
+
+
+def torchao_by_row(dtype: torch.dtype) -> Method:
+    """torchao's Int8Tensor and Float8Tensor."""
+
+    def store(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+        stored, numbers = quanto(dtype)(name, weight)
+        parts = {_torchao(name, "qdata"): stored[f"{name}._data"], _torchao(name, "scale"): stored[f"{name}._scale"]}
+        return parts, numbers
+
+    return store
+
+
+def torchao_intx(group: int) -> Method:
+    """torchao's IntxUnpackedToInt8Tensor: an int8 for each element, with zero points of int8."""
+
+    def store(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+        values, zero, scale = affine(weight.numpy(), 4, group, symmetric=False)
+        stored = {
+            _torchao(name, "qdata"): torch.from_numpy((values - 8).astype(np.int8)),
+            _torchao(name, "scale"): torch.from_numpy(scale).bfloat16(),
+            _torchao(name, "zero_point"): torch.from_numpy((zero - 8).astype(np.int8)),
+        }
+        scales = stored[_torchao(name, "scale")].float().numpy()
+        return stored, meaning(values, zero, scales, np.arange(weight.shape[1]) // group)
+
+    return store
+
+
+def torchao_int4(group: int) -> Method:
+    """torchao's Int4Tensor: -8 to 7, the lower nibble first, times a scale, plus the middle of the group."""
+
+    def store(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+        grouped = weight.numpy().reshape(len(weight), -1, group)
+        low, high = grouped.min(-1), grouped.max(-1)
+        scale = torch.from_numpy((high - low) / 15).bfloat16()
+        middle = torch.from_numpy(low + (high - low) / 15 * 8).bfloat16()
+        scales, middles = scale.float().numpy(), middle.float().numpy()
+        values = np.round((grouped - middles[..., None]) / scales[..., None]).clip(-8, 7).astype(np.int64)
+        numbers = values.astype(np.float32) * scales[..., None] + middles[..., None]
+        flat = values.reshape(weight.shape) & 15
+        stored = {
+            _torchao(name, "qdata"): torch.from_numpy(
+                (flat[:, ::2] | flat[:, 1::2] << 4).astype(np.uint8).view(np.int8)
+            ),
+            _torchao(name, "scale"): scale.t(),
+            _torchao(name, "zero_point"): middle.t(),
+        }
+        return stored, numbers.reshape(weight.shape)
+
+    return store
+
+
+def aqlm(books: int, entries: int, high: int, wide: int) -> Method:
+    """AQLM with any codes: a block of `high` rows and `wide` columns is the sum of an entry of each book."""
+
+    def store(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+        rng = np.random.default_rng(len(name))
+        rows, columns = weight.shape[0] // high, weight.shape[1] // wide
+        codes = rng.integers(0, entries, (rows, columns, books))
+        table = torch.from_numpy(rng.normal(0, 0.02, (books, entries, high, wide)).astype(np.float32)).bfloat16()
+        scales = torch.from_numpy(rng.uniform(0.5, 2, (rows, 1, 1, 1)).astype(np.float32)).bfloat16()
+        numbers = np.zeros(tuple(weight.shape), np.float32)
+        for row, column in np.ndindex(rows, columns):
+            block = numbers[row * high : (row + 1) * high, column * wide : (column + 1) * wide]
+            for book in range(books):
+                block += table[book, codes[row, column, book]].float().numpy()
+            block *= scales.float().numpy()[row].item()
+        signed = np.where(codes >= entries // 2, codes - entries, codes)
+        module = name.removesuffix("weight")
+        stored = {
+            f"{module}codes": torch.from_numpy(signed.astype(np.int8 if entries <= 256 else np.int16)),
+            f"{module}codebooks": table,
+            f"{module}scales": scales,
+        }
+        return stored, numbers
+
+    return store

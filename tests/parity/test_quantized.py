@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ def _compressed(format: str, **weights: Any) -> Mapping[str, Any]:
 
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+HQQ, TORCHAO = {"quant_method": "hqq"}, {"quant_method": "torchao"}
 METHODS: Mapping[str, tuple[quantize.Method, Mapping[str, Any]]] = {
     "fp8": (quantize.fp8((32, 32)), FP8),
     "fp8 with blocks that do not fit": (quantize.fp8((28, 40)), {**FP8, "weight_block_size": [28, 40]}),
@@ -90,6 +92,22 @@ METHODS: Mapping[str, tuple[quantize.Method, Mapping[str, Any]]] = {
         quantize.bitsandbytes_4bit(64, 16),
         {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": True},
     ),
+    **{f"hqq in {bits} bits": (quantize.hqq(bits, 32), HQQ) for bits in (8, 4, 3, 2, 1)},
+    "hqq in 4 bits down the columns": (quantize.hqq(4, 64, axis=0), HQQ),
+    "hqq in 3 bits down the columns": (quantize.hqq(3, 64, axis=0), HQQ),
+    "torchao int8": (quantize.torchao_by_row(torch.int8), TORCHAO),
+    "torchao float8": (quantize.torchao_by_row(torch.float8_e4m3fn), TORCHAO),
+    "torchao int4": (quantize.torchao_int4(32), TORCHAO),
+    "torchao intx": (quantize.torchao_intx(32), TORCHAO),
+    "bitnet": (quantize.bitnet(True), {"quant_method": "bitnet", "linear_class": "bitlinear"}),
+    "bitnet that multiplies": (
+        quantize.bitnet(False),
+        {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"},
+    ),
+    "quanto qint8": (quantize.quanto(torch.int8), {"quant_method": "quanto", "weights": "int8"}),
+    "quanto qfloat8": (quantize.quanto(torch.float8_e4m3fn), {"quant_method": "quanto", "weights": "float8"}),
+    "aqlm": (quantize.aqlm(2, 16, 1, 8), {"quant_method": "aqlm"}),
+    "aqlm in blocks of rows": (quantize.aqlm(1, 16, 4, 4), {"quant_method": "aqlm"}),
 }
 
 
@@ -119,6 +137,15 @@ def test_each_method(method: str, tmp_path: Path) -> None:
     assert sum(weight.stored_nbytes for weight in packed) < 0.8 * sum(weight.unpacked_nbytes for weight in packed)
 
 
+def test_quanto_says_nothing_in_the_config(tmp_path: Path) -> None:
+    folder, unpacked = _quantized(tmp_path, "llama", "quanto qint8")
+    written = json.loads((folder / "config.json").read_text())
+    del written["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(written))
+    said = replace(judge(unpacked), folder=folder, minimum=minimum_of(folder))
+    assert_equal(said, said.minimum)
+
+
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe", "mixtral", "phi3"])
 def test_block_fp8_is_what_transformers_unpacks(family: str, tmp_path: Path) -> None:
     folder, _ = _quantized(tmp_path, family, "fp8")
@@ -136,6 +163,11 @@ def test_block_fp8_is_what_transformers_unpacks(family: str, tmp_path: Path) -> 
         ("qwen3_moe", "nvfp4"),
         ("mixtral", "awq"),
         ("qwen2_moe", "pack-quantized in groups of 16"),
+        ("qwen3_moe", "hqq in 4 bits"),
+        ("qwen3_moe", "torchao int4"),
+        ("qwen3_moe", "bitnet that multiplies"),
+        ("mixtral", "quanto qint8"),
+        ("mixtral", "aqlm"),
     ],
 )
 def test_families_that_merge_and_split(family: str, method: str, tmp_path: Path) -> None:

@@ -262,6 +262,130 @@ class Lookup4(Packed):
         return (values[begin % 2 :][: end - begin] * scales).view(count, columns)
 
 
+@dataclass(frozen=True)
+class Planes(Packed):
+    """Integers of a few bits, of which neighbours lie in neighbouring words: HQQ, BitNet.
+
+    Row by row, the first integers are what all the words have in their first place, the next what they have in their
+    second, and so on. Words are bytes; of 3 bits they are int32 and hold ten.
+
+    Attributes:
+        bits: of an integer.
+        high_first: whether the first place is the uppermost, not the lowest.
+    """
+
+    bits: int
+    high_first: bool
+
+    def integers(self, stored: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        """Those from `begin` to `end`: float32 of one dimension. The words may be stored as another dtype's bytes."""
+        places = 10 if self.bits == 3 else 8 // self.bits
+        words = stored.reshape(-1).view(torch.int32 if self.bits == 3 else torch.uint8)
+        out = torch.empty(end - begin, device=words.device)
+        at = begin
+        while at < end:
+            place, word = divmod(at, len(words))
+            count = min(end - at, len(words) - word)
+            shift = self.bits * (places - 1 - place if self.high_first else place)
+            out[at - begin : at - begin + count] = (words[word : word + count] >> shift) & ((1 << self.bits) - 1)
+            at += count
+        return out
+
+
+@dataclass(frozen=True)
+class Hqq(Planes):
+    """HQQ: an integer less the zero point of its group, rounded to the dtype of these, times the scale.
+
+    Stored: the words, the scales, the zero points.
+
+    Attributes:
+        groups: how many there are.
+        across: whether neighbours belong to neighbouring groups (HQQ's axis 0), not to the same (axis 1).
+    """
+
+    groups: int
+    across: bool
+
+    def rows(self, first: int, count: int, *stored: torch.Tensor) -> torch.Tensor:
+        """See `Packed.rows`."""
+        columns = self.shape[-1]
+        begin, end = first * columns, (first + count) * columns
+        scales, zeros = (self._of_elements(part.view(-1), begin, end) for part in stored[1:])
+        values = self.integers(stored[0], begin, end).sub_(zeros.float()).to(zeros.dtype)
+        return (values.float() * scales.float()).view(count, columns)
+
+    def _of_elements(self, numbers: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        if self.across:
+            return numbers[torch.arange(begin, end, device=numbers.device) % self.groups]
+        group = math.prod(self.shape) // self.groups
+        low, high = begin // group, -(-end // group)
+        return numbers[low:high].repeat_interleave(group)[begin - low * group :][: end - begin]
+
+
+@dataclass(frozen=True)
+class Ternary(Planes):
+    """BitNet: -1, 0 and 1, stored one higher, and one scale.
+
+    Stored: the bytes, the scale.
+
+    Attributes:
+        divided: whether the scale is what is divided by, not what is multiplied with.
+    """
+
+    divided: bool
+
+    def rows(self, first: int, count: int, *stored: torch.Tensor) -> torch.Tensor:
+        """See `Packed.rows`."""
+        columns = self.shape[-1]
+        values = self.integers(stored[0], first * columns, (first + count) * columns).view(count, columns) - 1
+        scale = stored[1].float().view(())
+        return values / scale if self.divided else values * scale
+
+
+@dataclass(frozen=True)
+class Signed4(Packed):
+    """torchao's Int4Tensor: two integers from -8 to 7 to a byte, the lower four bits first, times a scale, plus a zero.
+
+    Stored: the bytes, the scales (groups, rows), and what is added (groups, rows).
+
+    Attributes:
+        group: columns that share a scale.
+    """
+
+    group: int
+
+    def rows(self, first: int, count: int, *stored: torch.Tensor) -> torch.Tensor:
+        """See `Packed.rows`."""
+        columns = self.shape[-1]
+        packed = stored[0].view(torch.uint8).view(-1, columns // 2)[first : first + count]
+        table = torch.tensor([*range(8), *range(-8, 0)], dtype=torch.float32, device=packed.device)
+        scales, zeros = (part.transpose(-1, -2).flatten(0, -2)[first : first + count].float() for part in stored[1:])
+        values = scaled(look_up(in_pairs(table), packed), scales, self.group)
+        return values.add_(spread(zeros, self.group, columns))
+
+
+@dataclass(frozen=True)
+class Codebooks(Packed):
+    """AQLM: a small block of the weight is the sum of one entry of each codebook, times the scale of its rows.
+
+    Stored: the codes (row groups, column groups, books), signed as their dtype is; the books (books, entries, rows
+    of a block, columns of a block); the scales, one for each row group.
+    """
+
+    def rows(self, first: int, count: int, *stored: torch.Tensor) -> torch.Tensor:
+        """See `Packed.rows`."""
+        codes, books, scales = stored
+        entries, high = books.shape[1:3]
+        groups = slice(first // high, -(-(first + count) // high))
+        at = codes[groups].long() % entries
+        total = books[0].flatten(1).float()[at[..., 0]]
+        for book in range(1, len(books)):
+            total += books[book].flatten(1).float()[at[..., book]]
+        total *= scales.view(-1)[groups].float().view(-1, 1, 1)
+        across = total.view(*at.shape[:2], high, -1).transpose(1, 2).reshape(-1, self.shape[-1])
+        return across[first % high :][:count]
+
+
 def blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
     """First row and number of rows of what is unpacked at once."""
     step = max(CHUNK // max(columns, 1) // ROWS_AT_ONCE, 1) * ROWS_AT_ONCE

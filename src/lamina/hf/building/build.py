@@ -26,7 +26,13 @@ from lamina.checkpoint import Checkpoint
 from lamina.errors import CheckpointError, LaminaError, MissingTensorError, RequestError, UnsupportedError
 from lamina.hf.arguments import HUB_KEYS
 from lamina.hf.building.classes import model_class
-from lamina.hf.building.quantized_readers import QUANTIZATION_KEYS, check_unpacked, take_quantization, unpacked_state
+from lamina.hf.building.quantized_readers import (
+    QUANTIZATION_KEYS,
+    check_unpacked,
+    implied_quantization,
+    take_quantization,
+    unpacked_state,
+)
 from lamina.hf.config import Unstored, as_many_as, blaming, check_counts, check_generation, fields_of, read_json
 from lamina.hf.internals import generation_config_in, silent
 from lamina.sizes import format_size
@@ -191,7 +197,7 @@ def _build(request: Request, checkpoint: Checkpoint, loading_info: dict[str, Any
     tensors = len(checkpoint.tensors)
     config, options, where, fields = load_config(request, tensors)
     with blaming(where, fields, "reading how it is quantised"):
-        quantization = take_quantization(config) if _says_quantized(config) else None
+        quantization = take_quantization(config) if _says_quantized(config) else implied_quantization(checkpoint)
     with as_many_as(tensors, where), blaming(where, fields, "making the model"):
         kind = model_class(config, request.trust_remote_code, request.options.get("code_revision"))
     text = config.sub_configs.get("text_config")

@@ -9,6 +9,7 @@ transformers then builds an ordinary model from it, renames, merges and all; the
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,20 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lamina.checkpoint import Checkpoint, TensorEntry
-from lamina.codec.quantized_layouts import Awq, Float4, Float4Experts, Gptq, Integers, Lookup4, Packed, Scaled
+from lamina.codec.quantized_layouts import (
+    Awq,
+    Codebooks,
+    Float4,
+    Float4Experts,
+    Gptq,
+    Hqq,
+    Integers,
+    Lookup4,
+    Packed,
+    Scaled,
+    Signed4,
+    Ternary,
+)
 from lamina.errors import CheckpointError, RequestError, UnsupportedError
 from lamina.hf.internals import Conv1D
 from lamina.tensors.disk import DiskTensor
@@ -32,15 +46,29 @@ NOT_READ_ALONE = {torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, tor
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # of a config
 MOST_STATE_BYTES = 1 << 16  # of the JSON beside a weight of bitsandbytes
 _BNB_STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(?:nf4|fp4)")
+_TORCHAO = re.compile(r"(.+)\._([^.]+)_qdata")
+_QUANTO = "._scale"  # how the names of its scales end
+_HQQ_STATE = (  # what HQQ stores beside the words, scales and zero points of a weight
+    "nbits group_size shape axis packing unpack_view_dtype view_as_float quant_scale quant_zero compute_dtype "
+    "offload_meta encoded_state_dict stores_quant_config channel_wise optimize round_zero"
+).split()
+_HQQ_BITS = {b"8bit_u8": 8, b"4bit_u8": 4, b"3bit_32": 3, b"2bit_u8": 2, b"1bit_u8": 1}
+_BYTES_OF_INTEGERS = {"I64": 8, "I32": 4}
 
 
 @dataclass(frozen=True)
 class Found:
-    """A weight of which the checkpoint holds the parts."""
+    """A weight of which the checkpoint holds the parts.
+
+    Attributes:
+        sources: the tensors that it is unpacked from.
+        beside: tensors that only describe it.
+    """
 
     name: str
     packed: Packed
     sources: tuple[str, ...]
+    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,6 +115,13 @@ def take_quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
     return {**found, "quant_method": method}
 
 
+def implied_quantization(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What a config does not say of a checkpoint that optimum-quanto wrote, whose map of modules lies beside it."""
+    if any(name.endswith(f".weight{_QUANTO}") for name in checkpoint.tensors):
+        return {"quant_method": "quanto"}
+    return None
+
+
 def unpacked_state(
     state: Mapping[str, DiskTensor],
     checkpoint: Checkpoint,
@@ -109,7 +144,7 @@ def unpacked_state(
     parts: set[str] = set()
     for found in _READERS[quantization["quant_method"]](Folder(checkpoint, quantization, dtype)):
         weights[found.name] = DiskTensor.computed(found.packed, found.sources, found.packed.shape, dtype)
-        parts.update(found.sources)
+        parts.update(found.sources, found.beside)
     if not weights:
         raise CheckpointError(
             f"the config of {checkpoint.root} says that it is quantised with {quantization['quant_method']}, "
@@ -265,6 +300,124 @@ def _bitsandbytes(folder: Folder) -> Iterator[Found]:
             yield replace(found, packed=replace(found.packed, factor=1 / 127))  # type: ignore[call-arg]
 
 
+def _hqq(folder: Folder) -> Iterator[Found]:
+    """Integers by the groups of a matrix that was laid out anew, whose own shape is a tensor beside it."""
+    for module, words in _ending_in(folder, ".W_q"):
+        scale, zero, described = (_part(folder, f"{module}.{part}", words) for part in ("scale", "zero", "shape"))
+        shape = _integers_in(folder, described)
+        elements, groups = math.prod(shape), _count(scale)
+        if len(shape) != 2 or min(shape) < 1 or scale.shape != zero.shape or not groups or elements % groups:
+            raise _unfit(words, scale)
+        bits = _hqq_bits(folder, _part(folder, f"{module}.packing", words))
+        across = scale.shape[:1] == (1,) and groups > 1
+        high, wide = (elements // groups, groups) if across else (groups, elements // groups)
+        nbytes = -(-high // 10) * wide * 4 if bits == 3 else elements * bits // 8
+        if nbytes != words.extent.length:
+            raise _unfit(words, scale)
+        beside = tuple(f"{module}.{part}" for part in _HQQ_STATE)
+        packed = Hqq(shape, folder.dtype, bits, True, groups, across)
+        yield Found(f"{module}.weight", packed, (words.name, scale.name, zero.name), beside)
+
+
+def _hqq_bits(folder: Folder, packing: TensorEntry) -> int:
+    said = _bytes_of(folder, packing)
+    if said not in _HQQ_BITS:
+        raise CheckpointError(
+            f"{packing.name} in {packing.extent.file} says {said[:20].decode('latin-1')!r}, "
+            "which is no packing of HQQ: fetch it again"
+        )
+    return _HQQ_BITS[said]
+
+
+def _torchao(folder: Folder) -> Iterator[Found]:
+    """Tensor subclasses laid out flat: which class it is follows from the dtypes of its parts."""
+    for name, entry in folder.entries.items():
+        if not (match := _TORCHAO.fullmatch(name)):
+            continue
+        module, weight = match.groups()
+        _refuse_torchao(folder, f"{module}._{weight}_", entry)
+        scale = _part(folder, f"{module}._{weight}_scale", entry)
+        zero = folder.entries.get(f"{module}._{weight}_zero_point")
+        if zero is not None and zero.shape != scale.shape:
+            raise _unfit(entry, zero)
+        of_floats = zero is not None and zero.dtype in FLOATS
+        found = _signed4(folder, entry, scale) if of_floats else _scaled(folder, entry, scale, None)
+        sources = found.sources if zero is None else (*found.sources, zero.name)
+        yield replace(found, name=f"{module}.{weight}", sources=sources)
+
+
+def _refuse_torchao(folder: Folder, prefix: str, entry: TensorEntry) -> None:
+    scale = folder.entries.get(f"{prefix}scale")
+    tensor = {
+        "Int4TilePackedTo4dTensor": f"{prefix}scale_and_zero" in folder.entries,
+        "NVFP4Tensor or MXTensor": entry.dtype == "U8" or (scale is not None and scale.dtype not in FLOATS),
+        "a tensor with act_pre_scale": f"{prefix}act_pre_scale" in folder.entries,
+        f"a tensor of {entry.dtype}": entry.dtype not in (*FLOAT8, "I8", "U8"),
+    }
+    if kind := next((kind for kind, is_it in tensor.items() if is_it), None):
+        raise UnsupportedError(
+            f"{entry.name} in {folder.checkpoint.root} is torchao's {kind}, which cannot be unpacked here: "
+            "use another checkpoint of this model"
+        )
+
+
+def _signed4(folder: Folder, packed: TensorEntry, scale: TensorEntry) -> Found:
+    shape = (*packed.shape[:-1], packed.shape[-1] * 2)
+    if len(shape) not in (2, 3) or scale.shape[-1:] != shape[-2:-1] or scale.shape[:-2] != shape[:-2]:
+        raise _unfit(packed, scale)
+    groups = scale.shape[-2] if len(scale.shape) == len(shape) else 0
+    if not groups or shape[-1] % groups:
+        raise _unfit(packed, scale)
+    return Found("", Signed4(shape, folder.dtype, shape[-1] // groups), (packed.name, scale.name))
+
+
+def _bitnet(folder: Folder) -> Iterator[Found]:
+    """Three numbers, four to a byte; AutoBitLinear multiplies with the scale that BitLinear divides by."""
+    config = folder.config
+    auto = config.get("linear_class") == "autobitlinear"
+    if config.get("use_rms_norm") or (auto and config.get("quantization_mode") == "online"):
+        what = "a norm in each matrix" if config.get("use_rms_norm") else "weights that are quantised at each use"
+        raise UnsupportedError(
+            f"{folder.checkpoint.root} is BitNet with {what}, which is not known here: use another checkpoint"
+        )
+    for module, scale in _ending_in(folder, ".weight_scale"):
+        weight = _part(folder, f"{module}.weight", scale)
+        if _count(scale) != 1 or len(weight.shape) != 2:
+            raise _unfit(weight, scale)
+        if weight.dtype in FLOATS and auto:
+            yield _scaled(folder, weight, scale, None)
+        elif weight.dtype in ("U8", "I8"):
+            packed = Ternary((weight.shape[0] * 4, weight.shape[1]), folder.dtype, 2, False, not auto)
+            yield Found(weight.name, packed, (weight.name, scale.name))
+
+
+def _quanto(folder: Folder) -> Iterator[Found]:
+    """Eight bits by row. Of fewer bits the checkpoint does not say which shape they have."""
+    for weight, scale in _ending_in(folder, _QUANTO):
+        if f"{weight}._data._data" in folder.entries:
+            raise UnsupportedError(
+                f"{weight} in {folder.checkpoint.root} is quanto's qint4 or qint2, whose shape is stored nowhere: "
+                "use a checkpoint in qint8 or qfloat8"
+            )
+        entry = _part(folder, f"{weight}._data", scale)
+        module = weight.rpartition(".")[0]
+        beside = tuple(f"{module}.{part}" for part in ("input_scale", "output_scale"))
+        yield replace(_scaled(folder, entry, scale, None), name=weight, beside=beside)
+
+
+def _aqlm(folder: Folder) -> Iterator[Found]:
+    """Codes of small blocks, the same codebooks for all of a matrix."""
+    for module, codes in _ending_in(folder, ".codes"):
+        books, scales = (_part(folder, f"{module}.{part}", codes) for part in ("codebooks", "scales"))
+        if len(codes.shape) != 3 or len(books.shape) != 4 or codes.shape[2:] != books.shape[:1]:
+            raise _unfit(codes, books)
+        if _count(scales) != codes.shape[0] or 0 in books.shape:
+            raise _unfit(codes, scales)
+        shape = (codes.shape[0] * books.shape[2], codes.shape[1] * books.shape[3])
+        packed = Codebooks(shape, folder.dtype)
+        yield Found(f"{module}.weight", packed, (codes.name, books.name, scales.name))
+
+
 # -- what several of them share
 
 
@@ -347,8 +500,8 @@ def _lookup4(folder: Folder, weight: str, state: Mapping[str, Any]) -> Found:
     return Found(weight, Lookup4(shape, folder.dtype, block, nested, offset), sources)
 
 
-def _json_of(folder: Folder, entry: TensorEntry) -> Mapping[str, Any]:
-    """The JSON that a tensor of bytes holds."""
+def _bytes_of(folder: Folder, entry: TensorEntry) -> bytes:
+    """What a small tensor holds that describes others."""
     extent = entry.extent
     if "://" in extent.file:
         raise UnsupportedError(
@@ -357,8 +510,26 @@ def _json_of(folder: Folder, entry: TensorEntry) -> Mapping[str, Any]:
     try:
         with open(extent.file, "rb") as handle:
             handle.seek(extent.offset)
-            state = json.loads(handle.read(min(extent.length, MOST_STATE_BYTES)))
-    except (OSError, ValueError) as error:
+            return handle.read(min(extent.length, MOST_STATE_BYTES))
+    except OSError as error:
+        raise CheckpointError(f"{entry.name} in {extent.file} cannot be read: {error.strerror}") from error
+
+
+def _integers_in(folder: Folder, entry: TensorEntry) -> tuple[int, ...]:
+    """The integers of a small tensor."""
+    size = _BYTES_OF_INTEGERS.get(entry.dtype)
+    if size is None:
+        raise CheckpointError(f"{entry.name} in {entry.extent.file} is {entry.dtype}, not integers: fetch it again")
+    raw = _bytes_of(folder, entry)
+    return tuple(int.from_bytes(raw[at : at + size], "little", signed=True) for at in range(0, len(raw), size))
+
+
+def _json_of(folder: Folder, entry: TensorEntry) -> Mapping[str, Any]:
+    """The JSON that a tensor of bytes holds."""
+    extent = entry.extent
+    try:
+        state = json.loads(_bytes_of(folder, entry))
+    except ValueError as error:
         raise CheckpointError(f"{entry.name} in {extent.file} is no JSON: fetch it again") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{entry.name} in {extent.file} is no JSON object: fetch it again")
@@ -418,4 +589,9 @@ _READERS: Mapping[str, Reader] = {
     "gptq": _gptq,
     "awq": _awq,
     "bitsandbytes": _bitsandbytes,
+    "hqq": _hqq,
+    "torchao": _torchao,
+    "bitnet": _bitnet,
+    "quanto": _quanto,
+    "aqlm": _aqlm,
 }
