@@ -27,6 +27,8 @@ INT4 = {
 HQQ, TORCHAO = {"quant_method": "hqq"}, {"quant_method": "torchao"}
 AO = f"{Q}._weight"
 BITNET = {"quant_method": "bitnet", "linear_class": "bitlinear"}
+QUARK = {"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "int8", "qscheme": "per_channel"}}}
+VPTQ = quantize.vptq(8, 16, 4)
 AQLM = quantize.aqlm(2, 16, 1, 8)
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 
@@ -187,6 +189,36 @@ FAULTS = {
     ),
     "aqlm scales of another shape": (
         AQLM, {"quant_method": "aqlm"}, _put(f"{Q}.scales", torch.ones(7, 1, 1, 1)), CheckpointError, "does not fit",
+    ),
+    "quark scales of another shape": (
+        quantize.quark8, QUARK, _put(f"{Q}.weight_scale", torch.ones(7)), CheckpointError, "does not fit",
+    ),
+    "quark zero points of another shape": (
+        quantize.quark8, QUARK, _put(f"{Q}.weight_zero_point", torch.ones(7)), CheckpointError, "does not fit",
+    ),
+    "quark in a scheme that is not known": (
+        quantize.quark8, {"quant_method": "quark", "global_quant_config": {"weight": {"qscheme": "per_group"}}},
+        _drop(f"{Q}.weight_zero_point"), UnsupportedError, "Quark's None per_group as I8",
+    ),
+    "quark in two steps": (
+        quantize.quark8, {"quant_method": "quark", "global_quant_config": {"weight": [{}, {}]}},
+        _drop(f"{Q}.weight_zero_point"), UnsupportedError, "does not say in one step",
+    ),
+    "quark that rotates": (
+        quantize.quark8, {**QUARK, "algo_config": [{"name": "rotation", "r4": True}]},
+        _drop(f"{Q}.weight_zero_point"), UnsupportedError, "rotations of activations",
+    ),
+    "quark int4 without zero points": (
+        quantize.quark4(32, signed=True, ordered=False),
+        {"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "int4", "qscheme": "per_group"}}},
+        _drop(f"{Q}.weight_zero_point"), CheckpointError, r"no tensor '.*weight_zero_point' beside",
+    ),
+    "vptq tables gone": (*VPTQ, _drop(f"{Q}.res_centroids.weight"), CheckpointError, "no tensor '.*res_centroids"),
+    "vptq tables of another size": (
+        *VPTQ, _put(f"{Q}.centroids.weight", torch.ones(1, 8)), CheckpointError, "does not fit",
+    ),
+    "vptq of which nobody says how": (
+        VPTQ[0], {"quant_method": "vptq"}, _drop(f"{Q}.perm"), CheckpointError, "does not say how .*_proj is quantised",
     ),
 }  # fmt: skip
 

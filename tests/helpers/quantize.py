@@ -413,3 +413,102 @@ def aqlm(books: int, entries: int, high: int, wide: int) -> Method:
         return stored, numbers
 
     return store
+
+
+def quark4(group: int, *, signed: bool, ordered: bool) -> Method:
+    """Quark's int4 and uint4 in groups, as words of eight outputs in AWQ's order, or with `ordered` in their own."""
+
+    def store(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+        values, zero, scale = affine(weight.numpy(), 4, group, symmetric=False)
+        middle = 8 if signed else 0
+        scales = torch.from_numpy(scale).bfloat16()
+
+        def words(by_input: np.ndarray) -> torch.Tensor:
+            packed = np.zeros((by_input.shape[0], by_input.shape[1] // 8), np.uint32)
+            for nibble, column in enumerate(range(8) if ordered else (0, 2, 4, 6, 1, 3, 5, 7)):
+                packed |= ((by_input[:, column::8] - middle) & 15).astype(np.uint32) << np.uint32(4 * nibble)
+            return torch.from_numpy(packed.view(np.int32))
+
+        stored = {name: words(values.T), f"{name}_scale": scales.t(), f"{name}_zero_point": words(zero.T)}
+        return stored, meaning(values, zero, scales.float().numpy(), np.arange(weight.shape[1]) // group)
+
+    return store
+
+
+def quark8(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+    """Quark's int8 by row, with zero points."""
+    low, high = weight.amin(1), weight.amax(1)
+    scale = ((high - low) / 255).bfloat16()
+    zero = (-128 - low / scale.float()).round()
+    values = (weight / scale.float()[:, None] + zero[:, None]).round().clamp(-128, 127)
+    numbers = (values - zero[:, None]).numpy() * scale.float().numpy()[:, None]
+    return {name: values.to(torch.int8), f"{name}_scale": scale, f"{name}_zero_point": zero.to(torch.int8)}, numbers
+
+
+def quark_fp4(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+    """Quark's MXFP4: groups of 32, the lower nibble first, a byte of exponent for each."""
+    stored, numbers = mxfp4_experts("x", weight.t()[None])
+    packed, scales = stored["x_blocks"][0], stored["x_scales"][0]
+    return {name: packed.flatten(1), f"{name}_scale": scales}, numbers[0].T
+
+
+def vptq(length: int, entries: int, beside: int, far: int = 0, tables: int = 1) -> tuple[Method, dict[str, Any]]:
+    """VPTQ with any places, and the config that says how: with outliers (`far` columns), all columns in disorder."""
+    layers: dict[str, Any] = {}
+
+    def store(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+        rng = np.random.default_rng(len(name))
+        rows, columns = weight.shape
+        group, vectors = (columns - far) // tables, -(-rows // length)
+        at, at_beside = (rng.integers(0, max(size, 1), (tables, vectors, group)) for size in (entries, beside))
+        numbers = np.zeros((vectors * length, columns), np.float32)
+
+        def table(*shape: int) -> torch.Tensor:
+            return torch.from_numpy(rng.normal(0, 0.02, shape).astype(np.float32)).bfloat16()
+
+        main, more, outliers = table(tables, entries, length), table(tables, max(beside, 1), length), table(8, 4)
+        for one, vector, column in np.ndindex(at.shape):
+            down = main[one, at[one, vector, column]].float().numpy()
+            if beside:
+                down = down + more[one, at_beside[one, vector, column]].float().numpy()
+            numbers[vector * length : (vector + 1) * length, far + one * group + column] = down
+        numbers = numbers[:rows]
+        far_at = rng.integers(0, 8, (-(-rows // 4), far))
+        for vector, column in np.ndindex(far_at.shape):
+            place = slice(vector * 4, min(vector * 4 + 4, rows))
+            numbers[place, column] = outliers[far_at[vector, column]].float().numpy()[: place.stop - place.start]
+        order = rng.permutation(columns)
+        meant = np.empty_like(numbers)
+        meant[:, order] = numbers
+        scale, bias = table(columns), table(columns)
+        scale = scale + 1
+        bits = int(np.log2(entries)), int(np.log2(max(beside, 1)))
+        merged = (at_beside << bits[0] | at).reshape(tables * vectors, group)
+        module = name.removesuffix("weight")
+        stored = {
+            f"{module}indices": bits_of(merged, sum(bits)).view(tables, vectors, -1),
+            f"{module}centroids.weight": main.view(tables, -1),
+            f"{module}perm": torch.from_numpy(order.astype(np.int16)),
+            f"{module}weight_scale": scale,
+            f"{module}weight_bias": bias,
+        }
+        if beside:
+            stored[f"{module}res_centroids.weight"] = more.view(tables, -1)
+        if far:
+            stored[f"{module}outlier_indices"] = torch.from_numpy(far_at[None].astype(np.int16))
+            stored[f"{module}outlier_centroids.weight"] = outliers.view(1, -1)
+        layers[module.removesuffix(".")] = {
+            "vector_lens": [4 if far else -1, length],
+            "num_centroids": [8 if far else -1, entries],
+            "num_res_centroids": [-1, beside or -1],
+            "group_num": tables,
+            "group_size": group,
+            "outlier_size": far,
+            "in_features": columns,
+            "out_features": rows,
+            "enable_norm": True,
+            "enable_perm": True,
+        }
+        return stored, meant * scale.float().numpy() + bias.float().numpy()
+
+    return store, {"quant_method": "vptq", "config_for_layers": layers}

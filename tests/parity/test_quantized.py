@@ -30,6 +30,11 @@ def _compressed(format: str, **weights: Any) -> Mapping[str, Any]:
     return {"quant_method": "compressed-tensors", "format": format, "config_groups": {"group_0": group}}
 
 
+def _quark(dtype: str, qscheme: str, **more: str) -> Mapping[str, Any]:
+    weight = {"dtype": dtype, "qscheme": qscheme, **more}
+    return {"quant_method": "quark", "global_quant_config": {"weight": weight}, "layer_quant_config": {}}
+
+
 FP8 = {"quant_method": "fp8", "weight_block_size": [32, 32]}
 HQQ, TORCHAO = {"quant_method": "hqq"}, {"quant_method": "torchao"}
 METHODS: Mapping[str, tuple[quantize.Method, Mapping[str, Any]]] = {
@@ -107,6 +112,17 @@ METHODS: Mapping[str, tuple[quantize.Method, Mapping[str, Any]]] = {
     "quanto qint8": (quantize.quanto(torch.int8), {"quant_method": "quanto", "weights": "int8"}),
     "quanto qfloat8": (quantize.quanto(torch.float8_e4m3fn), {"quant_method": "quanto", "weights": "float8"}),
     "aqlm": (quantize.aqlm(2, 16, 1, 8), {"quant_method": "aqlm"}),
+    "quark fp8": (quantize.fp8_by_row, _quark("fp8_e4m3", "per_channel")),
+    "quark int8": (quantize.quark8, _quark("int8", "per_channel")),
+    "quark fp4": (quantize.quark_fp4, _quark("fp4", "per_group", scale_format="e8m0")),
+    "quark int4": (quantize.quark4(32, signed=True, ordered=False), _quark("int4", "per_group")),
+    "quark uint4": (
+        quantize.quark4(32, signed=False, ordered=True),
+        {**_quark("uint4", "per_group"), "export": {"pack_method": "order"}},
+    ),
+    "vptq": quantize.vptq(8, 16, 4),
+    "vptq with outliers": quantize.vptq(6, 16, 0, far=4),
+    "vptq with several tables": quantize.vptq(4, 16, 32, tables=2),
     "aqlm in blocks of rows": (quantize.aqlm(1, 16, 4, 4), {"quant_method": "aqlm"}),
 }
 
@@ -168,6 +184,8 @@ def test_block_fp8_is_what_transformers_unpacks(family: str, tmp_path: Path) -> 
         ("qwen3_moe", "bitnet that multiplies"),
         ("mixtral", "quanto qint8"),
         ("mixtral", "aqlm"),
+        ("mixtral", "quark int4"),
+        ("qwen3_moe", "quark fp4"),
     ],
 )
 def test_families_that_merge_and_split(family: str, method: str, tmp_path: Path) -> None:

@@ -47,6 +47,18 @@ def test_a_weight_is_the_same_however_many_rows_are_unpacked_at_once(
         assert np.array_equal(make(*stored.values()).numpy(), numbers)
 
 
+@pytest.mark.parametrize("chunk", [1, 5000])
+def test_vectors_in_rows_of_any_number(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized_layouts, "CHUNK", chunk)
+    for far, tables, length, bits in ((4, 1, 6, (4, 0)), (0, 2, 12, (4, 5)), (8, 1, 7, (16, 16))):
+        method, _ = quantize.vptq(length, 1 << bits[0], 1 << bits[1] if bits[1] else 0, far, tables)
+        stored, numbers = method("x.weight", torch.zeros(200, 96))
+        parts = [name.removeprefix("x.").removesuffix(".weight") for name in stored]
+        group = (96 - far) // tables
+        whole = quantized_layouts.Vectors((200, 96), torch.float32, tuple(parts), length, 4, group, *bits)
+        assert np.array_equal(whole(*stored.values()).numpy(), numbers)
+
+
 @pytest.mark.parametrize(("bits", "group", "axis"), [(4, 48, 1), (3, 48, 1), (2, 64, 0), (3, 64, 0), (1, 16, 1)])
 @pytest.mark.parametrize("chunk", [1, 5000])
 def test_hqq_in_rows_of_any_number(
@@ -105,7 +117,7 @@ def test_quantisation_is_found_in_a_text_model_inside_and_taken_out() -> None:
     assert take_quantization(config) is None
 
 
-@pytest.mark.parametrize("method", ["vptq", "higgs", "eetq", "auto-round"])
+@pytest.mark.parametrize("method", ["spqr", "higgs", "eetq", "auto-round"])
 def test_a_method_that_is_not_known_is_named(method: str) -> None:
     config = tiny_config("llama")
     config.quantization_config = {"quant_method": method}

@@ -8,6 +8,7 @@ transformers then builds an ordinary model from it, renames, merges and all; the
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lamina.checkpoint import Checkpoint, TensorEntry
 from lamina.codec.quantized_layouts import (
+    AWQ_ORDER,
     Awq,
     Codebooks,
     Float4,
@@ -33,6 +35,7 @@ from lamina.codec.quantized_layouts import (
     Scaled,
     Signed4,
     Ternary,
+    Vectors,
 )
 from lamina.errors import CheckpointError, RequestError, UnsupportedError
 from lamina.hf.internals import Conv1D
@@ -282,11 +285,7 @@ def _awq(folder: Folder) -> Iterator[Found]:
         )
     for module, words in _ending_in(folder, ".qweight"):
         zeros, scales = (_part(folder, f"{module}.{part}", words) for part in ("qzeros", "scales"))
-        columns, rows = words.shape[0], words.shape[1] * 8
-        if scales.shape[1:] != (rows,) or zeros.shape != (len_of(scales), words.shape[1]) or columns % len_of(scales):
-            raise _unfit(words, scales)
-        packed = Awq((rows, columns), folder.dtype, columns // len_of(scales))
-        yield Found(f"{module}.weight", packed, (words.name, zeros.name, scales.name))
+        yield _nibbles(folder, module, words, zeros, scales, AWQ_ORDER, False)
 
 
 def _bitsandbytes(folder: Folder) -> Iterator[Found]:
@@ -306,17 +305,22 @@ def _hqq(folder: Folder) -> Iterator[Found]:
         scale, zero, described = (_part(folder, f"{module}.{part}", words) for part in ("scale", "zero", "shape"))
         shape = _integers_in(folder, described)
         elements, groups = math.prod(shape), _count(scale)
-        if len(shape) != 2 or min(shape) < 1 or scale.shape != zero.shape or not groups or elements % groups:
+        if len(shape) != 2 or min(shape) < 1:
+            raise _unfit(words, described)
+        if scale.shape != zero.shape or not groups or elements % groups:
             raise _unfit(words, scale)
         bits = _hqq_bits(folder, _part(folder, f"{module}.packing", words))
         across = scale.shape[:1] == (1,) and groups > 1
-        high, wide = (elements // groups, groups) if across else (groups, elements // groups)
-        nbytes = -(-high // 10) * wide * 4 if bits == 3 else elements * bits // 8
-        if nbytes != words.extent.length:
+        if words.extent.length != _hqq_bytes(bits, elements, groups if across else elements // groups):
             raise _unfit(words, scale)
         beside = tuple(f"{module}.{part}" for part in _HQQ_STATE)
         packed = Hqq(shape, folder.dtype, bits, True, groups, across)
         yield Found(f"{module}.weight", packed, (words.name, scale.name, zero.name), beside)
+
+
+def _hqq_bytes(bits: int, elements: int, wide: int) -> int:
+    """Bytes of the words of a matrix whose rows are so wide: of 3 bits, ten rows to one of int32."""
+    return -(-elements // wide // 10) * wide * 4 if bits == 3 else elements * bits // 8
 
 
 def _hqq_bits(folder: Folder, packing: TensorEntry) -> int:
@@ -405,6 +409,93 @@ def _quanto(folder: Folder) -> Iterator[Found]:
         yield replace(_scaled(folder, entry, scale, None), name=weight, beside=beside)
 
 
+def _quark(folder: Folder) -> Iterator[Found]:
+    """AMD's Quark: FP8 and int8 by tensor or row, FP4 with exponents, and 4 bits in groups packed as AWQ does it."""
+    steps = folder.config.get("algo_config") or ()
+    if any(
+        step.get("r4") or step.get("online_r1_rotation") for step in ([steps] if isinstance(steps, dict) else steps)
+    ):
+        raise UnsupportedError(
+            f"{folder.checkpoint.root} is Quark with rotations of activations, which are not known here: "
+            "use another checkpoint of this model"
+        )
+    for module, scale in _ending_in(folder, ".weight_scale"):
+        weight = _part(folder, f"{module}.weight", scale)
+        said = _quark_scheme(folder, module)
+        found = _quark_weight(folder, module, weight, scale, said)
+        if found is None:
+            what = f"{said.get('dtype')} {said.get('qscheme')} as {weight.dtype}"
+            raise UnsupportedError(
+                f"{weight.name} in {folder.checkpoint.root} is Quark's {what}, which cannot be unpacked here: "
+                "use another checkpoint of this model"
+            )
+        yield found
+
+
+def _quark_weight(
+    folder: Folder, module: str, weight: TensorEntry, scale: TensorEntry, said: Mapping[str, Any]
+) -> Found | None:
+    """None for what is not known here."""
+    by_group, dtype = said.get("qscheme") == "per_group", said.get("dtype")
+    if weight.dtype in FLOAT8 or (weight.dtype == "I8" and not by_group):
+        return _with_zeros(folder, _scaled(folder, weight, scale, said.get("block_size")), module)
+    if weight.dtype == "U8" and dtype == "fp4" and said.get("scale_format") == "e8m0":
+        return _float4(folder, weight.name, weight, scale, (*weight.shape[:-1], weight.shape[-1] * 2))
+    if weight.dtype == "I32" and by_group and dtype in ("int4", "uint4"):
+        return _quark4(folder, module, weight, scale, dtype == "int4")
+    return None
+
+
+def _quark_scheme(folder: Folder, module: str) -> Mapping[str, Any]:
+    """How Quark quantised a module's weight: by the first pattern that it fits, else as all of them."""
+    of_layers = folder.config.get("layer_quant_config") or {}
+    fitting = (said for pattern, said in of_layers.items() if fnmatch.fnmatch(module, pattern))
+    weight = (next(fitting, None) or folder.config.get("global_quant_config") or {}).get("weight")
+    if not isinstance(weight, dict):
+        raise UnsupportedError(
+            f"the config of {folder.checkpoint.root} does not say in one step how {module} is quantised: "
+            "use another checkpoint of this model"
+        )
+    return weight
+
+
+def _with_zeros(folder: Folder, found: Found, module: str) -> Found:
+    """Of integers by tensor or row, with their zero points where there are any."""
+    zeros = folder.entries.get(f"{module}.weight_zero_point")
+    if zeros is None:
+        return found
+    scale = folder.entries[found.sources[1]]
+    if _count(zeros) not in (1, _count(scale)):
+        raise _unfit(folder.entries[found.sources[0]], zeros)
+    return replace(found, sources=(*found.sources, zeros.name))
+
+
+def _quark4(folder: Folder, module: str, words: TensorEntry, scale: TensorEntry, signed: bool) -> Found:
+    zeros = _part(folder, f"{module}.weight_zero_point", words)
+    packing = (folder.config.get("export") or {}).get("pack_method", "reorder")
+    order = AWQ_ORDER if packing == "reorder" else tuple(range(8))
+    return _nibbles(folder, module, words, zeros, scale, order, signed)
+
+
+def _nibbles(
+    folder: Folder,
+    module: str,
+    words: TensorEntry,
+    zeros: TensorEntry,
+    scales: TensorEntry,
+    order: tuple[int, ...],
+    signed: bool,
+) -> Found:
+    """Eight outputs in a word: the words of each input, and the zero points and scales of each group of inputs."""
+    if len(words.shape) != 2:
+        raise _unfit(words, scales)
+    columns, rows = words.shape[0], words.shape[1] * 8
+    if scales.shape[1:] != (rows,) or zeros.shape != (len_of(scales), words.shape[1]) or columns % len_of(scales):
+        raise _unfit(words, scales)
+    packed = Awq((rows, columns), folder.dtype, columns // len_of(scales), order, signed)
+    return Found(f"{module}.weight", packed, (words.name, zeros.name, scales.name))
+
+
 def _aqlm(folder: Folder) -> Iterator[Found]:
     """Codes of small blocks, the same codebooks for all of a matrix."""
     for module, codes in _ending_in(folder, ".codes"):
@@ -416,6 +507,78 @@ def _aqlm(folder: Folder) -> Iterator[Found]:
         shape = (codes.shape[0] * books.shape[2], codes.shape[1] * books.shape[3])
         packed = Codebooks(shape, folder.dtype)
         yield Found(f"{module}.weight", packed, (codes.name, books.name, scales.name))
+
+
+@dataclass(frozen=True)
+class VectorScheme:
+    """What a config says of a weight that VPTQ quantised; of pairs, what is said of the outliers comes first."""
+
+    lengths: tuple[int, int]
+    entries: tuple[int, int]
+    entries_beside: int
+    tables: int
+    group: int
+    outliers: int
+    rows: int
+    permuted: bool
+    normed: bool
+
+    @classmethod
+    def of(cls, said: Mapping[str, Any]) -> VectorScheme:
+        """Raises KeyError, TypeError or ValueError for what is no such thing."""
+        far_length, length = (int(size) for size in said["vector_lens"])
+        far_entries, entries = (int(size) for size in said["num_centroids"])
+        beside, tables, group = int(said["num_res_centroids"][1]), int(said["group_num"]), int(said["group_size"])
+        if min(length, entries, tables, group) < 1:
+            raise ValueError("sizes below 1")
+        outliers = int(said.get("outlier_size") or 0) if far_length > 1 and far_entries > 0 else 0
+        flags = bool(said.get("enable_perm", True)), bool(said.get("enable_norm", True))
+        rows = int(said.get("out_features") or 0)
+        return cls((far_length, length), (far_entries, entries), beside, tables, group, outliers, rows, *flags)
+
+    @property
+    def bits(self) -> tuple[int, int]:
+        """Of a place in the tables, and in those of what is added."""
+        return (self.entries[1] - 1).bit_length(), max(self.entries_beside - 1, 0).bit_length()
+
+    def shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
+        """Of each tensor that is stored, by its name behind the module's."""
+        (far_length, length), columns = self.lengths, self.tables * self.group + self.outliers
+        shapes: dict[str, tuple[int, ...]] = {
+            "indices": (self.tables, -(-rows // length), -(-self.group * sum(self.bits) // 32)),
+            "centroids.weight": (self.tables, length * self.entries[1]),
+        }
+        if self.entries_beside > 0:
+            shapes["res_centroids.weight"] = (self.tables, length * self.entries_beside)
+        if self.outliers:
+            shapes["outlier_indices"] = (1, -(-rows // far_length), self.outliers)
+            shapes["outlier_centroids.weight"] = (1, far_length * self.entries[0])
+        if self.permuted:
+            shapes["perm"] = (columns,)
+        if self.normed:
+            shapes |= {"weight_scale": (columns,), "weight_bias": (columns,)}
+        return shapes
+
+
+def _vptq(folder: Folder) -> Iterator[Found]:
+    """Tables of vectors; how long these are, and how many there are, is in the config alone."""
+    layers = folder.config.get("config_for_layers") or {}
+    for module, words in _ending_in(folder, ".indices"):
+        try:
+            scheme = VectorScheme.of(layers[module])
+        except (KeyError, TypeError, ValueError):
+            root = folder.checkpoint.root
+            raise CheckpointError(f"the config of {root} does not say how {module} is quantised") from None
+        rows = scheme.rows or words.shape[-2] * scheme.lengths[1]
+        stored = {part: _part(folder, f"{module}.{part}", words) for part in scheme.shapes(rows)}
+        for part, shape in scheme.shapes(rows).items():
+            if stored[part].shape != shape:
+                raise _unfit(words, stored[part])
+        shape = (rows, scheme.tables * scheme.group + scheme.outliers)
+        parts = tuple(part.removesuffix(".weight") for part in stored)
+        far_length, length = scheme.lengths
+        packed = Vectors(shape, folder.dtype, parts, length, far_length, scheme.group, *scheme.bits)
+        yield Found(f"{module}.weight", packed, tuple(entry.name for entry in stored.values()))
 
 
 # -- what several of them share
@@ -594,4 +757,6 @@ _READERS: Mapping[str, Reader] = {
     "bitnet": _bitnet,
     "quanto": _quanto,
     "aqlm": _aqlm,
+    "quark": _quark,
+    "vptq": _vptq,
 }
