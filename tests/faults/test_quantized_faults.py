@@ -28,6 +28,7 @@ HQQ, TORCHAO = {"quant_method": "hqq"}, {"quant_method": "torchao"}
 AO = f"{Q}._weight"
 BITNET = {"quant_method": "bitnet", "linear_class": "bitlinear"}
 QUARK = {"quant_method": "quark", "global_quant_config": {"weight": {"dtype": "int8", "qscheme": "per_channel"}}}
+MLX = {"bits": 4, "group_size": 32}
 VPTQ = quantize.vptq(8, 16, 4)
 AQLM = quantize.aqlm(2, 16, 1, 8)
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -219,6 +220,22 @@ FAULTS = {
     ),
     "vptq of which nobody says how": (
         VPTQ[0], {"quant_method": "vptq"}, _drop(f"{Q}.perm"), CheckpointError, "does not say how .*_proj is quantised",
+    ),
+    "mlx without what is added": (
+        quantize.mlx(4, 32), MLX, _drop(f"{Q}.biases"), CheckpointError, r"no tensor '.*q_proj\.biases' beside",
+    ),
+    "mlx scales of another shape": (
+        quantize.mlx(4, 32), MLX, _put(f"{Q}.scales", torch.ones(64, 7)), CheckpointError, "does not fit",
+    ),
+    "mlx with one scale too few": (
+        quantize.mlx(4, 32), MLX, _put(f"{Q}.biases", torch.ones(63, 2)),
+        CheckpointError, "biases of shape .* does not fit",
+    ),
+    "mlx in other bits": (
+        quantize.mlx(4, 32), {**MLX, "bits": 8}, _put("x", torch.ones(1)), CheckpointError, "does not fit",
+    ),
+    "mlx in another mode": (
+        quantize.mlx(4, 32), {**MLX, "mode": "nvfp4"}, _drop(f"{Q}.biases"), UnsupportedError, "mode 'nvfp4'",
     ),
 }  # fmt: skip
 

@@ -512,3 +512,20 @@ def vptq(length: int, entries: int, beside: int, far: int = 0, tables: int = 1) 
         return stored, meant * scale.float().numpy() + bias.float().numpy()
 
     return store, {"quant_method": "vptq", "config_for_layers": layers}
+
+
+def mlx(bits: int, group: int, least: str = "biases") -> Method:
+    """MLX: integers in words, times the scale of their group, plus the least number of the group."""
+
+    def store(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+        grouped = weight.numpy().reshape(len(weight), -1, group)
+        low = torch.from_numpy(grouped.min(-1)).bfloat16()
+        scale = torch.from_numpy((grouped.max(-1) - grouped.min(-1)) / ((1 << bits) - 1)).bfloat16()
+        lows, scales = low.float().numpy()[..., None], scale.float().numpy()[..., None]
+        values = np.round((grouped - lows) / scales).clip(0, (1 << bits) - 1).astype(np.int64)
+        module = name.removesuffix("weight")
+        words = bits_of(values.reshape(weight.shape), bits)
+        stored = {name: words.view(torch.uint32), f"{module}scales": scale, f"{module}{least}": low}
+        return stored, (values.astype(np.float32) * scales + lows).reshape(weight.shape)
+
+    return store

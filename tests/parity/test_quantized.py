@@ -123,6 +123,10 @@ METHODS: Mapping[str, tuple[quantize.Method, Mapping[str, Any]]] = {
     "vptq": quantize.vptq(8, 16, 4),
     "vptq with outliers": quantize.vptq(6, 16, 0, far=4),
     "vptq with several tables": quantize.vptq(4, 16, 32, tables=2),
+    "metal": (quantize.mlx(4, 32, "qbiases"), {"quant_method": "metal", "bits": 4, "group_size": 32}),
+    "mlx in 8 bits": (quantize.mlx(8, 32), {"bits": 8, "group_size": 32, "mode": "affine"}),
+    "mlx in 3 bits": (quantize.mlx(3, 32), {"bits": 3, "group_size": 32}),
+    "mlx in 6 bits": (quantize.mlx(6, 32), {"bits": 6, "group_size": 32}),
     "aqlm in blocks of rows": (quantize.aqlm(1, 16, 4, 4), {"quant_method": "aqlm"}),
 }
 
@@ -151,6 +155,16 @@ def test_each_method(method: str, tmp_path: Path) -> None:
     packed = [weight for weight in model.lamina._engine.schedule.values() if weight.convert is Convert.UNPACK]
     assert len(packed) == 4 * 7
     assert sum(weight.stored_nbytes for weight in packed) < 0.8 * sum(weight.unpacked_nbytes for weight in packed)
+
+
+def test_embeddings_in_mlx(tmp_path: Path) -> None:
+    write_tiny("llama", tmp_path / "plain", dtype=torch.bfloat16)
+    folder = tmp_path / "quantized"
+    config = {"bits": 4, "group_size": 32}
+    unpacked = write_quantized(tmp_path / "plain", folder, quantize.mlx(4, 32), config, r".*(?<!norm)\.weight")
+    said = replace(judge(unpacked), folder=folder, minimum=minimum_of(folder))
+    for budget in ("resident", "minimum"):  # a packed embedding is read when it is wanted
+        assert_equal(said, said.budget(budget), on_demand=budget == "minimum")
 
 
 def test_quanto_says_nothing_in_the_config(tmp_path: Path) -> None:
@@ -185,6 +199,7 @@ def test_block_fp8_is_what_transformers_unpacks(family: str, tmp_path: Path) -> 
         ("mixtral", "quanto qint8"),
         ("mixtral", "aqlm"),
         ("mixtral", "quark int4"),
+        ("qwen3_moe", "metal"),
         ("qwen3_moe", "quark fp4"),
     ],
 )

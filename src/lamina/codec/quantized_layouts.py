@@ -369,6 +369,28 @@ class Signed4(Packed):
 
 
 @dataclass(frozen=True)
+class Affine(Packed):
+    """MLX: integers of a few bits in words, row by row, times the scale of their group, plus the least of the group.
+
+    Stored: the words (rows, words), the scales (rows, groups), and what is added (rows, groups).
+
+    Attributes:
+        bits: of an integer.
+        group: columns that share a scale.
+    """
+
+    bits: int
+    group: int
+
+    def rows(self, first: int, count: int, *stored: torch.Tensor) -> torch.Tensor:
+        """See `Packed.rows`."""
+        columns = self.shape[-1]
+        words, scales, least = (part.flatten(0, -2)[first : first + count] for part in stored)
+        values = scaled(unpack(words.view(torch.int32), self.bits, columns), scales.float(), self.group)
+        return values.add_(spread(least.float(), self.group, columns))
+
+
+@dataclass(frozen=True)
 class Codebooks(Packed):
     """AQLM: a small block of the weight is the sum of one entry of each codebook, times the scale of its rows.
 

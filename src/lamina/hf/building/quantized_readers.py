@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lamina.checkpoint import Checkpoint, TensorEntry
 from lamina.codec.quantized_layouts import (
     AWQ_ORDER,
+    Affine,
     Awq,
     Codebooks,
     Float4,
@@ -190,6 +191,8 @@ def _method(config: Mapping[str, Any]) -> str:
     if method == "auto-round":
         packing = str(config.get("packing_format", ""))
         method = {"auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "awq"}.get(packing, f"auto-round ({packing})")
+    if method is None and "bits" in config and "group_size" in config:
+        return "mlx"  # which does not say that it is
     return str(getattr(method, "value", method))
 
 
@@ -496,6 +499,34 @@ def _nibbles(
     return Found(f"{module}.weight", packed, (words.name, zeros.name, scales.name))
 
 
+def _affine(folder: Folder) -> Iterator[Found]:
+    """MLX, and transformers' own writing of it (metal), which gives what is added another name."""
+    for module, scale in _ending_in(folder, ".scales"):
+        words = _part(folder, f"{module}.weight", scale)
+        name = next((n for n in (f"{module}.qbiases", f"{module}.biases") if n in folder.entries), f"{module}.biases")
+        bits, group = _affine_scheme(folder, module)
+        least = _part(folder, name, scale)
+        columns = group * scale.shape[-1] if scale.shape else 0
+        if bits not in range(1, 9) or words.dtype not in ("U32", "I32") or words.shape[-1] * 32 != columns * bits:
+            raise _unfit(words, scale)
+        if scale.shape != least.shape or scale.shape[:-1] != words.shape[:-1]:
+            raise _unfit(words, least)
+        packed = Affine((*words.shape[:-1], columns), folder.dtype, bits, group)
+        yield Found(words.name, packed, (words.name, scale.name, least.name))
+
+
+def _affine_scheme(folder: Folder, module: str) -> tuple[int, int]:
+    """Bits, and columns of a group, which a config may say of some modules otherwise."""
+    of_module = folder.config.get(module)
+    said = {**folder.config, **(of_module if isinstance(of_module, dict) else {})}
+    if said.get("mode", "affine") != "affine":
+        raise UnsupportedError(
+            f"{folder.checkpoint.root} is quantised in MLX's mode {said['mode']!r}, which is not known here: "
+            "use one in 'affine'"
+        )
+    return int(said.get("bits") or 0), int(said.get("group_size") or 0)
+
+
 def _aqlm(folder: Folder) -> Iterator[Found]:
     """Codes of small blocks, the same codebooks for all of a matrix."""
     for module, codes in _ending_in(folder, ".codes"):
@@ -759,4 +790,6 @@ _READERS: Mapping[str, Reader] = {
     "aqlm": _aqlm,
     "quark": _quark,
     "vptq": _vptq,
+    "metal": _affine,
+    "mlx": _affine,
 }
