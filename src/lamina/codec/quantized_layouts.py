@@ -369,7 +369,7 @@ class Signed4(Packed):
 
 
 @dataclass(frozen=True)
-class Affine(Packed):
+class Mlx(Packed):
     """MLX: integers of a few bits in words, row by row, times the scale of their group, plus the least of the group.
 
     Stored: the words (rows, words), the scales (rows, groups), and what is added (rows, groups).

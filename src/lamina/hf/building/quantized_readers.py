@@ -23,7 +23,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lamina.checkpoint import Checkpoint, TensorEntry
 from lamina.codec.quantized_layouts import (
     AWQ_ORDER,
-    Affine,
     Awq,
     Codebooks,
     Float4,
@@ -32,6 +31,7 @@ from lamina.codec.quantized_layouts import (
     Hqq,
     Integers,
     Lookup4,
+    Mlx,
     Packed,
     Scaled,
     Signed4,
@@ -499,23 +499,23 @@ def _nibbles(
     return Found(f"{module}.weight", packed, (words.name, zeros.name, scales.name))
 
 
-def _affine(folder: Folder) -> Iterator[Found]:
+def _mlx(folder: Folder) -> Iterator[Found]:
     """MLX, and transformers' own writing of it (metal), which gives what is added another name."""
     for module, scale in _ending_in(folder, ".scales"):
         words = _part(folder, f"{module}.weight", scale)
         name = next((n for n in (f"{module}.qbiases", f"{module}.biases") if n in folder.entries), f"{module}.biases")
-        bits, group = _affine_scheme(folder, module)
+        bits, group = _mlx_scheme(folder, module)
         least = _part(folder, name, scale)
         columns = group * scale.shape[-1] if scale.shape else 0
         if bits not in range(1, 9) or words.dtype not in ("U32", "I32") or words.shape[-1] * 32 != columns * bits:
             raise _unfit(words, scale)
         if scale.shape != least.shape or scale.shape[:-1] != words.shape[:-1]:
             raise _unfit(words, least)
-        packed = Affine((*words.shape[:-1], columns), folder.dtype, bits, group)
+        packed = Mlx((*words.shape[:-1], columns), folder.dtype, bits, group)
         yield Found(words.name, packed, (words.name, scale.name, least.name))
 
 
-def _affine_scheme(folder: Folder, module: str) -> tuple[int, int]:
+def _mlx_scheme(folder: Folder, module: str) -> tuple[int, int]:
     """Bits, and columns of a group, which a config may say of some modules otherwise."""
     of_module = folder.config.get(module)
     said = {**folder.config, **(of_module if isinstance(of_module, dict) else {})}
@@ -790,6 +790,6 @@ _READERS: Mapping[str, Reader] = {
     "aqlm": _aqlm,
     "quark": _quark,
     "vptq": _vptq,
-    "metal": _affine,
-    "mlx": _affine,
+    "metal": _mlx,
+    "mlx": _mlx,
 }
