@@ -261,127 +261,271 @@ def bitsandbytes_4bit(block: int, nested: int = 0) -> Method:
     return store
 
 
-def hqq(bits: int, group: int, axis: int) -> Method:
-    """HQQ's groups are rows (axis 1) or columns (axis 0) of a matrix that was laid out anew; bf16 throughout."""
+def hqq(bits: int, group: int, axis: int = 1) -> Method:
+    """HQQ: groups along the rows (axis 1) or down the columns (axis 0) of a matrix of another shape.
+
+    The upper part of that matrix has the uppermost bits of each word, the part below it the next ones.
+    """
 
     def store(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
-        flat = weight.numpy().reshape(-1)
-        laid = flat.reshape(-1, group) if axis == 1 else flat.reshape(group, -1)
-        low, high = laid.min(axis, keepdims=True), laid.max(axis, keepdims=True)
-        most = 2**bits - 1
-        scale = torch.from_numpy(np.maximum(high - low, 1e-6) / most).bfloat16()
-        zero = torch.from_numpy(-low / scale.float().numpy()).bfloat16()
-        values = np.clip(np.round(laid / scale.float().numpy() + zero.float().numpy()), 0, most).astype(np.uint32)
-        meant = ((torch.from_numpy(values.astype(np.float32)).bfloat16() - zero) * scale).float().numpy()
+        most = (1 << bits) - 1
+        grouped = weight.numpy().reshape((-1, group) if axis else (group, -1))
+        low, high = grouped.min(axis, keepdims=True), grouped.max(axis, keepdims=True)
+        scale = torch.from_numpy((high - low) / most).bfloat16()
+        zero = (torch.from_numpy(-low) / scale.float()).bfloat16()
+        values = np.clip(np.round(grouped / scale.float().numpy() + zero.float().numpy()), 0, most).astype(np.int64)
+        around = (torch.from_numpy(values).float() - zero.float()).bfloat16()
+        places, word = (10, np.int32) if bits == 3 else (8 // bits, np.uint8)
+        padded = np.pad(values, ((0, -len(values) % places), (0, 0)))
+        words = np.zeros((len(padded) // places, values.shape[1]), np.int64)
+        for row, part in enumerate(padded):
+            words[row % len(words)] |= part << bits * (places - 1 - row // len(words))
         module = name.removesuffix("weight")
+        packing = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}[bits]
         stored = {
-            f"{module}W_q": _planes(values, bits),
+            f"{module}W_q": torch.from_numpy(words.astype(word)),
             f"{module}scale": scale,
             f"{module}zero": zero,
             f"{module}shape": torch.tensor(weight.shape),
             f"{module}nbits": torch.tensor(bits, dtype=torch.int32),
-            f"{module}axis": torch.tensor(axis, dtype=torch.int32),
-            f"{module}packing": torch.tensor([0, 1], dtype=torch.uint8),
+            f"{module}packing": torch.tensor(list(packing.encode()), dtype=torch.uint8),
         }
-        return stored, meant.reshape(weight.shape)
+        return stored, (around.float() * scale.float()).numpy().reshape(weight.shape)
 
     return store
 
 
-def _planes(values: np.ndarray, bits: int) -> torch.Tensor:
-    """The rows in as many parts as a word has places, the first in the uppermost place; of 3 bits ten to an int32."""
-    places = 10 if bits == 3 else 8 // bits
-    rows = -(-len(values) // places)
-    padded = np.zeros((rows * places, values.shape[1]), np.uint32)
-    padded[: len(values)] = values
-    words = np.zeros((rows, values.shape[1]), np.uint32)
-    for place in range(places):
-        words |= padded[place * rows : (place + 1) * rows] << np.uint32(bits * (places - 1 - place))
-    return torch.from_numpy(words.astype(np.int32) if bits == 3 else words.astype(np.uint8))
-
-
-def torchao(kind: str, group: int = 32) -> Method:
-    """torchao's weight-only tensors, laid out flat: int8 and float8 by row, int4 in groups."""
+def bitnet(divided: bool) -> Method:
+    """BitNet: the first quarter of the rows has the lowest two bits of each byte, the second the next ones."""
 
     def store(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
-        module, _, parameter = name.rpartition(".")
-        prefix = f"{module}._{parameter}_"
-        if kind == "int4":
-            blocks = weight.numpy().reshape(len(weight), -1, group)
-            low, high = blocks.min(2), blocks.max(2)
-            scale = torch.from_numpy((high - low) / 15).bfloat16().float().numpy()
-            middle = torch.from_numpy(low + 8 * scale).bfloat16().float().numpy()
-            values = np.clip(np.round((blocks - middle[..., None]) / scale[..., None]), -8, 7)
-            meant = (values * scale[..., None] + middle[..., None]).reshape(weight.shape)
-            nibbles = values.astype(np.int8).reshape(weight.shape) & 15
-            return {
-                f"{prefix}qdata": torch.from_numpy((nibbles[:, 0::2] | nibbles[:, 1::2] << 4).astype(np.int8)),
-                f"{prefix}scale": torch.from_numpy(scale.T.copy()).bfloat16(),
-                f"{prefix}zero_point": torch.from_numpy(middle.T.copy()).bfloat16(),
-            }, meant
-        most = 127.0 if kind == "int8" else 448.0
-        scale = weight.abs().amax(1, keepdim=True) / most
-        divided = weight / scale
-        quantized = divided.round().to(torch.int8) if kind == "int8" else divided.to(torch.float8_e4m3fn)
-        stored = {f"{prefix}qdata": quantized, f"{prefix}scale": scale}
-        if kind == "int8":
-            stored[f"{prefix}zero_point"] = torch.zeros(scale.shape, dtype=torch.int8)
-        return stored, (quantized.float() * scale).numpy()
-
-    return store
-
-
-def bitnet(auto: bool) -> Method:
-    """-1, 0 and 1, four rows of quarters to a byte, the first in the lowest place; one scale."""
-
-    def store(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
-        mean = weight.abs().mean()
-        values = torch.clamp((weight / mean).round(), -1, 1).numpy()
-        rows = len(values) // 4
-        packed = sum((values[part * rows : (part + 1) * rows] + 1).astype(np.uint8) << 2 * part for part in range(4))
-        scale = (mean if auto else 1 / mean).view(1).bfloat16()
-        number = scale.float().numpy()
-        meant = values * number if auto else values / number
-        return {name: torch.from_numpy(packed), f"{name}_scale": scale}, meant
+        scale = torch.tensor([1 / float(weight.abs().mean())]).bfloat16()
+        values = (weight * scale.float()).round().clamp(-1, 1).to(torch.int64).numpy()
+        packed = np.zeros((len(values) // 4, values.shape[1]), np.int64)
+        for row, part in enumerate(values):
+            packed[row % len(packed)] |= part + 1 << 2 * (row // len(packed))
+        scale = scale if divided else (1 / scale.float()).bfloat16()
+        one = scale.float().numpy()
+        numbers = values.astype(np.float32) / one if divided else values.astype(np.float32) * one
+        return {name: torch.from_numpy(packed.astype(np.uint8)), f"{name}_scale": scale}, numbers
 
     return store
 
 
 def quanto(dtype: torch.dtype) -> Method:
-    """Eight bits by row, with the places for scales of activations that optimum-quanto writes too."""
+    """optimum-quanto in eight bits: a scale for each row, and scales of activations, which are all ones."""
 
     def store(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
-        scale = (weight.abs().amax(1, keepdim=True) / (127 if dtype == torch.int8 else 448)).bfloat16()
-        divided = weight / scale.float()
-        quantized = divided.round().clamp(-127, 127).to(dtype) if dtype == torch.int8 else divided.to(dtype)
+        most = 127 if dtype == torch.int8 else 448
+        scale = (weight.abs().amax(1, keepdim=True) / most).bfloat16()
+        ratio = weight / scale.float()
+        quantized = (ratio.round().clamp(-128, 127) if dtype == torch.int8 else ratio).to(dtype)
         module = name.removesuffix("weight")
-        ones = {f"{module}{part}_scale": torch.ones(()) for part in ("input", "output")}
-        stored = {f"{name}._data": quantized, f"{name}._scale": scale, **ones}
-        return stored, (quantized.float() * scale.float()).numpy()
+        stored = {
+            f"{name}._data": quantized,
+            f"{name}._scale": scale,
+            f"{module}input_scale": torch.ones(1),
+            f"{module}output_scale": torch.ones(1),
+        }
+        return stored, quantized.float().numpy() * scale.float().numpy()
 
     return store
 
 
-def aqlm(books: int, bits: int, block: tuple[int, int]) -> Method:
-    """Sums of entries of codebooks; codes and books at random, for nothing is learned of what the method means."""
+def _torchao(name: str, part: str) -> str:
+    module, _, weight = name.rpartition(".")
+    return f"{module}._{weight}_{part}"
+
+
+def torchao_by_row(dtype: torch.dtype) -> Method:
+    """torchao's Int8Tensor and Float8Tensor."""
 
     def store(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
-        random = np.random.default_rng(weight.numel())
-        high, wide = block
-        groups = weight.shape[0] // high, weight.shape[1] // wide
-        codes = random.integers(0, 2**bits, (*groups, books))
-        tables = torch.from_numpy(random.normal(0, 0.05, (books, 2**bits, high, wide))).bfloat16()
-        scales = torch.from_numpy(random.uniform(0.5, 2, (groups[0], 1, 1, 1))).bfloat16()
-        meant = np.zeros(weight.shape, np.float32)
-        for row, column in np.ndindex(*groups):
-            total = np.zeros(block, np.float32)
+        stored, numbers = quanto(dtype)(name, weight)
+        parts = {_torchao(name, "qdata"): stored[f"{name}._data"], _torchao(name, "scale"): stored[f"{name}._scale"]}
+        return parts, numbers
+
+    return store
+
+
+def torchao_intx(group: int) -> Method:
+    """torchao's IntxUnpackedToInt8Tensor: an int8 for each element, with zero points of int8."""
+
+    def store(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+        values, zero, scale = affine(weight.numpy(), 4, group, symmetric=False)
+        stored = {
+            _torchao(name, "qdata"): torch.from_numpy((values - 8).astype(np.int8)),
+            _torchao(name, "scale"): torch.from_numpy(scale).bfloat16(),
+            _torchao(name, "zero_point"): torch.from_numpy((zero - 8).astype(np.int8)),
+        }
+        scales = stored[_torchao(name, "scale")].float().numpy()
+        return stored, meaning(values, zero, scales, np.arange(weight.shape[1]) // group)
+
+    return store
+
+
+def torchao_int4(group: int) -> Method:
+    """torchao's Int4Tensor: -8 to 7, the lower nibble first, times a scale, plus the middle of the group."""
+
+    def store(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+        grouped = weight.numpy().reshape(len(weight), -1, group)
+        low, high = grouped.min(-1), grouped.max(-1)
+        scale = torch.from_numpy((high - low) / 15).bfloat16()
+        middle = torch.from_numpy(low + (high - low) / 15 * 8).bfloat16()
+        scales, middles = scale.float().numpy(), middle.float().numpy()
+        values = np.round((grouped - middles[..., None]) / scales[..., None]).clip(-8, 7).astype(np.int64)
+        numbers = values.astype(np.float32) * scales[..., None] + middles[..., None]
+        flat = values.reshape(weight.shape) & 15
+        stored = {
+            _torchao(name, "qdata"): torch.from_numpy(
+                (flat[:, ::2] | flat[:, 1::2] << 4).astype(np.uint8).view(np.int8)
+            ),
+            _torchao(name, "scale"): scale.t(),
+            _torchao(name, "zero_point"): middle.t(),
+        }
+        return stored, numbers.reshape(weight.shape)
+
+    return store
+
+
+def aqlm(books: int, entries: int, high: int, wide: int) -> Method:
+    """AQLM with any codes: a block of `high` rows and `wide` columns is the sum of an entry of each book."""
+
+    def store(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+        rng = np.random.default_rng(len(name))
+        rows, columns = weight.shape[0] // high, weight.shape[1] // wide
+        codes = rng.integers(0, entries, (rows, columns, books))
+        table = torch.from_numpy(rng.normal(0, 0.02, (books, entries, high, wide)).astype(np.float32)).bfloat16()
+        scales = torch.from_numpy(rng.uniform(0.5, 2, (rows, 1, 1, 1)).astype(np.float32)).bfloat16()
+        numbers = np.zeros(tuple(weight.shape), np.float32)
+        for row, column in np.ndindex(rows, columns):
+            block = numbers[row * high : (row + 1) * high, column * wide : (column + 1) * wide]
             for book in range(books):
-                total += tables[book, codes[row, column, book]].float().numpy()
-            at = np.s_[row * high : (row + 1) * high, column * wide : (column + 1) * wide]
-            meant[at] = total * scales[row].float().item()
+                block += table[book, codes[row, column, book]].float().numpy()
+            block *= scales.float().numpy()[row].item()
+        signed = np.where(codes >= entries // 2, codes - entries, codes)
         module = name.removesuffix("weight")
-        signed = codes.astype(np.int16 if bits > 8 else np.int8)
-        stored = {f"{module}codes": torch.from_numpy(signed), f"{module}codebooks": tables, f"{module}scales": scales}
-        return stored, meant
+        stored = {
+            f"{module}codes": torch.from_numpy(signed.astype(np.int8 if entries <= 256 else np.int16)),
+            f"{module}codebooks": table,
+            f"{module}scales": scales,
+        }
+        return stored, numbers
+
+    return store
+
+
+def quark4(group: int, *, signed: bool, ordered: bool) -> Method:
+    """Quark's int4 and uint4 in groups, as words of eight outputs in AWQ's order, or with `ordered` in their own."""
+
+    def store(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+        values, zero, scale = affine(weight.numpy(), 4, group, symmetric=False)
+        middle = 8 if signed else 0
+        scales = torch.from_numpy(scale).bfloat16()
+
+        def words(by_input: np.ndarray) -> torch.Tensor:
+            packed = np.zeros((by_input.shape[0], by_input.shape[1] // 8), np.uint32)
+            for nibble, column in enumerate(range(8) if ordered else (0, 2, 4, 6, 1, 3, 5, 7)):
+                packed |= ((by_input[:, column::8] - middle) & 15).astype(np.uint32) << np.uint32(4 * nibble)
+            return torch.from_numpy(packed.view(np.int32))
+
+        stored = {name: words(values.T), f"{name}_scale": scales.t(), f"{name}_zero_point": words(zero.T)}
+        return stored, meaning(values, zero, scales.float().numpy(), np.arange(weight.shape[1]) // group)
+
+    return store
+
+
+def quark8(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+    """Quark's int8 by row, with zero points."""
+    low, high = weight.amin(1), weight.amax(1)
+    scale = ((high - low) / 255).bfloat16()
+    zero = (-128 - low / scale.float()).round()
+    values = (weight / scale.float()[:, None] + zero[:, None]).round().clamp(-128, 127)
+    numbers = (values - zero[:, None]).numpy() * scale.float().numpy()[:, None]
+    return {name: values.to(torch.int8), f"{name}_scale": scale, f"{name}_zero_point": zero.to(torch.int8)}, numbers
+
+
+def quark_fp4(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+    """Quark's MXFP4: groups of 32, the lower nibble first, a byte of exponent for each."""
+    stored, numbers = mxfp4_experts("x", weight.t()[None])
+    packed, scales = stored["x_blocks"][0], stored["x_scales"][0]
+    return {name: packed.flatten(1), f"{name}_scale": scales}, numbers[0].T
+
+
+def vptq(length: int, entries: int, beside: int, far: int = 0, tables: int = 1) -> tuple[Method, dict[str, Any]]:
+    """VPTQ with any places, and the config that says how: with outliers (`far` columns), all columns in disorder."""
+    layers: dict[str, Any] = {}
+
+    def store(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+        rng = np.random.default_rng(len(name))
+        rows, columns = weight.shape
+        group, vectors = (columns - far) // tables, -(-rows // length)
+        at, at_beside = (rng.integers(0, max(size, 1), (tables, vectors, group)) for size in (entries, beside))
+        numbers = np.zeros((vectors * length, columns), np.float32)
+
+        def table(*shape: int) -> torch.Tensor:
+            return torch.from_numpy(rng.normal(0, 0.02, shape).astype(np.float32)).bfloat16()
+
+        main, more, outliers = table(tables, entries, length), table(tables, max(beside, 1), length), table(8, 4)
+        for one, vector, column in np.ndindex(at.shape):
+            down = main[one, at[one, vector, column]].float().numpy()
+            if beside:
+                down = down + more[one, at_beside[one, vector, column]].float().numpy()
+            numbers[vector * length : (vector + 1) * length, far + one * group + column] = down
+        numbers = numbers[:rows]
+        far_at = rng.integers(0, 8, (-(-rows // 4), far))
+        for vector, column in np.ndindex(far_at.shape):
+            place = slice(vector * 4, min(vector * 4 + 4, rows))
+            numbers[place, column] = outliers[far_at[vector, column]].float().numpy()[: place.stop - place.start]
+        order = rng.permutation(columns)
+        meant = np.empty_like(numbers)
+        meant[:, order] = numbers
+        scale, bias = table(columns), table(columns)
+        scale = scale + 1
+        bits = int(np.log2(entries)), int(np.log2(max(beside, 1)))
+        merged = (at_beside << bits[0] | at).reshape(tables * vectors, group)
+        module = name.removesuffix("weight")
+        stored = {
+            f"{module}indices": bits_of(merged, sum(bits)).view(tables, vectors, -1),
+            f"{module}centroids.weight": main.view(tables, -1),
+            f"{module}perm": torch.from_numpy(order.astype(np.int16)),
+            f"{module}weight_scale": scale,
+            f"{module}weight_bias": bias,
+        }
+        if beside:
+            stored[f"{module}res_centroids.weight"] = more.view(tables, -1)
+        if far:
+            stored[f"{module}outlier_indices"] = torch.from_numpy(far_at[None].astype(np.int16))
+            stored[f"{module}outlier_centroids.weight"] = outliers.view(1, -1)
+        layers[module.removesuffix(".")] = {
+            "vector_lens": [4 if far else -1, length],
+            "num_centroids": [8 if far else -1, entries],
+            "num_res_centroids": [-1, beside or -1],
+            "group_num": tables,
+            "group_size": group,
+            "outlier_size": far,
+            "in_features": columns,
+            "out_features": rows,
+            "enable_norm": True,
+            "enable_perm": True,
+        }
+        return stored, meant * scale.float().numpy() + bias.float().numpy()
+
+    return store, {"quant_method": "vptq", "config_for_layers": layers}
+
+
+def mlx(bits: int, group: int, least: str = "biases") -> Method:
+    """MLX: integers in words, times the scale of their group, plus the least number of the group."""
+
+    def store(name: str, weight: torch.Tensor) -> tuple[Stored, np.ndarray]:
+        grouped = weight.numpy().reshape(len(weight), -1, group)
+        low = torch.from_numpy(grouped.min(-1)).bfloat16()
+        scale = torch.from_numpy((grouped.max(-1) - grouped.min(-1)) / ((1 << bits) - 1)).bfloat16()
+        lows, scales = low.float().numpy()[..., None], scale.float().numpy()[..., None]
+        values = np.round((grouped - lows) / scales).clip(0, (1 << bits) - 1).astype(np.int64)
+        module = name.removesuffix("weight")
+        words = bits_of(values.reshape(weight.shape), bits)
+        stored = {name: words.view(torch.uint32), f"{module}scales": scale, f"{module}{least}": low}
+        return stored, (values.astype(np.float32) * scales + lows).reshape(weight.shape)
 
     return store

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,13 @@ def _compressed(format: str, **weights: Any) -> Mapping[str, Any]:
     return {"quant_method": "compressed-tensors", "format": format, "config_groups": {"group_0": group}}
 
 
+def _quark(dtype: str, qscheme: str, **more: str) -> Mapping[str, Any]:
+    weight = {"dtype": dtype, "qscheme": qscheme, **more}
+    return {"quant_method": "quark", "global_quant_config": {"weight": weight}, "layer_quant_config": {}}
+
+
 FP8 = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+HQQ, TORCHAO = {"quant_method": "hqq"}, {"quant_method": "torchao"}
 METHODS: Mapping[str, tuple[quantize.Method, Mapping[str, Any]]] = {
     "fp8": (quantize.fp8((32, 32)), FP8),
     "fp8 with blocks that do not fit": (quantize.fp8((28, 40)), {**FP8, "weight_block_size": [28, 40]}),
@@ -90,22 +97,37 @@ METHODS: Mapping[str, tuple[quantize.Method, Mapping[str, Any]]] = {
         quantize.bitsandbytes_4bit(64, 16),
         {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": True},
     ),
-    **{
-        f"hqq in {bits} bits, axis {axis}": (quantize.hqq(bits, group, axis), {"quant_method": "hqq"})
-        for bits, group, axis in ((8, 32, 1), (4, 32, 1), (4, 32, 0), (3, 32, 1), (3, 16, 0), (2, 16, 0), (1, 16, 1))
-    },
-    "torchao int8": (quantize.torchao("int8"), {"quant_method": "torchao"}),
-    "torchao float8": (quantize.torchao("float8"), {"quant_method": "torchao"}),
-    "torchao int4": (quantize.torchao("int4", 16), {"quant_method": "torchao"}),
-    "bitnet": (quantize.bitnet(False), {"quant_method": "bitnet", "linear_class": "bitlinear"}),
-    "bitnet, automatic": (
-        quantize.bitnet(True),
+    **{f"hqq in {bits} bits": (quantize.hqq(bits, 32), HQQ) for bits in (8, 4, 3, 2, 1)},
+    "hqq in 4 bits down the columns": (quantize.hqq(4, 64, axis=0), HQQ),
+    "hqq in 3 bits down the columns": (quantize.hqq(3, 64, axis=0), HQQ),
+    "torchao int8": (quantize.torchao_by_row(torch.int8), TORCHAO),
+    "torchao float8": (quantize.torchao_by_row(torch.float8_e4m3fn), TORCHAO),
+    "torchao int4": (quantize.torchao_int4(32), TORCHAO),
+    "torchao intx": (quantize.torchao_intx(32), TORCHAO),
+    "bitnet": (quantize.bitnet(True), {"quant_method": "bitnet", "linear_class": "bitlinear"}),
+    "bitnet that multiplies": (
+        quantize.bitnet(False),
         {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"},
     ),
     "quanto qint8": (quantize.quanto(torch.int8), {"quant_method": "quanto", "weights": "int8"}),
     "quanto qfloat8": (quantize.quanto(torch.float8_e4m3fn), {"quant_method": "quanto", "weights": "float8"}),
-    "aqlm": (quantize.aqlm(2, 8, (1, 8)), {"quant_method": "aqlm"}),
-    "aqlm in blocks of rows": (quantize.aqlm(1, 10, (2, 4)), {"quant_method": "aqlm"}),
+    "aqlm": (quantize.aqlm(2, 16, 1, 8), {"quant_method": "aqlm"}),
+    "quark fp8": (quantize.fp8_by_row, _quark("fp8_e4m3", "per_channel")),
+    "quark int8": (quantize.quark8, _quark("int8", "per_channel")),
+    "quark fp4": (quantize.quark_fp4, _quark("fp4", "per_group", scale_format="e8m0")),
+    "quark int4": (quantize.quark4(32, signed=True, ordered=False), _quark("int4", "per_group")),
+    "quark uint4": (
+        quantize.quark4(32, signed=False, ordered=True),
+        {**_quark("uint4", "per_group"), "export": {"pack_method": "order"}},
+    ),
+    "vptq": quantize.vptq(8, 16, 4),
+    "vptq with outliers": quantize.vptq(6, 16, 0, far=4),
+    "vptq with several tables": quantize.vptq(4, 16, 32, tables=2),
+    "metal": (quantize.mlx(4, 32, "qbiases"), {"quant_method": "metal", "bits": 4, "group_size": 32}),
+    "mlx in 8 bits": (quantize.mlx(8, 32), {"bits": 8, "group_size": 32, "mode": "affine"}),
+    "mlx in 3 bits": (quantize.mlx(3, 32), {"bits": 3, "group_size": 32}),
+    "mlx in 6 bits": (quantize.mlx(6, 32), {"bits": 6, "group_size": 32}),
+    "aqlm in blocks of rows": (quantize.aqlm(1, 16, 4, 4), {"quant_method": "aqlm"}),
 }
 
 
@@ -136,6 +158,25 @@ def test_each_method(method: str, tmp_path: Path) -> None:
         assert sum(weight.stored_nbytes for weight in packed) < 0.8 * sum(weight.unpacked_nbytes for weight in packed)
 
 
+def test_embeddings_in_mlx(tmp_path: Path) -> None:
+    write_tiny("llama", tmp_path / "plain", dtype=torch.bfloat16)
+    folder = tmp_path / "quantized"
+    config = {"bits": 4, "group_size": 32}
+    unpacked = write_quantized(tmp_path / "plain", folder, quantize.mlx(4, 32), config, r".*(?<!norm)\.weight")
+    said = replace(judge(unpacked), folder=folder, minimum=minimum_of(folder))
+    for budget in ("resident", "minimum"):  # a packed embedding is read when it is wanted
+        assert_equal(said, said.budget(budget), on_demand=budget == "minimum")
+
+
+def test_quanto_says_nothing_in_the_config(tmp_path: Path) -> None:
+    folder, unpacked = _quantized(tmp_path, "llama", "quanto qint8")
+    written = json.loads((folder / "config.json").read_text())
+    del written["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(written))
+    said = replace(judge(unpacked), folder=folder, minimum=minimum_of(folder))
+    assert_equal(said, said.minimum)
+
+
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe", "mixtral", "phi3"])
 def test_block_fp8_is_what_transformers_unpacks(family: str, tmp_path: Path) -> None:
     folder, _ = _quantized(tmp_path, family, "fp8")
@@ -153,6 +194,14 @@ def test_block_fp8_is_what_transformers_unpacks(family: str, tmp_path: Path) -> 
         ("qwen3_moe", "nvfp4"),
         ("mixtral", "awq"),
         ("qwen2_moe", "pack-quantized in groups of 16"),
+        ("qwen3_moe", "hqq in 4 bits"),
+        ("qwen3_moe", "torchao int4"),
+        ("qwen3_moe", "bitnet that multiplies"),
+        ("mixtral", "quanto qint8"),
+        ("mixtral", "aqlm"),
+        ("mixtral", "quark int4"),
+        ("qwen3_moe", "metal"),
+        ("qwen3_moe", "quark fp4"),
     ],
 )
 def test_families_that_merge_and_split(family: str, method: str, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ BLOCK_FP8 = {"quant_method": "fp8", "weight_block_size": [32, 32]}
 METHODS = {
     "fp8": (quantize.fp8((32, 32)), BLOCK_FP8),
     "awq": (quantize.awq(32), {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}),
+    "hqq": (quantize.hqq(4, 32), {"quant_method": "hqq"}),
+    "torchao": (quantize.torchao_int4(32), {"quant_method": "torchao"}),
     "mxfp4": (quantize.mxfp4_experts, {"quant_method": "mxfp4"}, r".*experts\.(gate_up|down)_proj"),
 }
 
@@ -28,7 +30,15 @@ def steadily() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("family", "method"), [("deepseek_v3", "fp8"), ("qwen3_moe", "fp8"), ("mixtral", "awq"), ("gpt_oss", "mxfp4")]
+    ("family", "method"),
+    [
+        ("deepseek_v3", "fp8"),
+        ("qwen3_moe", "fp8"),
+        ("mixtral", "awq"),
+        ("gpt_oss", "mxfp4"),
+        ("qwen3_moe", "hqq"),
+        ("qwen3_moe", "torchao"),
+    ],
 )
 def test_experts_are_on_demand(family: str, method: str, tmp_path: Path) -> None:
     write_tiny(family, tmp_path / "plain")

@@ -204,15 +204,19 @@ class Gptq(Packed):
 
 @dataclass(frozen=True)
 class Awq(Packed):
-    """AWQ's gemm layout: words hold the four bits of one input and eight outputs, in an order of their own.
+    """AWQ's gemm layout, and Quark's: words hold the four bits of one input and eight outputs, in their own order.
 
     Stored: qweight (inputs, words), qzeros (groups, words), scales (groups, outputs).
 
     Attributes:
         group: inputs that share a scale.
+        order: which of eight outputs each four bits of a word are.
+        signed: whether four bits stand for -8 to 7, not for 0 to 15.
     """
 
     group: int
+    order: tuple[int, ...] = AWQ_ORDER
+    signed: bool = False
 
     def rows(self, first: int, count: int, *stored: torch.Tensor) -> torch.Tensor:
         """See `Packed.rows`."""
@@ -222,12 +226,12 @@ class Awq(Packed):
         columns = self.shape[-1]
         return scaled(values - spread(zeros, self.group, columns), scales, self.group)
 
-    @staticmethod
-    def _outputs(words: torch.Tensor, count: int) -> torch.Tensor:
+    def _outputs(self, words: torch.Tensor, count: int) -> torch.Tensor:
         across = words.t().contiguous()
         out = torch.empty(len(across), 8, across.shape[1], device=words.device)
-        for nibble, column in enumerate(AWQ_ORDER):
-            out[:, column] = (across >> 4 * nibble) & 15
+        for nibble, column in enumerate(self.order):
+            bits = (across >> 4 * nibble) & 15
+            out[:, column] = (bits ^ 8) - 8 if self.signed else bits
         return out.view(-1, across.shape[1])[:count]
 
 
@@ -365,6 +369,28 @@ class Signed4(Packed):
 
 
 @dataclass(frozen=True)
+class Mlx(Packed):
+    """MLX: integers of a few bits in words, row by row, times the scale of their group, plus the least of the group.
+
+    Stored: the words (rows, words), the scales (rows, groups), and what is added (rows, groups).
+
+    Attributes:
+        bits: of an integer.
+        group: columns that share a scale.
+    """
+
+    bits: int
+    group: int
+
+    def rows(self, first: int, count: int, *stored: torch.Tensor) -> torch.Tensor:
+        """See `Packed.rows`."""
+        columns = self.shape[-1]
+        words, scales, least = (part.flatten(0, -2)[first : first + count] for part in stored)
+        values = scaled(unpack(words.view(torch.int32), self.bits, columns), scales.float(), self.group)
+        return values.add_(spread(least.float(), self.group, columns))
+
+
+@dataclass(frozen=True)
 class Codebooks(Packed):
     """AQLM: a small block of the weight is the sum of one entry of each codebook, times the scale of its rows.
 
@@ -386,6 +412,67 @@ class Codebooks(Packed):
         return across[first % high :][:count]
 
 
+@dataclass(frozen=True)
+class Vectors(Packed):
+    """VPTQ: vectors down a column are entries of tables; other tables have what is added, and the columns far out.
+
+    Stored, as `parts` says: indices (tables, vectors, words of a row, of which each number has the place in
+    `centroids` in its lower bits and that in `res_centroids` above), the tables (tables, entries times length), the
+    outliers' indices (1, vectors, columns) and table, the place of each column, and what each column is multiplied
+    with and what is added to it.
+
+    Attributes:
+        parts: names of what is stored, in their order.
+        length: of a vector.
+        outlier_length: of a vector of the outliers, which are the first columns.
+        columns: of one table.
+        bits: of a place in `centroids`.
+        bits_beside: of one in `res_centroids`.
+    """
+
+    parts: tuple[str, ...]
+    length: int
+    outlier_length: int
+    columns: int
+    bits: int
+    bits_beside: int
+
+    def rows(self, first: int, count: int, *stored: torch.Tensor) -> torch.Tensor:
+        """See `Packed.rows`."""
+        parts = dict(zip(self.parts, stored, strict=True))
+        across = []
+        if "outlier_indices" in parts:
+            at = _unsigned(parts["outlier_indices"][0, _vectors(first, count, self.outlier_length)])
+            across.append(self._down(at, parts["outlier_centroids"][0], self.outlier_length, first, count))
+        for table, words in enumerate(parts["indices"]):
+            at = integers(words[_vectors(first, count, self.length)], self.bits + self.bits_beside, self.columns)
+            place = at & ((1 << self.bits) - 1)
+            values = self._down(place, parts["centroids"][table], self.length, first, count)
+            if self.bits_beside:
+                values += self._down(at >> self.bits, parts["res_centroids"][table], self.length, first, count)
+            across.append(values)
+        out = torch.cat(across, 1)
+        if "perm" in parts:
+            out = out[:, _unsigned(parts["perm"]).argsort()]
+        if "weight_scale" in parts:
+            out = out * parts["weight_scale"].float() + parts["weight_bias"].float()
+        return out
+
+    @staticmethod
+    def _down(at: torch.Tensor, table: torch.Tensor, length: int, first: int, count: int) -> torch.Tensor:
+        """The vectors at places (vectors, columns), one below the other, from a row on."""
+        values = table.view(-1, length).float()[at].transpose(1, 2)
+        return values.reshape(-1, at.shape[1])[first % length :][:count]
+
+
+def _vectors(first: int, count: int, length: int) -> slice:
+    return slice(first // length, -(-(first + count) // length))
+
+
+def _unsigned(numbers: torch.Tensor) -> torch.Tensor:
+    return numbers.long() & 0xFFFF if numbers.dtype.itemsize == 2 else numbers.long()
+
+
 def blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
     """First row and number of rows of what is unpacked at once."""
     step = max(CHUNK // max(columns, 1) // ROWS_AT_ONCE, 1) * ROWS_AT_ONCE
@@ -403,12 +490,17 @@ def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
         packed = words.flatten().view(torch.uint8).view(*words.shape[:-1], -1)
         values = packed.float() if bits == 8 else look_up(in_pairs(torch.arange(16.0, device=words.device)), packed)
         return values[..., :count]
+    return integers(words, bits, count).float()
+
+
+def integers(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """`unpack` of up to 32 bits: int64."""
     place = torch.arange(count, device=words.device) * bits
     word, shift = place // _WORD, place % _WORD
     unsigned = words.long() & 0xFFFFFFFF
     next_word = (word + 1).clamp(max=words.shape[-1] - 1)
     values = (unsigned[..., word] | unsigned[..., next_word] << _WORD) >> shift
-    return (values & ((1 << bits) - 1)).float()
+    return values & ((1 << bits) - 1)
 
 
 def in_pairs(table: torch.Tensor) -> torch.Tensor:

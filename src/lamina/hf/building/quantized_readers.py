@@ -8,6 +8,7 @@ transformers then builds an ordinary model from it, renames, merges and all; the
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lamina.checkpoint import Checkpoint, TensorEntry
 from lamina.codec.quantized_layouts import (
+    AWQ_ORDER,
     Awq,
     Codebooks,
     Float4,
@@ -29,10 +31,12 @@ from lamina.codec.quantized_layouts import (
     Hqq,
     Integers,
     Lookup4,
+    Mlx,
     Packed,
     Scaled,
     Signed4,
     Ternary,
+    Vectors,
 )
 from lamina.errors import CheckpointError, RequestError, UnsupportedError
 from lamina.hf.internals import Conv1D
@@ -52,6 +56,7 @@ _HQQ_STATE = (  # what HQQ stores beside the words, scales and zero points of a 
     "nbits group_size shape axis packing unpack_view_dtype view_as_float quant_scale quant_zero compute_dtype "
     "offload_meta encoded_state_dict stores_quant_config channel_wise optimize round_zero"
 ).split()
+_HQQ_BITS = {b"8bit_u8": 8, b"4bit_u8": 4, b"3bit_32": 3, b"2bit_u8": 2, b"1bit_u8": 1}
 _BYTES_OF_INTEGERS = {"I64": 8, "I32": 4}
 
 
@@ -186,6 +191,8 @@ def _method(config: Mapping[str, Any]) -> str:
     if method == "auto-round":
         packing = str(config.get("packing_format", ""))
         method = {"auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "awq"}.get(packing, f"auto-round ({packing})")
+    if method is None and "bits" in config and "group_size" in config:
+        return "mlx"  # which does not say that it is
     return str(getattr(method, "value", method))
 
 
@@ -281,11 +288,7 @@ def _awq(folder: Folder) -> Iterator[Found]:
         )
     for module, words in _ending_in(folder, ".qweight"):
         zeros, scales = (_part(folder, f"{module}.{part}", words) for part in ("qzeros", "scales"))
-        columns, rows = words.shape[0], words.shape[1] * 8
-        if scales.shape[1:] != (rows,) or zeros.shape != (len_of(scales), words.shape[1]) or columns % len_of(scales):
-            raise _unfit(words, scales)
-        packed = Awq((rows, columns), folder.dtype, columns // len_of(scales))
-        yield Found(f"{module}.weight", packed, (words.name, zeros.name, scales.name))
+        yield _nibbles(folder, module, words, zeros, scales, AWQ_ORDER, False)
 
 
 def _bitsandbytes(folder: Folder) -> Iterator[Found]:
@@ -305,19 +308,32 @@ def _hqq(folder: Folder) -> Iterator[Found]:
         scale, zero, described = (_part(folder, f"{module}.{part}", words) for part in ("scale", "zero", "shape"))
         shape = _integers_in(folder, described)
         elements, groups = math.prod(shape), _count(scale)
-        if len(shape) != 2 or min(shape) < 1 or scale.shape != zero.shape or not groups or elements % groups:
+        if len(shape) != 2 or min(shape) < 1:
+            raise _unfit(words, described)
+        if scale.shape != zero.shape or not groups or elements % groups:
             raise _unfit(words, scale)
+        bits = _hqq_bits(folder, _part(folder, f"{module}.packing", words))
         across = scale.shape[:1] == (1,) and groups > 1
-        high, wide = (elements // groups, groups) if across else (groups, elements // groups)
-        nbytes = {bits: elements * bits // 8 for bits in (8, 4, 2, 1)} | {3: -(-high // 10) * wide * 4}
-        said = folder.entries.get(f"{module}.nbits")  # older ones do not say it; three bits are int32 there
-        may = _integers_in(folder, said) if said is not None else ((3,) if words.dtype == "I32" else (8, 4, 2, 1))
-        bits = next((bits for bits in may if nbytes.get(bits) == words.extent.length), None)
-        if bits is None:
+        if words.extent.length != _hqq_bytes(bits, elements, groups if across else elements // groups):
             raise _unfit(words, scale)
         beside = tuple(f"{module}.{part}" for part in _HQQ_STATE)
         packed = Hqq(shape, folder.dtype, bits, True, groups, across)
         yield Found(f"{module}.weight", packed, (words.name, scale.name, zero.name), beside)
+
+
+def _hqq_bytes(bits: int, elements: int, wide: int) -> int:
+    """Bytes of the words of a matrix whose rows are so wide: of 3 bits, ten rows to one of int32."""
+    return -(-elements // wide // 10) * wide * 4 if bits == 3 else elements * bits // 8
+
+
+def _hqq_bits(folder: Folder, packing: TensorEntry) -> int:
+    said = _bytes_of(folder, packing)
+    if said not in _HQQ_BITS:
+        raise CheckpointError(
+            f"{packing.name} in {packing.extent.file} says {said[:20].decode('latin-1')!r}, "
+            "which is no packing of HQQ: fetch it again"
+        )
+    return _HQQ_BITS[said]
 
 
 def _torchao(folder: Folder) -> Iterator[Found]:
@@ -391,11 +407,124 @@ def _quanto(folder: Folder) -> Iterator[Found]:
                 "use a checkpoint in qint8 or qfloat8"
             )
         entry = _part(folder, f"{weight}._data", scale)
-        if _count(scale) not in (1, *entry.shape[:1]):
-            raise _unfit(entry, scale)
         module = weight.rpartition(".")[0]
         beside = tuple(f"{module}.{part}" for part in ("input_scale", "output_scale"))
         yield replace(_scaled(folder, entry, scale, None), name=weight, beside=beside)
+
+
+def _quark(folder: Folder) -> Iterator[Found]:
+    """AMD's Quark: FP8 and int8 by tensor or row, FP4 with exponents, and 4 bits in groups packed as AWQ does it."""
+    steps = folder.config.get("algo_config") or ()
+    if any(
+        step.get("r4") or step.get("online_r1_rotation") for step in ([steps] if isinstance(steps, dict) else steps)
+    ):
+        raise UnsupportedError(
+            f"{folder.checkpoint.root} is Quark with rotations of activations, which are not known here: "
+            "use another checkpoint of this model"
+        )
+    for module, scale in _ending_in(folder, ".weight_scale"):
+        weight = _part(folder, f"{module}.weight", scale)
+        said = _quark_scheme(folder, module)
+        found = _quark_weight(folder, module, weight, scale, said)
+        if found is None:
+            what = f"{said.get('dtype')} {said.get('qscheme')} as {weight.dtype}"
+            raise UnsupportedError(
+                f"{weight.name} in {folder.checkpoint.root} is Quark's {what}, which cannot be unpacked here: "
+                "use another checkpoint of this model"
+            )
+        yield found
+
+
+def _quark_weight(
+    folder: Folder, module: str, weight: TensorEntry, scale: TensorEntry, said: Mapping[str, Any]
+) -> Found | None:
+    """None for what is not known here."""
+    by_group, dtype = said.get("qscheme") == "per_group", said.get("dtype")
+    if weight.dtype in FLOAT8 or (weight.dtype == "I8" and not by_group):
+        return _with_zeros(folder, _scaled(folder, weight, scale, said.get("block_size")), module)
+    if weight.dtype == "U8" and dtype == "fp4" and said.get("scale_format") == "e8m0":
+        return _float4(folder, weight.name, weight, scale, (*weight.shape[:-1], weight.shape[-1] * 2))
+    if weight.dtype == "I32" and by_group and dtype in ("int4", "uint4"):
+        return _quark4(folder, module, weight, scale, dtype == "int4")
+    return None
+
+
+def _quark_scheme(folder: Folder, module: str) -> Mapping[str, Any]:
+    """How Quark quantised a module's weight: by the first pattern that it fits, else as all of them."""
+    of_layers = folder.config.get("layer_quant_config") or {}
+    fitting = (said for pattern, said in of_layers.items() if fnmatch.fnmatch(module, pattern))
+    weight = (next(fitting, None) or folder.config.get("global_quant_config") or {}).get("weight")
+    if not isinstance(weight, dict):
+        raise UnsupportedError(
+            f"the config of {folder.checkpoint.root} does not say in one step how {module} is quantised: "
+            "use another checkpoint of this model"
+        )
+    return weight
+
+
+def _with_zeros(folder: Folder, found: Found, module: str) -> Found:
+    """Of integers by tensor or row, with their zero points where there are any."""
+    zeros = folder.entries.get(f"{module}.weight_zero_point")
+    if zeros is None:
+        return found
+    scale = folder.entries[found.sources[1]]
+    if _count(zeros) not in (1, _count(scale)):
+        raise _unfit(folder.entries[found.sources[0]], zeros)
+    return replace(found, sources=(*found.sources, zeros.name))
+
+
+def _quark4(folder: Folder, module: str, words: TensorEntry, scale: TensorEntry, signed: bool) -> Found:
+    zeros = _part(folder, f"{module}.weight_zero_point", words)
+    packing = (folder.config.get("export") or {}).get("pack_method", "reorder")
+    order = AWQ_ORDER if packing == "reorder" else tuple(range(8))
+    return _nibbles(folder, module, words, zeros, scale, order, signed)
+
+
+def _nibbles(
+    folder: Folder,
+    module: str,
+    words: TensorEntry,
+    zeros: TensorEntry,
+    scales: TensorEntry,
+    order: tuple[int, ...],
+    signed: bool,
+) -> Found:
+    """Eight outputs in a word: the words of each input, and the zero points and scales of each group of inputs."""
+    if len(words.shape) != 2:
+        raise _unfit(words, scales)
+    columns, rows = words.shape[0], words.shape[1] * 8
+    if scales.shape[1:] != (rows,) or zeros.shape != (len_of(scales), words.shape[1]) or columns % len_of(scales):
+        raise _unfit(words, scales)
+    packed = Awq((rows, columns), folder.dtype, columns // len_of(scales), order, signed)
+    return Found(f"{module}.weight", packed, (words.name, zeros.name, scales.name))
+
+
+def _mlx(folder: Folder) -> Iterator[Found]:
+    """MLX, and transformers' own writing of it (metal), which gives what is added another name."""
+    for module, scale in _ending_in(folder, ".scales"):
+        words = _part(folder, f"{module}.weight", scale)
+        name = next((n for n in (f"{module}.qbiases", f"{module}.biases") if n in folder.entries), f"{module}.biases")
+        bits, group = _mlx_scheme(folder, module)
+        least = _part(folder, name, scale)
+        columns = group * scale.shape[-1] if scale.shape else 0
+        if bits not in range(1, 9) or words.dtype not in ("U32", "I32") or words.shape[-1] * 32 != columns * bits:
+            raise _unfit(words, scale)
+        if scale.shape != least.shape or scale.shape[:-1] != words.shape[:-1]:
+            raise _unfit(words, least)
+        packed = Mlx((*words.shape[:-1], columns), folder.dtype, bits, group)
+        yield Found(words.name, packed, (words.name, scale.name, least.name))
+
+
+def _mlx_scheme(folder: Folder, module: str) -> tuple[int, int]:
+    """Bits, and columns of a group, which a config may say of some modules otherwise."""
+    of_module = folder.config.get(module)
+    said = {**folder.config, **(of_module if isinstance(of_module, dict) else {})}
+    if said.get("mode", "affine") != "affine":
+        raise UnsupportedError(
+            f"{folder.checkpoint.root} is quantised in MLX's mode {said['mode']!r}, which is not known here: "
+            "use one in 'affine'"
+        )
+    return int(said.get("bits") or 0), int(said.get("group_size") or 0)
 
 
 def _aqlm(folder: Folder) -> Iterator[Found]:
@@ -409,6 +538,78 @@ def _aqlm(folder: Folder) -> Iterator[Found]:
         shape = (codes.shape[0] * books.shape[2], codes.shape[1] * books.shape[3])
         packed = Codebooks(shape, folder.dtype)
         yield Found(f"{module}.weight", packed, (codes.name, books.name, scales.name))
+
+
+@dataclass(frozen=True)
+class VectorScheme:
+    """What a config says of a weight that VPTQ quantised; of pairs, what is said of the outliers comes first."""
+
+    lengths: tuple[int, int]
+    entries: tuple[int, int]
+    entries_beside: int
+    tables: int
+    group: int
+    outliers: int
+    rows: int
+    permuted: bool
+    normed: bool
+
+    @classmethod
+    def of(cls, said: Mapping[str, Any]) -> VectorScheme:
+        """Raises KeyError, TypeError or ValueError for what is no such thing."""
+        far_length, length = (int(size) for size in said["vector_lens"])
+        far_entries, entries = (int(size) for size in said["num_centroids"])
+        beside, tables, group = int(said["num_res_centroids"][1]), int(said["group_num"]), int(said["group_size"])
+        if min(length, entries, tables, group) < 1:
+            raise ValueError("sizes below 1")
+        outliers = int(said.get("outlier_size") or 0) if far_length > 1 and far_entries > 0 else 0
+        flags = bool(said.get("enable_perm", True)), bool(said.get("enable_norm", True))
+        rows = int(said.get("out_features") or 0)
+        return cls((far_length, length), (far_entries, entries), beside, tables, group, outliers, rows, *flags)
+
+    @property
+    def bits(self) -> tuple[int, int]:
+        """Of a place in the tables, and in those of what is added."""
+        return (self.entries[1] - 1).bit_length(), max(self.entries_beside - 1, 0).bit_length()
+
+    def shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
+        """Of each tensor that is stored, by its name behind the module's."""
+        (far_length, length), columns = self.lengths, self.tables * self.group + self.outliers
+        shapes: dict[str, tuple[int, ...]] = {
+            "indices": (self.tables, -(-rows // length), -(-self.group * sum(self.bits) // 32)),
+            "centroids.weight": (self.tables, length * self.entries[1]),
+        }
+        if self.entries_beside > 0:
+            shapes["res_centroids.weight"] = (self.tables, length * self.entries_beside)
+        if self.outliers:
+            shapes["outlier_indices"] = (1, -(-rows // far_length), self.outliers)
+            shapes["outlier_centroids.weight"] = (1, far_length * self.entries[0])
+        if self.permuted:
+            shapes["perm"] = (columns,)
+        if self.normed:
+            shapes |= {"weight_scale": (columns,), "weight_bias": (columns,)}
+        return shapes
+
+
+def _vptq(folder: Folder) -> Iterator[Found]:
+    """Tables of vectors; how long these are, and how many there are, is in the config alone."""
+    layers = folder.config.get("config_for_layers") or {}
+    for module, words in _ending_in(folder, ".indices"):
+        try:
+            scheme = VectorScheme.of(layers[module])
+        except (KeyError, TypeError, ValueError):
+            root = folder.checkpoint.root
+            raise CheckpointError(f"the config of {root} does not say how {module} is quantised") from None
+        rows = scheme.rows or words.shape[-2] * scheme.lengths[1]
+        stored = {part: _part(folder, f"{module}.{part}", words) for part in scheme.shapes(rows)}
+        for part, shape in scheme.shapes(rows).items():
+            if stored[part].shape != shape:
+                raise _unfit(words, stored[part])
+        shape = (rows, scheme.tables * scheme.group + scheme.outliers)
+        parts = tuple(part.removesuffix(".weight") for part in stored)
+        far_length, length = scheme.lengths
+        packed = Vectors(shape, folder.dtype, parts, length, far_length, scheme.group, *scheme.bits)
+        yield Found(f"{module}.weight", packed, tuple(entry.name for entry in stored.values()))
 
 
 # -- what several of them share
@@ -587,4 +788,8 @@ _READERS: Mapping[str, Reader] = {
     "bitnet": _bitnet,
     "quanto": _quanto,
     "aqlm": _aqlm,
+    "quark": _quark,
+    "vptq": _vptq,
+    "metal": _mlx,
+    "mlx": _mlx,
 }
