@@ -16,7 +16,8 @@ from helpers.judge import streamed_model
 from helpers.quantize import write_quantized
 from lamina.checkpoint import Checkpoint, Extent, TensorEntry
 from lamina.codec import codec, quantized_layouts
-from lamina.codec.quantized_layouts import Codebooks, Gptq, Scaled, Ternary, unpack
+from lamina.codec.quantized_layouts import Codebooks, Gptq, Scaled, Ternary
+from lamina.codec.unpacking import to_float, unpack
 from lamina.errors import RequestError, UnsupportedError
 from lamina.hf.building.quantized_readers import take_quantization, unpacked_state
 from lamina.tensors.disk import DiskTensor
@@ -83,7 +84,7 @@ def test_the_rows_of_all_experts_are_counted_through() -> None:
 @pytest.mark.parametrize("columns", [256, 128, 1, 85])
 def test_every_code_of_eight_bits_is_torchs_number(dtype: torch.dtype, columns: int) -> None:
     codes = torch.arange(256, dtype=torch.uint8)[: 255 if columns == 85 else 256].view(dtype).view(-1, columns)
-    assert torch.equal(quantized_layouts.to_float(codes).nan_to_num(-1e9), codes.float().nan_to_num(-1e9))
+    assert torch.equal(to_float(codes).nan_to_num(-1e9), codes.float().nan_to_num(-1e9))
 
 
 @pytest.mark.parametrize(("first", "count"), [(0, 128), (32, 32), (32, 64), (32, 96), (96, 7)])
