@@ -459,8 +459,8 @@ def test_an_unknown_model_type(copy: Path) -> None:
 def test_a_quantised_checkpoint(copy: Path) -> None:
     _configure(copy, quantization_config={"quant_method": "gptq", "bits": 4})
     assert "gptq" in _error(CheckpointError, copy)
-    _configure(copy, quantization_config={"quant_method": "aqlm"})
-    assert "aqlm" in _error(UnsupportedError, copy)
+    _configure(copy, quantization_config={"quant_method": "spqr"})
+    assert "spqr" in _error(UnsupportedError, copy)
 
 
 def test_code_of_the_checkpoint_is_not_run(copy: Path) -> None:
