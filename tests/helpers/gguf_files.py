@@ -159,6 +159,7 @@ def write_tensors(path: Path, family: str, values: Mapping[str, Any], tensors: M
     writer.add_name("tiny")
     for key, value in values.items():
         add = {
+            bool: writer.add_bool,
             int: writer.add_uint32,
             float: writer.add_float32,
             list: writer.add_array,

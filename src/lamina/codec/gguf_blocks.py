@@ -12,6 +12,7 @@ time, so that levels and fp32 values stay in the processor's cache. The code boo
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -20,7 +21,8 @@ import torch
 
 from lamina.checkpoint.gguf import BLOCK_TYPES, CODEC_PREFIX
 from lamina.codec import native
-from lamina.codec.codec import Codec, register
+from lamina.codec.codec import Codec, codec_for, register
+from lamina.codec.quantized_layouts import Packed
 from lamina.errors import CheckpointError, UnsupportedError
 
 CHUNK = 1 << 18
@@ -324,3 +326,44 @@ def register_all() -> None:
         register(PlainCodec(CODEC_PREFIX + kind, dtype))
     for number, (kind, _, _) in BLOCK_TYPES.items():
         register(GgufBlocks(number, _UNPACKED.get(kind)))
+
+
+@dataclass(frozen=True)
+class ExpertsAcross(Packed):
+    """Experts whose columns are rows in the file, of one tensor, or of several of which each has every n-th: gpt-oss.
+
+    Stored: the bytes of each tensor, (experts, its columns of the weight, bytes of such a row).
+
+    Attributes:
+        codecs: name of each tensor's.
+    """
+
+    codecs: tuple[str, ...]
+
+    def rows(self, first: int, count: int, *stored: Tensor) -> Tensor:
+        """See `Packed.rows`."""
+        _, high, wide = self.shape
+        out = torch.empty(count, wide, device=stored[0].device)
+        done = 0
+        while done < count:  # rows of one expert after the other
+            expert, row = divmod(first + done, high)
+            stop = min(row + count - done, high)
+            for turn, (codec, tensor) in enumerate(zip(self.codecs, stored, strict=True)):
+                columns = _columns(codec, tensor[expert], row, stop, high)
+                out[done : done + stop - row, turn :: len(stored)] = columns.t()
+            done += stop - row
+        return out
+
+
+def _columns(codec: str, rows: Tensor, first: int, stop: int, wide: int) -> Tensor:
+    """Columns `first` to `stop` of rows of `wide` elements: float32 of shape (rows, columns)."""
+    block = _ELEMENTS.get(codec, 1)
+    nbytes = rows.shape[-1] * block // wide
+    begin, end = first // block, -(-stop // block)
+    out = torch.empty(len(rows), (end - begin) * block, device=rows.device)
+    part = rows[:, begin * nbytes : end * nbytes].contiguous()
+    codec_for(codec).unpack(part, len(rows), out.shape[1], out)
+    return out[:, first - begin * block : stop - begin * block]
+
+
+_ELEMENTS = {CODEC_PREFIX + kind: elements for kind, elements, _ in BLOCK_TYPES.values()}

@@ -481,8 +481,8 @@ def _box_viewed(
 def _joined(func: Any, args: tuple[Any, ...], out: torch.Tensor) -> tuple[tuple[Box, ...] | None, torch.dtype | None]:
     parts: Sequence[torch.Tensor] = args[0]
     dim = (args[1] if len(args) > 1 else 0) % out.dim()
-    casts = {getattr(part, "cast_from", None) for part in parts}
-    if len(casts) > 1 or not all(isinstance(part, DiskTensor) and part.boxes is not None for part in parts):
+    kinds = {(part.dtype, getattr(part, "cast_from", None)) for part in parts}  # of several torch casts some
+    if len(kinds) > 1 or not all(isinstance(part, DiskTensor) and part.boxes is not None for part in parts):
         return None, None
     boxes: list[Box] = []
     at = 0
@@ -496,4 +496,4 @@ def _joined(func: Any, args: tuple[Any, ...], out: torch.Tensor) -> tuple[tuple[
                 start = (*box.start[:dim], box.start[dim] + at, *box.start[dim + 1 :])
                 boxes.append(Box(box.source, box.view, start))
         at += 1 if func is aten.stack.default else part.shape[dim]
-    return tuple(boxes), casts.pop()
+    return tuple(boxes), kinds.pop()[1]

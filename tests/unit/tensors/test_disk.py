@@ -70,6 +70,7 @@ OPERATIONS: dict[str, Callable[[Tensors], Any]] = {
     "cast there and back": lambda t: t["a"].to(torch.bfloat16).to(torch.float32),
     "cast of a cat": lambda t: torch.cat([t["a"], t["b"]]).to(torch.float16),
     "cat of casts": lambda t: torch.cat([t["a"].half(), t["b"].half()]),
+    "cat of dtypes": lambda t: torch.cat([t["a"].half(), t["b"]]),
     "transposed stack": lambda t: torch.stack([t["a"], t["b"]]).transpose(1, 2),
     "arithmetic": lambda t: t["a"] * 2 - t["b"],
     "a norm made centred": lambda t: t["a"] + 1,
@@ -97,7 +98,7 @@ def test_what_transformers_loader_does_is_addresses(operation: str) -> None:
         assert OPERATIONS[operation](_on_disk(_tensors((4, 6), (4, 6)))).boxes is not None  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("operation", ["arithmetic", "flip", "cast there and back"])
+@pytest.mark.parametrize("operation", ["arithmetic", "flip", "cast there and back", "cat of dtypes"])
 def test_what_is_computed_has_no_addresses(operation: str) -> None:
     with recording():
         assert OPERATIONS[operation](_on_disk(_tensors((4, 6), (4, 6)))).boxes is None  # type: ignore[arg-type]

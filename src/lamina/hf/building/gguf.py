@@ -35,6 +35,7 @@ from lamina.codec.gguf_blocks import register_all
 from lamina.errors import MissingTensorError, UnsupportedError
 from lamina.hf import internals
 from lamina.hf.building.gguf_config import CAUSES, load_gguf_config, refused
+from lamina.hf.building.gguf_rules import load_by_rules
 from lamina.hf.building.gguf_table import row_of
 from lamina.hf.internals import TOKENIZER_MAPPING_NAMES, rename_source_key, silent, tokenizer_class_from_name
 from lamina.hf.tokenizer import usable
@@ -178,6 +179,8 @@ class _Computed:
 
 def _load_tensors(file: GgufFile, config: PreTrainedConfig) -> tuple[dict[str, DiskTensor], Checkpoint]:
     """What transformers' loader gets, and the checkpoint with what that needs of it."""
+    if (row := row_of(file)) is not None and row.rules is not None:
+        return load_by_rules(file, config, row.rules)
     processor = _processor(file, config)
     targets: dict[str, list[TensorEntry]] = defaultdict(list)
     for entry in file.checkpoint.tensors.values():

@@ -29,7 +29,7 @@ LEFT_OUT = (
     ("attention.key_length", "head_dim"),
 )
 PARTIAL = ("phi3", "stablelm", "nemotron")  # architectures that may rotate a part of each head only
-UNREADABLE = ("gpt-oss", "gpt_oss")  # experts' columns are rows in the file, and transformers does not report it
+UNREADABLE = ("gpt_oss",)  # of writers other than llama.cpp: experts' columns are rows in the file
 # The models of 27 billion scale their attention by the whole width, which a file does not say; llama.cpp knows them
 # by their layers as well.
 SCALED_BY_WIDTH = {("gemma2", 46), ("gemma3", 62)}
@@ -73,15 +73,18 @@ def load_gguf_config(file: GgufFile, options: Mapping[str, Any]) -> tuple[PreTra
 
 def _from_table(file: GgufFile, row: Architecture, given: Mapping[str, Any]) -> tuple[PreTrainedConfig, dict[str, Any]]:
     """The config of an architecture that transformers does not map, and the options that were not for it."""
-    own = fields_of(file, row)
-    kind = type(AutoConfig.for_model(row.model_type))
+    own = {"model_type": row.model_type, **fields_of(file, row)}
+    try:
+        kind = type(AutoConfig.for_model(own["model_type"]))
+    except ValueError as error:  # transformers is older than the architecture
+        raise refused(file, error) from error
     kept = inspect.signature(kind.__init__).parameters.keys() | set(dir(kind))
-    if "head_dim" not in kept and own["head_dim"] * own["num_attention_heads"] == own["hidden_size"]:
+    if "head_dim" not in kept and own.get("head_dim", 0) * own["num_attention_heads"] == own["hidden_size"]:
         own.pop("head_dim")
     own["tie_word_embeddings"] = "output.weight" not in file.checkpoint.tensors
     for name in ("bos", "eos", "padding"):
         own[f"{name.replace('padding', 'pad')}_token_id"] = file.get(f"tokenizer.ggml.{name}_token_id")
-    config, unused = kind.from_dict({**own, "model_type": row.model_type}, return_unused_kwargs=True, **given)
+    config, unused = kind.from_dict(own, return_unused_kwargs=True, **given)
     if not {"rope_parameters", "rope_scaling"} & given.keys():
         _complete_rope(config, file)
     return config, unused
