@@ -18,7 +18,7 @@ from lamina.cli.live import StatusLine, Terminal, stdio
 from lamina.cli.options import MOST_TOKENS, MaxNewTokens, ModelArgument, ModelOptions, Sampling, Verbosity, check_tokens
 from lamina.errors import BudgetError, RequestError, one_line
 from lamina.messages.attachments import Attachment, Message, check_number, content_of, open_audio, open_image
-from lamina.messages.encode import check_taken, encode_chat, most_tokens
+from lamina.messages.inputs import check_taken, encode_chat, most_tokens
 
 _HELP = f"""/reset  forget the conversation
 /bye    end (also /exit, /quit, exit, quit, or Ctrl-D)

@@ -9,7 +9,7 @@ from typing import Any
 from lamina.cli import library, report
 from lamina.cli.options import Sampling, check_prompt_ids, parse_prompt_ids, vocabulary_of
 from lamina.errors import RequestError
-from lamina.messages import encode as encoding
+from lamina.messages import inputs as encoding
 from lamina.messages.attachments import Attachment, content_of
 from lamina.messages.text import TextStream, TokenStream
 

@@ -24,6 +24,18 @@ def _known(dtype: torch.dtype) -> bool:
     return dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 
+def _fit(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether these two may be multiplied here."""
+    if weight.dim() != 2 or not weight.numel() or not x.numel() or not _is_like(weight, x):
+        return False
+    return x.shape[-1] == weight.shape[1] and x.numel() <= MOST_ROWS * weight.shape[1]
+
+
+def _is_like(tensor: torch.Tensor, x: torch.Tensor) -> bool:
+    same = tensor.dtype == x.dtype and tensor.device.type == x.device.type == "cpu"
+    return same and tensor.is_contiguous()
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor | None:
     """`x @ weight.T + bias`, summed in fp32 and rounded once; None where the kernels do not take it.
 
@@ -32,19 +44,15 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         weight: shape (rows, columns), of the dtype of `x`.
         bias: shape (rows,), of the same dtype.
     """
-    if weight.dim() != 2 or x.dtype != weight.dtype or x.device.type != "cpu" or not x.numel() > 0:
-        return None
-    rows, columns = weight.shape
-    tokens = x.numel() // x.shape[-1]
-    if tokens > MOST_ROWS or x.shape[-1] != columns or not rows or not weight.is_contiguous():
+    if not _fit(x, weight) or (bias is not None and not _is_like(bias, x)):
         return None
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return None
-    if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous() or bias.device.type != "cpu"):
         return None
     kernels = native.kernels_for(weight)
     if kernels is None:
         return None
+    rows, columns = weight.shape
+    tokens = x.numel() // columns
     x = x.contiguous()
     out = torch.empty((*x.shape[:-1], rows), dtype=x.dtype)
     kernels.lamina_rows_linear(

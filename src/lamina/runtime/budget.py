@@ -107,12 +107,9 @@ def smaller_budgets(budget: Budget, trace: Trace, config: Any, device: torch.dev
     transformers does both: `prefill_chunk_size`, and `cache_implementation="offloaded"`.
     """
     context, cache = budget.context_tokens, trace.cache(budget.context_tokens)
-    text = config.get_text_config()
-    layers, heads = getattr(text, "num_hidden_layers", None), getattr(text, "num_attention_heads", None)
-    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if not (isinstance(layers, int) and isinstance(heads, int)) or kinds or not cache or config.is_encoder_decoder:
+    layers, heads, kv_heads = _attention_of(config)
+    if not layers or not cache:
         return
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
     repeated = 2 * cache // layers * heads // kv_heads  # keys and values, for every head
     for there in (0, layers) if device.type in OFFLOADING else (0,):
         for chunk in (each for each in CHUNKS if each < context):
@@ -122,6 +119,16 @@ def smaller_budgets(budget: Budget, trace: Trace, config: Any, device: torch.dev
             if activations < budget.activation_bytes or there:
                 chunked = replace(budget, activation_bytes=activations, chunk_tokens=chunk, cache_layers=there)
                 yield chunked.with_cache(cache)
+
+
+def _attention_of(config: Any) -> tuple[int, int, int]:
+    """Layers, heads, and heads of keys and values of a decoder; 0 where its layers are of several kinds."""
+    text = config.get_text_config()
+    layers, heads = getattr(text, "num_hidden_layers", None), getattr(text, "num_attention_heads", None)
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if not isinstance(layers, int) or not isinstance(heads, int) or kinds or config.is_encoder_decoder:
+        return 0, 0, 0
+    return layers, heads, getattr(text, "num_key_value_heads", None) or heads
 
 
 def _device_bytes(device_memory: float | str | None, device: torch.device, taken: int) -> int:

@@ -16,7 +16,7 @@ import pytest
 from helpers.cli_double import Library, Model, Processor, Seeing, Tokenizer
 from lamina.cli import library as engine
 from lamina.errors import RequestError
-from lamina.messages import attachments, encode
+from lamina.messages import attachments, inputs
 from unit.cli.test_chat import talk
 from unit.cli.test_commands import Run, one_line, run
 
@@ -294,7 +294,7 @@ def test_what_is_no_wave_file_is_refused_in_one_line(
 def test_a_sound_of_another_rate_is_resampled(tmp_path: Path) -> None:
     pytest.importorskip("soxr")
     write_wave(tmp_path / "a.wav", [0] * 44_100, rate=44_100)
-    (message,) = encode.in_parts(
+    (message,) = inputs.in_parts(
         [{"role": "user", "content": [attachments.open_audio(str(tmp_path / "a.wav"))]}], Processor()
     )
     assert message["content"][0]["audio"].shape == (16_000,)

@@ -143,7 +143,7 @@ class _Reader:
 
     def make(self, name: str, shape: torch.Size) -> DiskTensor | None:
         """A parameter; None where the file has nothing for it."""
-        rule = next((each for each in self._rules if name.endswith(each.ending) and self._sources(name, each)), None)
+        rule = self._rule(name)
         sources = self._sources(name, rule)
         if not sources:
             return None
@@ -157,6 +157,10 @@ class _Reader:
         made = made if made.shape == shape else self._shaped(made, name, shape, sources[0])
         assert isinstance(made, DiskTensor)
         return made
+
+    def _rule(self, name: str) -> Rule | None:
+        """The first rule for a parameter whose tensors are there."""
+        return next((each for each in self._rules if name.endswith(each.ending) and self._sources(name, each)), None)
 
     def _shaped(self, made: torch.Tensor, name: str, shape: torch.Size, source: TensorEntry) -> torch.Tensor:
         """A parameter with dimensions of one element that llama.cpp leaves out."""
