@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import shutil
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,9 @@ FLAGS = ("-O1", "-w")
 
 def why_not() -> str | None:
     """Why it cannot be built here; None where it can."""
+    beside = str(Path(sys.executable).parent)  # where ninja is if it came as a package
+    if beside not in os.environ["PATH"].split(os.pathsep):
+        os.environ["PATH"] += os.pathsep + beside
     if shutil.which(cpp_extension.get_cxx_compiler()) is None:
         return f"no C++ compiler ({cpp_extension.get_cxx_compiler()}) to build the simulated accelerator with"
     if not cpp_extension.is_ninja_available():
