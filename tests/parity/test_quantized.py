@@ -167,13 +167,14 @@ def test_embeddings_in_mlx(tmp_path: Path) -> None:
         assert_equal(said, said.budget(budget), on_demand=budget == "minimum")
 
 
-def test_quanto_says_nothing_in_the_config(tmp_path: Path) -> None:
+@pytest.mark.parametrize("said", [{}, {"quantization_config": None}, {"quantization_config": {}}], ids=str)
+def test_quanto_says_nothing_in_the_config(said: dict[str, Any], tmp_path: Path) -> None:
     folder, unpacked = _quantized(tmp_path, "llama", "quanto qint8")
     written = json.loads((folder / "config.json").read_text())
     del written["quantization_config"]
-    (folder / "config.json").write_text(json.dumps(written))
-    said = replace(judge(unpacked), folder=folder, minimum=minimum_of(folder))
-    assert_equal(said, said.minimum)
+    (folder / "config.json").write_text(json.dumps(written | said))
+    judged = replace(judge(unpacked), folder=folder, minimum=minimum_of(folder))
+    assert_equal(judged, judged.minimum)
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe", "mixtral", "phi3"])
@@ -197,6 +198,7 @@ def test_block_fp8_is_what_transformers_unpacks(family: str, tmp_path: Path) -> 
         ("qwen3_moe", "torchao int4"),
         ("qwen3_moe", "bitnet that multiplies"),
         ("mixtral", "quanto qint8"),
+        ("bitnet", "bitnet that multiplies"),
         ("mixtral", "aqlm"),
         ("mixtral", "quark int4"),
         ("qwen3_moe", "metal"),

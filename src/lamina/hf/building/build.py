@@ -197,7 +197,8 @@ def _build(request: Request, checkpoint: Checkpoint, loading_info: dict[str, Any
     tensors = len(checkpoint.tensors)
     config, options, where, fields = load_config(request, tensors)
     with blaming(where, fields, "reading how it is quantised"):
-        quantization = take_quantization(config) if _says_quantized(config) else implied_quantization(checkpoint)
+        said = take_quantization(config) if _says_quantized(config) else None
+    quantization = said or implied_quantization(checkpoint)
     with as_many_as(tensors, where), blaming(where, fields, "making the model"):
         kind = model_class(config, request.trust_remote_code, request.options.get("code_revision"))
     text = config.sub_configs.get("text_config")

@@ -11,7 +11,6 @@ from lamina.checkpoint import TensorEntry
 from lamina.codec.quantized_layouts import AWQ_ORDER, Codebooks, Gptq, Hqq, Mlx, Ternary, Vectors
 from lamina.errors import CheckpointError, UnsupportedError
 from lamina.hf.building.quantized_parts import (
-    FLOATS,
     Folder,
     Found,
     bytes_of,
@@ -105,22 +104,27 @@ def _hqq_bits(folder: Folder, packing: TensorEntry) -> int:
 
 def read_bitnet(folder: Folder) -> Iterator[Found]:
     """Three numbers, four to a byte; AutoBitLinear multiplies with the scale that BitLinear divides by."""
+    multiplied = folder.config.get("linear_class") == "autobitlinear"
+    _refuse_bitnet(folder, multiplied)
+    for module, weight in ending_in(folder, ".weight"):
+        if weight.dtype in ("U8", "I8"):
+            scale = part_of(folder, f"{module}.weight_scale", weight)
+            if count_of(scale) != 1 or len(weight.shape) != 2:
+                raise unfit(weight, scale)
+            packed = Ternary((weight.shape[0] * 4, weight.shape[1]), folder.dtype, 2, False, not multiplied)
+            yield Found(weight.name, packed, (weight.name, scale.name))
+        elif multiplied and f"{module}.weight_scale" in folder.entries:  # the same numbers, not packed
+            yield scaled_weight(folder, weight, folder.entries[f"{module}.weight_scale"], None)
+
+
+def _refuse_bitnet(folder: Folder, multiplied: bool) -> None:
     config = folder.config
-    auto = config.get("linear_class") == "autobitlinear"
-    if config.get("use_rms_norm") or (auto and config.get("quantization_mode") == "online"):
-        what = "a norm in each matrix" if config.get("use_rms_norm") else "weights that are quantised at each use"
+    online = multiplied and config.get("quantization_mode") == "online"
+    if online or config.get("use_rms_norm"):
+        what = "weights that are quantised at each use" if online else "a norm in each matrix"
         raise UnsupportedError(
             f"{folder.checkpoint.root} is BitNet with {what}, which is not known here: use another checkpoint"
         )
-    for module, scale in ending_in(folder, ".weight_scale"):
-        weight = part_of(folder, f"{module}.weight", scale)
-        if count_of(scale) != 1 or len(weight.shape) != 2:
-            raise unfit(weight, scale)
-        if weight.dtype in FLOATS and auto:
-            yield scaled_weight(folder, weight, scale, None)
-        elif weight.dtype in ("U8", "I8"):
-            packed = Ternary((weight.shape[0] * 4, weight.shape[1]), folder.dtype, 2, False, not auto)
-            yield Found(weight.name, packed, (weight.name, scale.name))
 
 
 def read_mlx(folder: Folder) -> Iterator[Found]:
