@@ -153,6 +153,9 @@ def test_an_architecture_that_transformers_does_not_know_is_named(tmp_path: Path
     path.write_bytes(header([field("general.architecture", "rwkv9")], ONE) + DATA)
     with pytest.raises(UnsupportedError, match="does not know GGUF files of the architecture 'rwkv9'"):
         AutoModel.from_pretrained(str(path))
+    path.write_bytes(header([field("general.architecture", "clip"), field("general.type", "mmproj")], ONE) + DATA)
+    with pytest.raises(UnsupportedError, match=r"model\.gguf is the projector of a multimodal model .*: give the GGUF"):
+        AutoModel.from_pretrained(str(path))
     for architecture in ("gpt-oss", "deci", "t5"):
         write_tensors(path, architecture, SHARED, {"a": np.zeros((96, 256), np.float32)})
         with pytest.raises(UnsupportedError):

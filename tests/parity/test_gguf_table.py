@@ -283,6 +283,7 @@ def said_of(architecture: str, config: Any, older: bool) -> dict[str, Any]:
             "ssm.group_count": config.linear_num_key_heads,
             "ssm.time_step_rank": config.linear_num_value_heads,
             "ssm.inner_size": config.linear_value_head_dim * config.linear_num_value_heads,
+            "attention.recurrent_layers": [kind == "linear_attention" for kind in config.layer_types],
         }
         said.pop("expert_weights_norm")
     if architecture == "deepseek2":
@@ -298,10 +299,11 @@ def latent(config: Any, older: bool) -> dict[str, Any]:
     said = {
         "attention.kv_lora_rank": rank,
         "rope.dimension_count": config.qk_rope_head_dim,
-        "expert_gating_func": 2 if config.model_type == "deepseek_v3" else 1,
         "attention.key_length": key,
         "attention.value_length": config.v_head_dim,
     }
+    if not older:  # an older file of V3 has the correction alone
+        said["expert_gating_func"] = 2 if config.model_type == "deepseek_v3" else 1
     if config.q_lora_rank is not None:
         said["attention.q_lora_rank"] = config.q_lora_rank
     if not older:

@@ -44,6 +44,11 @@ def load_gguf_config(file: GgufFile, options: Mapping[str, Any]) -> tuple[PreTra
         CheckpointError: the metadata lacks what a config needs.
         ImportError: the gguf package is missing.
     """
+    if file.get("general.architecture") == "clip":
+        raise UnsupportedError(
+            f"{file.path} is the projector of a multimodal model (mmproj), not a model: give the GGUF file of the "
+            "language model beside it"
+        )
     if file.get("general.architecture") in UNREADABLE:
         raise UnsupportedError(f"{file.path} keeps its experts in a way that is not read here: use the safetensors")
     given = dict(options)

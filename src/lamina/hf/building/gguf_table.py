@@ -121,7 +121,8 @@ def _deepseek2(said: Said, file: GgufFile) -> dict[str, Any]:
     layers, rotated = _without_mtp(said), said["rope.dimension_count"]
     key = said.get("attention.key_length_mla") or said["attention.key_length"]
     lite = (layers, file.checkpoint.tensors["token_embd.weight"].shape[0]) == GLM_LITE
-    gate = said.get("expert_gating_func", SIGMOID if lite else SOFTMAX)
+    corrected = f"blk.{said.get('leading_dense_block_count', 0)}.exp_probs_b.bias" in file.checkpoint.tensors
+    gate = said.get("expert_gating_func", SIGMOID if lite or corrected else SOFTMAX)  # no softmax is corrected
     if gate not in (SOFTMAX, SIGMOID):
         raise UnsupportedError(f"{file.path} chooses experts by function {gate}, which is not known here")
     groups, used = GROUPS.get(said["expert_count"], (1, 1))
@@ -256,7 +257,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         },
         tensors=BIASES,
         read=_qwen3next,
-        looked_at=("ssm.inner_size", "full_attention_interval", "nextn_predict_layers"),
+        looked_at=(  # which layers have full attention is told by their tensors
+            *("ssm.inner_size", "full_attention_interval", "attention.recurrent_layers", "nextn_predict_layers"),
+        ),
         needed=("expert_count", "expert_used_count", "ssm.inner_size", "ssm.time_step_rank"),
         rules=(
             *FUSED,
